@@ -1,0 +1,69 @@
+"""Imports from text: what a bundle holds is found and loaded here, and nothing is compiled before it is imported.
+
+Running or importing a bundle installs this; importing it does nothing else. So another interpreter has the same modules
+after `runpy.run_path(path)`, where path is the `__file__` of any module that came from the bundle.
+
+This text stands in each bundle twice: live, to load the rest, and as one of the modules. So it has no `from __future__`
+line, which may stand at the top of a script only.
+"""
+
+import os
+import sys
+from importlib.machinery import ModuleSpec
+from types import CodeType, ModuleType
+from typing import Dict, Optional, Sequence, Tuple
+
+Files = Dict[str, Tuple[int, str]]  # path -> (the bundle's line where its text starts, a newline and the text)
+
+
+class Bundle:
+    """Finder and loader (importlib.abc) of the modules in one bundle. Their `__file__` is `path`, the bundle's."""
+
+    def __init__(self, path: str, bundled: Files) -> None:
+        self.path, self.bundled = os.path.abspath(path), bundled
+
+    def find_spec(
+        self, name: str, path: Optional[Sequence[str]] = None, target: Optional[ModuleType] = None
+    ) -> Optional[ModuleSpec]:
+        """The spec of a module in here. A package of the same name from elsewhere, with its own path, keeps its modules."""
+        if path or self._place(name) is None:
+            return None
+        spec = ModuleSpec(name, self, origin=self.path, is_package=self.is_package(name))  # type: ignore[arg-type]
+        spec.has_location = True  # __file__ is set from origin
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """Nothing special: a plain module."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Compile the module's text and run it."""
+        exec(self.get_code(module.__name__), module.__dict__)  # noqa: S102 -- that is what importing is
+
+    def get_code(self, name: str) -> CodeType:
+        """The code, at the lines where its text stands in the bundle: for tracebacks, debuggers and `inspect`."""
+        line, text = self._held(name)
+        return compile("\n" * (line - 2) + text, self.path, "exec", dont_inherit=True)
+
+    def get_source(self, name: str) -> str:
+        """The module's text as it was before bundling."""
+        return self._held(name)[1][1:]
+
+    def is_package(self, name: str) -> bool:
+        """True if other modules are in it."""
+        return (self._place(name) or "").endswith("/__init__.py")
+
+    def _held(self, name: str) -> Tuple[int, str]:
+        place = self._place(name)
+        if place is None:
+            raise ImportError(f"{name} is not in {self.path}", name=name)
+        return self.bundled[place]
+
+    def _place(self, name: str) -> Optional[str]:
+        stem = name.replace(".", "/")
+        return next((place for place in (f"{stem}/__init__.py", f"{stem}.py") if place in self.bundled), None)
+
+
+def install(path: str, bundled: Files) -> None:
+    """Let `import` look here first. Where a bundle is installed already nothing changes: its modules are in use."""
+    if not any(hasattr(finder, "bundled") for finder in sys.meta_path):
+        sys.meta_path.insert(0, Bundle(path, bundled))

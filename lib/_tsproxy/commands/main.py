@@ -1,0 +1,70 @@
+"""From the words of the command line to the command and its exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, Callable, Dict, List
+
+import _tsproxy
+from _tsproxy import cli, config, exits
+from _tsproxy.config import UsageError
+from _tsproxy.exits import Exit
+
+Docopt = Callable[..., Dict[str, Any]]
+
+
+def run(manual: str, words: List[str], docopt: Docopt) -> int:
+    """Do what `words` ask for. Usage errors end with 2 and one line; other refusals with their own code."""
+    _open_standard_descriptors()
+    if not sys.platform.startswith("linux"):
+        return _fail(exits.FAILED, f"needs Linux; this is {sys.platform}")
+    try:
+        return _dispatch(_parse(manual, words, docopt), manual)
+    except UsageError as problem:
+        return _fail(exits.USAGE, str(problem))
+    except Exit as end:
+        return _fail(end.code, str(end))
+    except BrokenPipeError:
+        return exits.FAILED  # who read our output is gone: nobody to tell
+    except KeyboardInterrupt:
+        return 130
+
+
+def _open_standard_descriptors() -> None:
+    """Started with 0, 1 or 2 closed, the next socket would take that number and get our lines."""
+    while True:
+        fd = os.open(os.devnull, os.O_RDWR)
+        if fd > 2:
+            os.close(fd)
+            return
+        os.set_inheritable(fd, True)
+
+
+def _parse(manual: str, words: List[str], docopt: Docopt) -> Dict[str, Any]:
+    ready = cli.normalize(manual, words)
+    try:
+        return docopt(manual, ready, default_help=False)
+    except SystemExit:
+        raise UsageError(cli.unfit(manual, ready)) from None
+
+
+def _dispatch(options: Dict[str, Any], manual: str) -> int:
+    if options["--help"]:
+        print(manual.strip())
+        return exits.DRAINED
+    if options["--version"]:
+        print(f"tsproxy {_tsproxy.__version__}")
+        return exits.DRAINED
+    if options["bundle"]:
+        from _tsproxy.commands import bundle
+
+        return bundle.run(options["OUT"])
+    from _tsproxy.server.serve import serve
+
+    return serve(config.parse(options))
+
+
+def _fail(code: int, message: str) -> int:
+    print(f"tsproxy: {message}", file=sys.stderr)
+    return code

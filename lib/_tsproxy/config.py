@@ -1,0 +1,346 @@
+"""Options into one frozen Config: every value checked here, once, with a message that a person can act on.
+
+Knows the options' meanings and ranges, and which CPUs this process may use. Knows nothing of sockets or workers.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple, TypeVar, Union
+
+IPNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+T = TypeVar("T")
+
+MODES = ("strip", "preserve")
+FULL_ACTIONS = ("reject", "queue")
+RUNTIMES = ("auto", "threads")
+SWITCH = ("on", "off")
+LEVELS = ("debug", "info", "warning", "error")
+
+_DURATIONS = {"us": 1, "ms": 1000, "s": 1_000_000, "m": 60_000_000, "h": 3_600_000_000}
+_SIZES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)", re.ASCII)
+_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*", re.ASCII | re.IGNORECASE)  # what inet_aton(3) takes for a part of an address
+_IPV4_MAPPED_BITS = 96  # ::ffff:0:0/96, RFC 4291, section 2.5.5.2
+
+
+class UsageError(ValueError):
+    """A command line that can't be taken; its text is the one line to print before exit 2."""
+
+
+class BadValue(UsageError):
+    """An option's value that can't be taken: names the option, what was given, what is allowed."""
+
+    def __init__(self, option: str, given: object, allowed: str) -> None:
+        super().__init__(f"{option}: given {given!r}; allowed: {allowed}")
+
+
+class Target(NamedTuple):
+    """An upstream as the user wrote it: `host` is a name or a bare address, `scope` an IPv6 zone or empty."""
+
+    host: str
+    port: int
+    scope: str = ""
+
+    @property
+    def is_literal(self) -> bool:
+        """True if no resolver is needed."""
+        return is_address(self.host)
+
+    def __str__(self) -> str:
+        zone = f"%{self.scope}" if self.scope else ""
+        return f"[{self.host}{zone}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the user asked for, validated. Times in the unit of the name; 0 means off where a time may be off."""
+
+    targets: Tuple[Target, ...]
+    listen_options: Tuple[str, ...] = ()  # which of --port and --bind were given
+    port: int = 8080
+    bind: str = "127.0.0.1"
+    timestamps: str = "strip"
+    static_timestamp: int = 0
+    trust_host: bool = False
+    max_connections: int = 1000
+    on_full: str = "reject"
+    buffer_size: int = 65536
+    workers: int = 1
+    runtime: str = "auto"
+    cpus: Tuple[int, ...] = ()
+    busy_poll_us: int = 0
+    connect_timeout_s: float = 5.0
+    idle_timeout_s: float = 0.0
+    half_close_timeout_s: float = 300.0
+    drain_timeout_s: float = 30.0
+    user_timeout_ms: int = 10000
+    keepalive_s: int = 30
+    sources: Tuple[str, ...] = ()
+    allow: Tuple[IPNetwork, ...] = ()
+    reuse_port: bool = False
+    user: Optional[str] = None
+    metrics_interval_s: float = 10.0
+    connection_log: bool = True
+    log_level: str = "info"
+
+
+def is_address(text: str) -> bool:
+    """True for a bare IPv4 or IPv6 address."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def one_of(words: Tuple[str, ...]) -> Callable[[str, str], str]:
+    """A parser for an option that takes one of a few words."""
+
+    def parse(option: str, given: str) -> str:
+        if given not in words:
+            raise BadValue(option, given, " or ".join(words))
+        return given
+
+    return parse
+
+
+def whole(low: int, high: int, what: str = "") -> Callable[[str, str], int]:
+    """A parser for whole decimal numbers from `low` to `high`, both included."""
+    allowed = f"{what or 'a whole number'} from {low} to {high}"
+
+    def parse(option: str, given: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,12}", given, re.ASCII) or not low <= int(given) <= high:
+            raise BadValue(option, given, allowed)
+        return int(given)
+
+    return parse
+
+
+def duration(low: float, high: float, unit: str = "s", zero: bool = False) -> Callable[[str, str], float]:
+    """A parser for a time in `unit`, or with a unit of its own (us, ms, s, m, h); the result is in `unit`."""
+    off = ", or 0 for off" if zero else ""
+    allowed = f"a number of {unit} from {low:.15g} to {high:.15g}{off} (units: {', '.join(_DURATIONS)})"
+
+    def parse(option: str, given: str) -> float:
+        match = re.fullmatch(r"([0-9]{1,12})(?:\.([0-9]{1,9}))?(us|ms|s|m|h)?", given, re.ASCII)
+        if not match:
+            raise BadValue(option, given, allowed)
+        billionths = int(match[1] + (match[2] or "").ljust(9, "0"))
+        # One division of whole numbers, so that 32.337s is 32337ms, not a bit more, which would be rounded up.
+        value = billionths * _DURATIONS[match[3] or unit] / (_DURATIONS[unit] * 10**9)
+        if not (low <= value <= high or (zero and value == 0)):
+            raise BadValue(option, given, allowed)
+        return value
+
+    return parse
+
+
+def rounded(parse: Callable[[str, str], float]) -> Callable[[str, str], int]:
+    """The same parser for an option that the kernel takes as a whole number; a fraction is rounded up, never to off."""
+    return lambda option, given: int(-(-parse(option, given) // 1))
+
+
+def size(low: int, high: int) -> Callable[[str, str], int]:
+    """A parser for a number of bytes, or of KiB, MiB, GiB with k, m or g behind it."""
+
+    def parse(option: str, given: str) -> int:
+        match = re.fullmatch(r"([0-9]{1,12})([kmgKMG]?)", given, re.ASCII)
+        value = int(match[1]) * _SIZES[match[2].lower()] if match else -1
+        if not low <= value <= high:
+            raise BadValue(option, given, f"bytes from {low} to {high} (units: k, m, g)")
+        return value
+
+    return parse
+
+
+def address(option: str, given: str) -> str:
+    """A bare IPv4 or IPv6 address, no zone; brackets are taken off, and an IPv4-mapped one is taken for the IPv4 it is."""
+    bare = given[1:-1] if given.startswith("[") and given.endswith("]") else given
+    if not is_address(bare) or "%" in bare:
+        raise BadValue(option, given, "an IPv4 or IPv6 address of this host")
+    return _plain(bare)
+
+
+def _plain(text: str) -> str:
+    """The address in its usual spelling."""
+    found = ipaddress.ip_address(text)
+    return str(getattr(found, "ipv4_mapped", None) or found)
+
+
+def network(option: str, given: str) -> IPNetwork:
+    """A CIDR block; an address alone is a block of one. Host bits must be 0: a typo there would open more than meant."""
+    bare, slash, bits = given.partition("/")
+    allowed = "an address or CIDR block{}, e.g. 10.1.0.0/16 or 2001:db8::/32"
+    if "%" in bare or (slash and not re.fullmatch("[0-9]{1,3}", bits, re.ASCII)):
+        raise BadValue(option, given, allowed.format(""))
+    try:
+        return _unmapped(ipaddress.ip_network(given))
+    except ValueError as error:
+        zero = " with host bits 0" if "host bits" in str(error) else ""
+        raise BadValue(option, given, allowed.format(zero)) from None
+
+
+def _unmapped(block: IPNetwork) -> IPNetwork:
+    """A block of IPv4-mapped addresses as the IPv4 block that its clients are seen in."""
+    mapped = getattr(block.network_address, "ipv4_mapped", None)
+    bits = block.prefixlen - _IPV4_MAPPED_BITS
+    return block if mapped is None or bits < 0 else ipaddress.ip_network((mapped, bits))
+
+
+def host_name(text: str) -> bool:
+    """True for a DNS name (RFC 1123, section 2.1; underscores too, for container names), False for a number in disguise."""
+    name = text[:-1] if text.endswith(".") else text
+    labels = name.split(".")
+    return len(name) <= 253 and all(_LABEL.fullmatch(label) for label in labels) and not _NUMBER.fullmatch(labels[-1])
+
+
+def target(option: str, given: str) -> Target:
+    """HOST:PORT, 192.0.2.1:443 or [2001:db8::1]:443."""
+    allowed = "HOST:PORT with a port from 1 to 65535, e.g. exchange.example:443, 192.0.2.1:443 or [2001:db8::1]:443"
+    match = re.fullmatch(r"(?:\[([^\]%]*)(?:%([\w.-]{1,15}))?\]|([^:\[\]]*)):([0-9]{1,5})", given, re.ASCII)
+    bracketed, scope, bare, port = match.groups() if match else (None, None, "", "0")
+    sound = is_address(bare) or host_name(bare) if bracketed is None else _is_ipv6(bracketed)
+    if not sound or not 1 <= int(port) <= 65535:
+        raise BadValue(option, given, allowed)
+    return Target(bare if bracketed is None else _plain(bracketed), int(port), scope or "")
+
+
+def _is_ipv6(text: str) -> bool:
+    return ":" in text and is_address(text)
+
+
+def cpu_list(option: str, given: str) -> Tuple[int, ...]:
+    """CPU numbers in taskset's form, e.g. 2-5,8; each must be one that this process may run on."""
+    usable = os.sched_getaffinity(0)
+    found: List[int] = []
+    for part in given.split(","):
+        match = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", part, re.ASCII)
+        span = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+        if not span or not usable.issuperset(span) or set(span) & set(found):
+            raise BadValue(option, given, f"CPUs of this process, each once, e.g. 2-5,8; usable here: {compact(usable)}")
+        found += span
+    return tuple(found)
+
+
+def compact(numbers: Any) -> str:
+    """{0, 1, 2, 5} as "0-2,5"."""
+    spans: List[List[int]] = []
+    for number in sorted(numbers):
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(f"{low}-{high}" if high > low else f"{low}" for low, high in spans)
+
+
+def user_name(option: str, given: str) -> str:
+    """A user name; whether it exists is looked up when root is dropped."""
+    if not re.fullmatch(r"[A-Za-z0-9_.][A-Za-z0-9_.-]{0,31}\$?", given, re.ASCII):
+        raise BadValue(option, given, "a user name of this host")
+    return given
+
+
+class _Option(NamedTuple):
+    """How one option becomes one field of Config."""
+
+    field: str
+    parse: Callable[[str, str], Any]
+
+
+_DAY = 86400.0
+OPTIONS: Mapping[str, _Option] = {
+    "--port": _Option("port", whole(0, 65535, "a port")),
+    "--bind": _Option("bind", address),
+    "--timestamps": _Option("timestamps", one_of(MODES)),
+    "--static-timestamp": _Option("static_timestamp", whole(0, 2**32 - 1, "a TSval")),
+    "--max-connections": _Option("max_connections", whole(1, 1_000_000)),
+    "--on-full": _Option("on_full", one_of(FULL_ACTIONS)),
+    "--buffer-size": _Option("buffer_size", size(1024, 16 << 20)),
+    "--workers": _Option("workers", whole(1, 256)),
+    "--runtime": _Option("runtime", one_of(RUNTIMES)),
+    "--cpus": _Option("cpus", cpu_list),
+    "--busy-poll": _Option("busy_poll_us", rounded(duration(1, 1e9, "us", zero=True))),
+    "--connect-timeout": _Option("connect_timeout_s", duration(0.001, 3600)),
+    "--idle-timeout": _Option("idle_timeout_s", duration(0.001, 30 * _DAY, zero=True)),
+    "--half-close-timeout": _Option("half_close_timeout_s", duration(0.001, 30 * _DAY, zero=True)),
+    "--drain-timeout": _Option("drain_timeout_s", duration(0, _DAY)),
+    "--user-timeout": _Option("user_timeout_ms", rounded(duration(1, 2**31 - 1, "ms", zero=True))),
+    "--keepalive": _Option("keepalive_s", rounded(duration(1, 32767, zero=True))),
+    "--user": _Option("user", user_name),
+    "--metrics-interval": _Option("metrics_interval_s", duration(0.01, _DAY, zero=True)),
+    "--connection-log": _Option("connection_log", one_of(SWITCH)),
+    "--log-level": _Option("log_level", one_of(LEVELS)),
+}
+REPEATED: Mapping[str, _Option] = {
+    "--target": _Option("targets", target),
+    "--source": _Option("sources", address),
+    "--allow": _Option("allow", network),
+}
+
+
+def parse(options: Mapping[str, Any]) -> Config:
+    """docopt's dictionary (long option -> text, list of texts, bool or None) into a Config, or UsageError."""
+    fields: Dict[str, Any] = {}
+    for name, (field, parser) in OPTIONS.items():
+        if options.get(name) is not None:
+            fields[field] = parser(name, options[name])
+    for name, (field, parser) in REPEATED.items():
+        fields[field] = tuple(parser(name, given) for given in options.get(name) or ())
+    fields["reuse_port"] = bool(options.get("--reuse-port"))
+    fields["listen_options"] = tuple(name for name in ("--port", "--bind") if options.get(name) is not None)
+    fields["trust_host"] = bool(options.get("--trust-host"))
+    fields["connection_log"] = fields.get("connection_log", "on") == "on"
+    _contradictions(options, fields)
+    _timestamps(options, fields)
+    _defaults(fields)
+    return Config(**fields)
+
+
+def _contradictions(options: Mapping[str, Any], fields: Dict[str, Any]) -> None:
+    """Pairs of options that can't both be meant."""
+    cpus = fields.get("cpus")
+    if cpus and options.get("--workers") is not None and fields["workers"] != len(cpus):
+        raise UsageError(
+            f"--workers={fields['workers']} contradicts --cpus={options['--cpus']}: "
+            f"--cpus sets one worker a CPU ({len(cpus)}); give one of the two"
+        )
+    _reachable_sources(fields)
+
+
+def _timestamps(options: Mapping[str, Any], fields: Dict[str, Any]) -> None:
+    """The mode that is meant: rewriting to 0 is stripping, and a TSval is nothing without rewriting."""
+    mode, spoof = fields.get("timestamps"), bool(options.get("--spoof-timestamps"))
+    if spoof and mode not in (None, "rewrite"):
+        raise UsageError(
+            f"--spoof-timestamps contradicts --timestamps={mode}: it means --timestamps=rewrite; give one of the two"
+        )
+    rewrite = spoof or mode == "rewrite"
+    if not rewrite and "static_timestamp" in fields:
+        raise UsageError(
+            f"--static-timestamp: given {options['--static-timestamp']!r}; "
+            "allowed: only with --timestamps=rewrite (or --spoof-timestamps)"
+        )
+    if rewrite:
+        fields["timestamps"] = "rewrite" if fields.get("static_timestamp") else "strip"
+
+
+def _reachable_sources(fields: Dict[str, Any]) -> None:
+    """Each literal target needs a source of its family, once sources are given at all."""
+    families = {":" in source for source in fields["sources"]}
+    for wanted in fields["targets"]:
+        if families and wanted.is_literal and (":" in wanted.host) not in families:
+            kind = "IPv6" if ":" in wanted.host else "IPv4"
+            given = ", ".join(fields["sources"])
+            raise UsageError(f"--source: given {given}; allowed: at least one {kind} address, to reach --target={wanted}")
+
+
+def _defaults(fields: Dict[str, Any]) -> None:
+    """Defaults that the machine decides."""
+    if fields.get("cpus"):
+        fields["workers"] = len(fields["cpus"])
+    elif "workers" not in fields:
+        fields["workers"] = len(os.sched_getaffinity(0))

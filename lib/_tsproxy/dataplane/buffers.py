@@ -1,0 +1,26 @@
+"""Relay buffers: taken when the kernel takes less than it was given, given back when it is gone."""
+
+from __future__ import annotations
+
+import mmap
+from typing import List
+
+_SPARE = 16
+
+
+class Buffers:
+    """A pool of equal buffers. An anonymous mapping each, so that one given up goes back to the kernel (mmap(2))."""
+
+    def __init__(self, size: int) -> None:
+        """`size` in bytes."""
+        self._size = size
+        self._spare: List[memoryview] = []
+
+    def take(self) -> memoryview:
+        """A buffer; its content is whatever was there."""
+        return self._spare.pop() if self._spare else memoryview(mmap.mmap(-1, self._size))
+
+    def give(self, buffer: memoryview) -> None:
+        """Take a buffer back; beyond a few spare ones it is freed."""
+        if len(self._spare) < _SPARE:
+            self._spare.append(buffer)

@@ -1,0 +1,116 @@
+"""What all connections of one worker share: its buffer, poller, timers, counters, records and rules.
+
+One thread owns it. Relays and halves work on it; it does nothing by itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+import socket
+import time
+from collections import defaultdict
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+from _tsproxy.dataplane.buffers import Buffers
+from _tsproxy.dataplane.gate import Gate
+from _tsproxy.dataplane.poller import Poller
+from _tsproxy.dataplane.timers import Timers
+from _tsproxy.host.addresses import Address
+from _tsproxy.host.sockets import Tuning
+from _tsproxy.telemetry.counters import Counter
+from _tsproxy.telemetry.records import Notice, RecordWriter
+
+_COMPLAINT_NS = 1_000_000_000
+
+
+class Rules(NamedTuple):
+    """The part of the configuration that a connection needs; times in nanoseconds, 0 is off."""
+
+    tuning: Tuning
+    connect_timeout_ns: int
+    idle_timeout_ns: int
+    half_close_timeout_ns: int
+    log_connections: bool
+    log_debug: bool
+
+
+class Workbench:
+    """See the module. `handlers` maps a descriptor to what takes its events; `woke` is when this turn's events came."""
+
+    def __init__(
+        self,
+        index: int,
+        rules: Rules,
+        gate: Gate,
+        counters: memoryview,
+        records: RecordWriter,
+        sources: Sequence[Address],
+        buffer_size: int,
+    ) -> None:
+        self.index, self.rules, self.gate = index, rules, gate
+        self.counters, self.records = counters, records
+        self.buffers = Buffers(buffer_size)
+        self.buffer = self.buffers.take()
+        self.poller = Poller()
+        self.timers = Timers()
+        self.handlers: Dict[int, Any] = {}
+        self.relays: Dict[int, Any] = {}  # connection id -> relay, all that are alive
+        self.woke = time.monotonic_ns()
+        self._sources = _by_family(sources)
+        self._buried: List[socket.socket] = []
+        self._complained: Dict[str, int] = defaultdict(lambda: -_COMPLAINT_NS)
+
+    def watch(self, fd: int, events: int, handler: Any) -> None:
+        """Begin to hand the descriptor's events to `handler`."""
+        self.poller.register(fd, events)
+        self.handlers[fd] = handler
+
+    def bury(self, sock: socket.socket) -> None:
+        """Stop watching a socket now and close it at the end of the turn: its number must not come back within it."""
+        if self.handlers.pop(sock.fileno(), None) is not None:
+            self.poller.unregister(sock.fileno())
+        self._buried.append(sock)
+
+    def close_buried(self) -> None:
+        """Close what was buried in this turn."""
+        for sock in self._buried:
+            sock.close()
+        self._buried.clear()
+
+    def swap_buffer(self) -> memoryview:
+        """The buffer with the bytes just received, for a half to keep; the worker goes on with another."""
+        kept, self.buffer = self.buffer, self.buffers.take()
+        return kept
+
+    def sources(self, family: int) -> List[Optional[Address]]:
+        """The local addresses to try for one connect, each once, beginning one further each time; [None] if any will do."""
+        if family not in self._sources:
+            return [None]
+        ring, count = self._sources[family]
+        tries: List[Optional[Address]] = list(itertools.islice(ring, count + 1))
+        return tries[:count]
+
+    def count(self, counter: Counter, by: int = 1) -> None:
+        """Add to one of this worker's counters."""
+        self.counters[counter] += by
+
+    def complain(self, level: str, about: str, message: str) -> None:
+        """Say something in the log, about the same thing once a second at most."""
+        now = time.monotonic_ns()
+        if now - self._complained[about] >= _COMPLAINT_NS:
+            self._complained[about] = now
+            self.records.put(Notice(self.index, time.time_ns(), level, message))
+
+    def close(self) -> None:
+        """Close what is buried and the poller."""
+        self.close_buried()
+        self.poller.close()
+
+
+def _by_family(sources: Sequence[Address]) -> Dict[int, Tuple[Iterator[Address], int]]:
+    families = {source.family for source in sources}
+    return {family: _ring([source for source in sources if source.family == family]) for family in families}
+
+
+def _ring(sources: List[Address]) -> Tuple[Iterator[Address], int]:
+    return itertools.cycle(sources), len(sources)

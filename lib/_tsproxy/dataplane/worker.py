@@ -1,0 +1,108 @@
+"""A worker: one thread's loop over the descriptors of its connections.
+
+Knows its inbox and its workbench. Knows nothing of other workers, of accepting, or of how it was started: plain
+numbers and shared memory go in, records and counters come out.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from typing import Any
+
+from _tsproxy.dataplane.inbox import ACCEPTED, DRAIN, DRIFTED_ALL, DRIFTED_CONNECTING, KILL, Consumer, Entry
+from _tsproxy.dataplane.poller import READ, READABLE
+from _tsproxy.dataplane.relay import Relay
+from _tsproxy.dataplane.workbench import Workbench
+from _tsproxy.telemetry.counters import Counter
+from _tsproxy.telemetry.endings import Ending
+
+_BATCH = 256
+
+
+class Worker:
+    """Runs until it was told to drain and its last connection has ended, or was told to end now."""
+
+    def __init__(self, bench: Workbench, inbox: Consumer, busy_poll_us: int = 0) -> None:
+        """With `busy_poll_us` the loop spins that long after the last event before it sleeps."""
+        self._bench, self._inbox = bench, inbox
+        self._spin_ns = busy_poll_us * 1000
+        self._draining = False
+        bench.watch(inbox.fileno, READ, self)
+
+    def run(self) -> None:
+        """The loop. What raises in a connection's handler is a bug: that connection is closed, the others go on."""
+        bench = self._bench
+        wait, handlers, clock = bench.poller.wait, bench.handlers, time.monotonic_ns
+        last_event = clock()
+        while not (self._draining and not bench.relays):
+            spinning = bench.woke - last_event < self._spin_ns
+            events = wait(0 if spinning else self._patience_s(), _BATCH)
+            bench.woke = clock()
+            if events:
+                last_event = bench.woke
+            for fd, mask in events:
+                handler = handlers.get(fd)  # None: closed by an earlier event of this turn
+                try:
+                    if mask == READABLE and handler is not None:
+                        handler.readable()
+                    elif handler is not None:
+                        handler.ready(mask)
+                except Exception as bug:
+                    self._contain(handler, bug)
+            self._expire()
+            bench.close_buried()
+        bench.close()
+
+    def _patience_s(self) -> float:
+        """How long to sleep at most; -1 is for ever."""
+        due = self._bench.timers.next_ns()
+        return -1 if due is None else max(0, due - self._bench.woke) / 1e9
+
+    def _expire(self) -> None:
+        now = self._bench.woke
+        for relay in self._bench.timers.due(now):
+            try:
+                relay.on_deadline(now)
+            except Exception as bug:
+                self._contain(relay, bug)
+
+    def readable(self) -> None:
+        """The inbox has entries."""
+        for entry in self._inbox.take():
+            if entry.kind == ACCEPTED:
+                self._begin(entry)
+            else:
+                self._obey(entry.kind)
+
+    def ready(self, mask: int) -> None:
+        """Any other event of the inbox's descriptor: look, too."""
+        self.readable()
+
+    def _begin(self, entry: Entry) -> None:
+        relay = Relay(self._bench, entry)
+        try:
+            relay.start()
+        except Exception as bug:
+            self._contain(relay, bug)
+
+    def _obey(self, order: int) -> None:
+        """DRAIN: go when the last connection has ended. KILL: end them all now.
+
+        The policy has drifted: those that still connect end (a SYN sent again would leak), or all of them do.
+        """
+        self._draining = self._draining or order in (DRAIN, KILL)
+        for relay in list(self._bench.relays.values()):
+            if order == KILL:
+                relay.end(Ending.DRAIN)
+            elif order == DRIFTED_ALL or (order == DRIFTED_CONNECTING and relay.is_connecting):
+                relay.end(Ending.POLICY)
+
+    def _contain(self, handler: Any, bug: Exception) -> None:
+        """Say what happened, close that connection, and go on; a bug outside any connection ends the worker."""
+        self._bench.count(Counter.BUGS)
+        self._bench.complain("error", "bug", "".join(traceback.format_exception(type(bug), bug, bug.__traceback__)))
+        owner = getattr(handler, "owner", handler)
+        if not isinstance(owner, Relay):
+            raise bug
+        owner.end(Ending.BUG)

@@ -1,0 +1,17 @@
+"""Exit codes, and the exception that carries one with its message to main()."""
+
+from __future__ import annotations
+
+DRAINED = 0
+FAILED = 1
+USAGE = 2
+CANNOT_BIND = 69  # EX_UNAVAILABLE of sysexits.h
+POLICY = 78  # EX_CONFIG
+
+
+class Exit(Exception):
+    """End with `code`, after `message` on standard error."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code

@@ -1,0 +1,60 @@
+"""One TCP address, as text for people, as a sockaddr for the kernel, as 24 bytes between workers."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import NamedTuple, Tuple, Union
+
+SockAddr = Union[Tuple[str, int], Tuple[str, int, int, int]]
+
+_PACKED = struct.Struct("=HHI16s")  # family, port, scope id, address
+PACKED_SIZE = _PACKED.size
+_MAPPED = b"\0" * 10 + b"\xff\xff"  # RFC 4291, section 2.5.5.2: an IPv4 client of an IPv6 listener
+
+
+class Address(NamedTuple):
+    """An IPv4 or IPv6 address and port. `ip` is bare: no brackets, no zone."""
+
+    family: int
+    ip: str
+    port: int
+    scope: int = 0
+
+    @property
+    def sockaddr(self) -> SockAddr:
+        """What bind(2) and connect(2) take, in Python's form."""
+        if self.family == socket.AF_INET6:
+            return (self.ip, self.port, 0, self.scope)
+        return (self.ip, self.port)
+
+    def __str__(self) -> str:
+        return f"[{self.ip}]:{self.port}" if self.family == socket.AF_INET6 else f"{self.ip}:{self.port}"
+
+
+def from_sockaddr(family: int, sockaddr: SockAddr) -> Address:
+    """The Address in what accept(2) or getaddrinfo(3) returned; an IPv4-mapped one as IPv4."""
+    return unpack(pack(family, sockaddr))
+
+
+def pack(family: int, sockaddr: SockAddr) -> bytes:
+    """24 bytes that unpack() turns back; a zone name in the address ("fe80::1%eth0") is dropped for its number."""
+    ip, port = sockaddr[0], sockaddr[1]
+    if family == socket.AF_INET:
+        return _PACKED.pack(family, port, 0, socket.inet_aton(ip))
+    raw = socket.inet_pton(socket.AF_INET6, ip.partition("%")[0])
+    if raw.startswith(_MAPPED):
+        return _PACKED.pack(socket.AF_INET, port, 0, raw[12:])
+    return _PACKED.pack(family, port, sockaddr[3] if len(sockaddr) == 4 else 0, raw)
+
+
+def unpack(packed: bytes) -> Address:
+    """The Address in 24 bytes from pack()."""
+    family, port, scope, raw = _PACKED.unpack(packed)
+    return Address(family, socket.inet_ntop(family, raw if family == socket.AF_INET6 else raw[:4]), port, scope)
+
+
+def raw_ip(packed: bytes) -> Tuple[int, int]:
+    """(family, address as a number) of a packed address: what an access list compares."""
+    family, _, _, raw = _PACKED.unpack(packed)
+    return family, int.from_bytes(raw if family == socket.AF_INET6 else raw[:4], "big")

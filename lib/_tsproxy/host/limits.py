@@ -1,0 +1,30 @@
+"""Descriptors: as many as the connections need, or a clear no before the first one."""
+
+from __future__ import annotations
+
+import resource
+
+_OTHER = 64  # listeners, logs, the resolver, Python's own
+
+
+def raise_nofile(wanted: int) -> int:
+    """Raise RLIMIT_NOFILE to `wanted`, hard limit included where that is allowed; the soft limit then in force."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if soft == unlimited or soft >= wanted:
+        return wanted if soft == unlimited else soft
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, wanted if hard != unlimited and hard < wanted else hard))
+    except (ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def descriptors_for(connections: int, workers: int) -> int:
+    """Two sockets a connection, and some for everything else."""
+    return 2 * connections + 8 * workers + _OTHER
+
+
+def connections_within(descriptors: int, workers: int) -> int:
+    """How many connections so many descriptors are enough for."""
+    return max(0, (descriptors - 8 * workers - _OTHER) // 2)

@@ -1,0 +1,126 @@
+"""Sockets as tsproxy wants them: options set, effects read back, a reset when one is meant."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import NamedTuple, Optional
+
+from _tsproxy.host import linux
+from _tsproxy.host.addresses import Address
+
+# SO_PRIORITY of each upstream socket: nftables knows tsproxy's connections by it ("meta priority 0:4"). No privilege
+# needed, not on the wire; TC_PRIO_INTERACTIVE_BULK (include/uapi/linux/pkt_sched.h), which no ordinary program's TOS
+# maps to, and which pfifo_fast and fq put in the same band as untagged traffic: the tag changes nothing else.
+TAG = 4
+_LINGER_ZERO = struct.pack("ii", 1, 0)
+_KEEPALIVE_PROBES = 3
+
+
+class TcpInfo(NamedTuple):
+    """The part of struct tcp_info (include/uapi/linux/tcp.h) that tsproxy reports."""
+
+    timestamps: bool  # TSopt was negotiated; says nothing of what the SYN offered
+    rtt_us: int
+    retransmits: int
+
+
+def tcp_info(sock: socket.socket) -> TcpInfo:
+    """TCP_INFO of an established (or since closed) connection. While SYN_SENT the options read 0."""
+    raw = sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, 104)
+    return TcpInfo(bool(raw[5] & linux.TCPI_OPT_TIMESTAMPS), *struct.unpack_from("=I28xI", raw, 68))
+
+
+def has_timestamps(sock: socket.socket) -> bool:
+    """Whether this connection negotiated TSopt: TCP_INFO's option byte alone, the cheapest read."""
+    return bool(sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, 8)[5] & linux.TCPI_OPT_TIMESTAMPS)
+
+
+def counts_microseconds(sock: socket.socket) -> bool:
+    """Whether this connection's timestamps would count microseconds (a route's feature, TCPI_OPT_USEC_TS)."""
+    return bool(sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, 8)[5] & linux.TCPI_OPT_USEC_TS)
+
+
+class Tuning(NamedTuple):
+    """What each connection gets, downstream and upstream alike. 0 leaves the kernel's own setting."""
+
+    keepalive_s: int = 0
+    user_timeout_ms: int = 0
+
+    def apply(self, sock: socket.socket) -> None:
+        """Set the options that a connection keeps. On a listener they are inherited by what it accepts (tcp(7))."""
+        tcp = socket.IPPROTO_TCP
+        # A small order must not wait for the previous one's ACK.
+        sock.setsockopt(tcp, socket.TCP_NODELAY, 1)
+        if self.keepalive_s:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.setsockopt(tcp, socket.TCP_KEEPIDLE, self.keepalive_s)
+            sock.setsockopt(tcp, socket.TCP_KEEPINTVL, max(1, self.keepalive_s // _KEEPALIVE_PROBES))
+            sock.setsockopt(tcp, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
+        if self.user_timeout_ms:
+            sock.setsockopt(tcp, linux.TCP_USER_TIMEOUT, self.user_timeout_ms)
+
+
+def acknowledge_at_once(sock: socket.socket) -> None:
+    """Leave delayed-ACK mode now (TCP_QUICKACK, tcp(7)); the kernel may enter it again later."""
+    sock.setsockopt(socket.IPPROTO_TCP, linux.TCP_QUICKACK, 1)
+
+
+def reset_on_close(sock: socket.socket) -> None:
+    """close(2) will send RST, not FIN, and drop what is unsent (SO_LINGER with a time of 0, socket(7))."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_ZERO)
+
+
+def save_syns(sock: socket.socket) -> None:
+    """Let this listener keep each client's SYN for saved_syn() (TCP_SAVE_SYN, include/uapi/linux/tcp.h)."""
+    sock.setsockopt(socket.IPPROTO_TCP, linux.TCP_SAVE_SYN, 1)
+
+
+def saved_syn(sock: socket.socket) -> bytes:
+    """IP and TCP header of the SYN that made this accepted connection; b"" if read before, or made from a SYN cookie."""
+    return sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_SAVED_SYN, 256)
+
+
+def timestamp_clock(sock: socket.socket) -> int:
+    """The clock that TSval would be taken from, in ms modulo 2**32, this connection's offset included (TCP_TIMESTAMP)."""
+    return sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_TIMESTAMP) & 0xFFFFFFFF
+
+
+def listener(address: Address, backlog: int, tuning: Tuning, reuse_port: bool = False) -> socket.socket:
+    """A bound, listening, non-blocking socket. OSError as bind(2) and listen(2) give it."""
+    sock = socket.socket(address.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        # A restart must not wait for the TIME_WAIT sockets of the run before.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        tuning.apply(sock)
+        sock.bind(address.sockaddr)
+        sock.listen(backlog)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def dial(family: int, tuning: Tuning, source: Optional[Address]) -> socket.socket:
+    """An unconnected, non-blocking upstream socket with the tag, bound to `source` if one is given. OSError as it comes."""
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, TAG)
+        tuning.apply(sock)
+        if source is not None:
+            # The port is chosen at connect(), by the 4-tuple; bind() would reserve one for all targets.
+            sock.setsockopt(socket.IPPROTO_IP, linux.IP_BIND_ADDRESS_NO_PORT, 1)
+            sock.bind(source._replace(port=0).sockaddr)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def adopt(fd: int, family: int) -> socket.socket:
+    """A non-blocking socket object around an accepted descriptor, which it then owns."""
+    sock = socket.socket(family, socket.SOCK_STREAM, 0, fileno=fd)
+    sock.setblocking(False)
+    return sock

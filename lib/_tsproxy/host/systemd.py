@@ -1,0 +1,93 @@
+"""What systemd asks of a service: inherited listeners (sd_listen_fds(3)) and state messages (sd_notify(3)).
+
+Without systemd around, all of it does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from typing import Dict, List, Mapping, NamedTuple, Optional
+
+_FIRST_FD = 3
+_MOST_FDS = 1024
+
+
+class BadHandover(ValueError):
+    """LISTEN_FDS and its kin can't be taken; the text says what was given and what is allowed."""
+
+
+class Inherited(NamedTuple):
+    """A listening socket that was handed to this process, and the name it was given (LISTEN_FDNAMES) or ""."""
+
+    fd: int
+    name: str
+
+
+def inherited(environment: Mapping[str, str], pid: int) -> List[Inherited]:
+    """The descriptors that were handed over; [] if they are not for this process. BadHandover if the words make no sense."""
+    if "LISTEN_FDS" not in environment or environment.get("LISTEN_PID") != str(pid):
+        return []
+    given = environment["LISTEN_FDS"]
+    if not (given.isascii() and given.isdigit()) or not 1 <= int(given[:6]) <= _MOST_FDS:
+        raise BadHandover(f"LISTEN_FDS: given {given!r}; allowed: a number from 1 to {_MOST_FDS}")
+    count, names = int(given), environment.get("LISTEN_FDNAMES", "").split(":")
+    return [Inherited(_FIRST_FD + number, names[number] if number < len(names) else "") for number in range(count)]
+
+
+def take(handed: Inherited) -> socket.socket:
+    """The listener as a non-blocking, close-on-exec socket. BadHandover if it is not a listening TCP socket."""
+    try:
+        if not stat.S_ISSOCK(os.fstat(handed.fd).st_mode):
+            raise BadHandover(f"LISTEN_FDS: descriptor {handed.fd} is no socket; allowed: a listening TCP socket")
+        sock = socket.socket(fileno=handed.fd)
+        listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise BadHandover(f"LISTEN_FDS: descriptor {handed.fd}: {error.strerror}; allowed: a listening TCP socket") from None
+    if not listening or sock.type != socket.SOCK_STREAM or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        raise BadHandover(f"LISTEN_FDS: descriptor {handed.fd} does not listen for TCP; allowed: a listening TCP socket")
+    sock.setblocking(False)
+    sock.set_inheritable(False)
+    return sock
+
+
+class Notifier:
+    """Sends state messages to the service manager; says nothing where NOTIFY_SOCKET is not set, and never blocks."""
+
+    def __init__(self, environment: Mapping[str, str], pid: int) -> None:
+        path = environment.get("NOTIFY_SOCKET", "")
+        self._address = "\0" + path[1:] if path.startswith("@") else path
+        self._socket: Optional[socket.socket] = None
+        if path.startswith(("/", "@")):
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self.watchdog_s = _watchdog_s(environment, pid) if self._socket else 0.0
+
+    def say(self, **state: object) -> None:
+        """One message, e.g. READY=1 and STATUS="relaying". A manager that does not listen costs just that message."""
+        if self._socket is None:
+            return
+        text = "\n".join(f"{name}={value}" for name, value in state.items())
+        try:
+            self._socket.sendto(text.encode("utf-8", "backslashreplace"), self._address)
+        except OSError:
+            pass  # the manager is gone or busy: relaying goes on
+
+    def close(self) -> None:
+        """Close the socket, if there is one."""
+        if self._socket is not None:
+            self._socket.close()
+
+
+def _watchdog_s(environment: Mapping[str, str], pid: int) -> float:
+    """How often WATCHDOG=1 is due: half of what the manager waits for (sd_watchdog_enabled(3)); 0 if it does not."""
+    wanted = environment.get("WATCHDOG_USEC", "")
+    if not (wanted.isascii() and wanted.isdigit()) or environment.get("WATCHDOG_PID", str(pid)) != str(pid):
+        return 0.0
+    return min(int(wanted[:15]), 3_600_000_000) / 2e6
+
+
+def without_handover(environment: Mapping[str, str]) -> Dict[str, str]:
+    """The environment for what this process starts: the descriptors and the watchdog were meant for us alone."""
+    ours = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+    return {name: value for name, value in environment.items() if name not in ours}

@@ -1,0 +1,1 @@
+"""The main thread: bind, accept, hand over, resolve, drain. Relays nothing itself."""

@@ -1,0 +1,123 @@
+"""Accepting: one client a time, checked for room and right, handed to a worker with the addresses to try.
+
+Knows the listener, the limits and the crew. Knows nothing of what becomes of a connection. When the host or the
+workers have no room it pauses by the clock; it never spins (compare trio's _highlevel_serve_listeners.py).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import time
+from typing import Callable, Optional
+
+from _tsproxy.config import Config
+from _tsproxy.dataplane.inbox import ACCEPTED, Entry
+from _tsproxy.host import linux, sockets
+from _tsproxy.host.addresses import pack, raw_ip
+from _tsproxy.runtime import Crew
+from _tsproxy.telemetry import metrics
+from _tsproxy.telemetry.counters import ACCEPTOR_ROW, Counter, Ledger
+from _tsproxy.timestamps import syn
+
+_PAUSE_S = 0.1
+_LOOK_AGAIN_S = 0.005  # how soon a freed place is noticed under --on-full=queue
+_COMPLAINT_S = 1.0
+
+# accept(2): "treat these errors like EAGAIN by retrying": they are the new connection's, not the listener's.
+_THEIRS = linux.PEER_GONE | linux.RETRY | {errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.EPERM}
+
+
+class Acceptor:
+    """Turns the clients of listening sockets into inbox entries. The main loop calls it; it has no thread of its own."""
+
+    def __init__(
+        self,
+        config: Config,
+        crew: Crew,
+        ledger: Ledger,
+        upstreams: Callable[[], bytes],
+        complain: Callable[[str], None],
+    ) -> None:
+        """`upstreams` gives the packed addresses to try; `complain` takes the text of an error line."""
+        self._config, self._crew, self._ledger = config, crew, ledger
+        self._upstreams, self._complain = upstreams, complain
+        self._counters = ledger.rows[ACCEPTOR_ROW]
+        self._allowed = [(net.version, int(net.network_address), int(net.netmask)) for net in config.allow]
+        self._resume_at = 0.0
+        self._complained_at = -_COMPLAINT_S
+        self._connection_id = 0
+
+    @property
+    def pause_s(self) -> float:
+        """How long accepting must rest from now on: 0 while there is room."""
+        if self._config.on_full == "queue" and self._is_full():
+            return _LOOK_AGAIN_S
+        return max(0.0, self._resume_at - time.monotonic())
+
+    def _is_full(self) -> bool:
+        return metrics.active(self._ledger) >= self._config.max_connections
+
+    def accept(self, listener: socket.socket) -> bool:
+        """Take one client, if there is one; False if there was none to take."""
+        try:
+            client, sockaddr = listener.accept()
+        except OSError as error:
+            self._refused(error)
+            return False
+        accepted_ns = time.monotonic_ns()
+        packed = pack(client.family, sockaddr)
+        if self._allowed and not self._may_enter(packed):
+            self._turn_away(client, Counter.DENIED)
+        elif self._is_full():
+            self._turn_away(client, Counter.OVERFLOW)
+        else:
+            self._hand_over(client, packed, accepted_ns)
+        return True
+
+    def _may_enter(self, packed: bytes) -> bool:
+        family, number = raw_ip(packed)
+        version = 6 if family == socket.AF_INET6 else 4
+        return any(version == of and number & mask == net for of, net, mask in self._allowed)
+
+    def _turn_away(self, client: socket.socket, counter: Counter) -> None:
+        """Reset at once: the client must not think that anybody listens to it."""
+        self._counters[counter] += 1
+        sockets.reset_on_close(client)
+        client.close()
+
+    def _hand_over(self, client: socket.socket, packed: bytes, accepted_ns: int) -> None:
+        """Give the descriptor away; if no worker takes it, the client is reset and accepting rests."""
+        self._connection_id += 1
+        self._counters[Counter.ACCEPTED] += 1
+        tsval = _offered_tsval(client)
+        fd = client.detach()
+        entry = Entry(ACCEPTED, fd, self._connection_id, accepted_ns, tsval, packed, self._upstreams())
+        if not self._crew.hand(entry):
+            self._counters[Counter.ACCEPTED] -= 1
+            self._turn_away(socket.socket(fileno=fd), Counter.OVERFLOW)
+            self._rest("no worker takes connections: their inboxes are full")
+
+    def _refused(self, error: OSError) -> None:
+        """No client: the peer's doing, the host's lack of room, or something that only a person can mend."""
+        if error.errno in _THEIRS:
+            return
+        room = " (raise LimitNOFILE)" if error.errno in linux.CAPACITY else ""
+        self._rest(f"accept: {os.strerror(error.errno or 0)}{room}; trying again every {_PAUSE_S:g} s")
+
+    def _rest(self, why: str) -> None:
+        now = time.monotonic()
+        self._resume_at = now + _PAUSE_S
+        if now - self._complained_at >= _COMPLAINT_S:
+            self._complained_at = now
+            self._complain(why)
+
+
+def _offered_tsval(client: socket.socket) -> Optional[int]:
+    """The TSval in the client's own SYN; None if it offered none, or if the kernel has not kept the SYN (SYN cookies)."""
+    try:
+        saved = sockets.saved_syn(client)
+        return syn.parse(saved).tsval if saved else None
+    except (OSError, syn.Malformed):
+        return None  # reset already, or headers that we can't read: not worth refusing a client for

@@ -1,0 +1,93 @@
+"""Targets into addresses, off the loops: at the start, again when connecting fails, and every half minute.
+
+Knows names and getaddrinfo(3). A name that can't be resolved any more keeps its last good answer, and that is said.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from typing import Callable, Dict, List, Sequence, Tuple
+
+from _tsproxy.config import Target
+from _tsproxy.dataplane.inbox import MOST_UPSTREAMS
+from _tsproxy.host.addresses import Address, from_sockaddr, pack
+
+_INTERVAL_S = 30.0
+_LOOK_S = 1.0
+Say = Callable[[str, str, str], None]  # event, level, message
+
+
+class Resolver:
+    """The upstream addresses to try, in order. `packed` is replaced as a whole, so any thread may read it at any time."""
+
+    def __init__(self, targets: Sequence[Target], families: Sequence[int] = ()) -> None:
+        """`families` limits the answers to address families that can be used (those of --source); empty is all."""
+        self._targets = targets
+        self._families = frozenset(families)
+        self._answers: Dict[Target, List[Address]] = {}
+        self._failures: Dict[Target, str] = {}
+        self.addresses: List[Address] = []
+        self.packed = b""
+
+    def resolve(self) -> None:
+        """Ask for all targets now; blocks as long as the resolver does."""
+        for target in self._targets:
+            try:
+                answer = self._usable(_lookup(target))
+            except (OSError, UnicodeError) as error:
+                self._failures[target] = getattr(error, "strerror", None) or str(error)
+            else:
+                self._answers[target] = answer
+                self._failures.pop(target, None)
+        self._publish()
+
+    def _usable(self, found: List[Address]) -> List[Address]:
+        usable = [address for address in found if not self._families or address.family in self._families]
+        if not usable:
+            raise OSError(0, "no address of a family that --source can reach")
+        return usable
+
+    def _publish(self) -> None:
+        found = [address for target in self._targets for address in self._answers.get(target, ())]
+        self.addresses = list(dict.fromkeys(found))[:MOST_UPSTREAMS]
+        self.packed = b"".join(pack(address.family, address.sockaddr) for address in self.addresses)
+
+    @property
+    def failures(self) -> List[Tuple[Target, str]]:
+        """Each target whose last look-up failed, with the reason."""
+        return list(self._failures.items())
+
+    def follow(self, connect_failures: Callable[[], int], say: Say) -> None:
+        """Keep the answers fresh from now on, in a thread of its own; nothing to do if all targets are addresses."""
+        if not all(target.is_literal for target in self._targets):
+            threading.Thread(target=self._follow, args=(connect_failures, say), name="resolver", daemon=True).start()
+
+    def _follow(self, connect_failures: Callable[[], int], say: Say) -> None:
+        seen, due = connect_failures(), time.monotonic() + _INTERVAL_S
+        while True:
+            time.sleep(_LOOK_S)
+            failed = connect_failures()
+            if failed != seen or time.monotonic() >= due:
+                seen, due = failed, time.monotonic() + _INTERVAL_S
+                self._refresh(say)
+
+    def _refresh(self, say: Say) -> None:
+        """Ask again, and say what is different."""
+        before, failures = self.addresses, dict(self._failures)
+        self.resolve()
+        for target, reason in self.failures:
+            if failures.get(target) != reason:
+                say("warning", "warning", f"can't resolve {target}: {reason}; the last answer stays in use")
+        for target in failures.keys() - self._failures.keys():
+            say("resolve", "info", f"{target} can be resolved again")
+        if self.addresses != before:
+            say("resolve", "info", f"upstream addresses are now {', '.join(map(str, self.addresses))}")
+
+
+def _lookup(target: Target) -> List[Address]:
+    host = f"{target.host}%{target.scope}" if target.scope else target.host
+    flags = socket.AI_NUMERICHOST if target.is_literal else 0
+    answers = socket.getaddrinfo(host, target.port, type=socket.SOCK_STREAM, flags=flags)
+    return [from_sockaddr(family, sockaddr) for family, _, _, _, sockaddr in answers]  # type: ignore[arg-type, unused-ignore]

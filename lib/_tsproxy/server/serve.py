@@ -1,0 +1,183 @@
+"""The relay command: the main thread's loop over listeners, signals, workers' ends and the clock, then the drain.
+
+Knows the order of these. Each of them is done elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import time
+from typing import List, Optional
+
+from _tsproxy import exits
+from _tsproxy.config import Config
+from _tsproxy.dataplane.inbox import DRAIN, DRIFTED_ALL, DRIFTED_CONNECTING, KILL
+from _tsproxy.host.systemd import Notifier
+from _tsproxy.runtime import Crew
+from _tsproxy.server import start_line, startup
+from _tsproxy.server.acceptor import Acceptor
+from _tsproxy.server.drift import DriftWatch
+from _tsproxy.server.signals import DRAINING, Signals
+from _tsproxy.server.startup import Ready
+from _tsproxy.server.watchdog import Watchdog
+from _tsproxy.telemetry import metrics
+from _tsproxy.telemetry.counters import Counter, Ledger
+from _tsproxy.telemetry.records import RecordPipe
+from _tsproxy.telemetry.reporter import Reporter
+from _tsproxy.timestamps import policy
+
+_END_NOW_S = 5.0
+_STDOUT = 1  # by number: sys.stdout is None when it was closed at the start
+
+
+def serve(config: Config) -> int:
+    """Relay until a signal ends it; the exit code. Exit with its code if it can't begin."""
+    return Server(startup.prepare(config, os.environ)).run()
+
+
+class Server:
+    """Owns the crew, the reporter and the listeners, from the `start` line to the `stop` line."""
+
+    def __init__(self, ready: Ready) -> None:
+        self._ready, self._config = ready, ready.plan.config
+        self._signals = Signals()
+        self._ledger = Ledger.create(self._config.workers)
+        pipe = RecordPipe.create()
+        self._crew = Crew(ready.plan, self._ledger, pipe.writer)
+        self._reporter = self._make_reporter(pipe)
+        self._acceptor = Acceptor(
+            self._config,
+            self._crew,
+            self._ledger,
+            lambda: ready.resolver.packed,
+            lambda why: self._say("error", "error", why),
+        )
+        self._notifier = Notifier(os.environ, os.getpid())
+        self._watchdog = Watchdog(self._notifier, self._crew)
+        self._drift = DriftWatch(ready.inspector, ready.plan.lever, self._on_drift, self._on_held)
+        self._selector = selectors.DefaultSelector()
+        self._started = time.monotonic()
+        self._ended_by: List[str] = []  # the signals that asked for the end, in order
+        self._died = False
+
+    def _make_reporter(self, pipe: RecordPipe) -> Reporter:
+        return Reporter(
+            _STDOUT,
+            self._ledger,
+            pipe,
+            level=self._config.log_level,
+            interval_s=self._config.metrics_interval_s,
+            witness_words=policy.WITNESS_WORDS,
+        )
+
+    def run(self) -> int:
+        """Start everything, accept until told to end, drain, say the last words; the exit code."""
+        self._reporter.start()
+        self._crew.start()
+        self._reporter.say("start", **start_line.fields(self._ready))
+        for target, reason in self._ready.resolver.failures:
+            self._say("warning", "warning", f"can't resolve {target}: {reason}; the other targets are in use")
+        self._ready.resolver.follow(lambda: self._ledger.total(Counter.CONNECT_FAIL), self._say)
+        self._selector.register(self._signals.fd, selectors.EVENT_READ)
+        self._selector.register(self._crew.gone.reader, selectors.EVENT_READ)
+        self._notifier.say(READY=1, STATUS="relaying")
+        self._accept_until_told()
+        return self._stop(self._drain())
+
+    def _accept_until_told(self) -> None:
+        """Accept, one client for each readiness; rest when there is no room; leave at a signal or a worker's death."""
+        listening = False
+        while not self._ended_by and not self._died:
+            pause = self._acceptor.pause_s
+            if listening == (pause > 0):
+                listening = not listening
+                self._listen(listening)
+            for key, _ in self._selector.select(self._patience_s(pause)):
+                if key.data is not None:
+                    self._acceptor.accept(key.data)
+                else:
+                    self._on_word(key.fd)
+            self._keep_time()
+
+    def _patience_s(self, pause: float) -> Optional[float]:
+        """How long to sleep: until accepting goes on, the policy is looked at again, or the watchdog is due."""
+        dues = (pause or None, self._drift.due_s, self._watchdog.due_s)
+        return min((due for due in dues if due is not None), default=None)
+
+    def _keep_time(self) -> None:
+        if self._drift.due_s == 0:
+            self._drift.look()
+        if self._watchdog.due_s == 0:
+            self._watchdog.tick(f"relaying {metrics.active(self._ledger)} connections")
+
+    def _listen(self, listening: bool) -> None:
+        for listener in self._ready.listeners:
+            if listening:
+                self._selector.register(listener, selectors.EVENT_READ, listener)
+            else:
+                self._selector.unregister(listener)
+
+    def _on_word(self, fd: int) -> None:
+        """A signal, or the end of a worker."""
+        if fd == self._signals.fd:
+            for number in self._signals.take():
+                if number in DRAINING:
+                    self._ended_by.append(number.name)
+                else:
+                    self._reporter.metrics_now()
+        elif self._crew.gone.collect() and not self._ended_by:
+            self._died = True
+            self._say("error", "error", "a worker died: draining what the others have, then ending")
+
+    def _on_drift(self, evidence: str) -> None:
+        """The policy does not hold any more: what would leak from now on ends, and people are told once."""
+        rewriting = self._config.timestamps == "rewrite"
+        self._crew.order(DRIFTED_ALL if rewriting else DRIFTED_CONNECTING)
+        self._say("timestamps_drift", "error", f"new connections are refused until it holds again: {evidence}")
+        self._notifier.say(STATUS="refusing connections: the timestamp policy does not hold")
+
+    def _on_held(self, evidence: str) -> None:
+        self._say("timestamps_drift", "info", f"the policy holds again: {evidence}")
+        self._notifier.say(STATUS="relaying")
+
+    def _drain(self) -> int:
+        """Close the listeners, let connections end; at the deadline or the next signal end them. How many were cut."""
+        self._notifier.say(STOPPING=1, STATUS="draining")
+        for listener in self._ready.listeners:
+            while self._acceptor.accept(listener):
+                pass  # these clients have connected already: to close the listener would reset them
+            if listener in self._selector.get_map():
+                self._selector.unregister(listener)
+            listener.close()
+        active = metrics.active(self._ledger)
+        self._reporter.say("drain", active_connections=active, drain_timeout_s=self._config.drain_timeout_s)
+        self._crew.order(DRAIN)
+        deadline = time.monotonic() + self._config.drain_timeout_s
+        while self._crew.alive and len(self._ended_by) < 2 and time.monotonic() < deadline:
+            for key, _ in self._selector.select(max(0.0, min(0.05, deadline - time.monotonic()))):
+                self._on_word(key.fd)
+            self._keep_time()
+        return self._kill()
+
+    def _kill(self) -> int:
+        left = metrics.active(self._ledger)
+        self._crew.order(KILL)
+        self._crew.wait(_END_NOW_S)
+        return left
+
+    def _stop(self, killed: int) -> int:
+        """The last lines, and the exit code."""
+        self._reporter.metrics_now()
+        self._reporter.say(
+            "stop",
+            reason="worker_died" if self._died else self._ended_by[0],
+            drained=killed == 0,
+            killed_connections=killed,
+            uptime_s=round(time.monotonic() - self._started, 3),
+        )
+        self._reporter.close()
+        return exits.FAILED if self._died else exits.DRAINED
+
+    def _say(self, event: str, level: str, message: str) -> None:
+        self._reporter.say(event, level, message=message)

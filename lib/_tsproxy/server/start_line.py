@@ -1,0 +1,69 @@
+"""The fields of the `start` line: what this process is, what it proved, and which knobs took effect."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any, Dict, List, Tuple
+
+import _tsproxy
+from _tsproxy.config import Config, compact
+from _tsproxy.host import wakeup
+from _tsproxy.host.addresses import from_sockaddr
+from _tsproxy.server.startup import Ready
+from _tsproxy.telemetry import encoder
+
+
+def fields(ready: Ready) -> Dict[str, Any]:
+    """Flat, but for lists of short texts."""
+    config = ready.plan.config
+    addresses = [from_sockaddr(listener.family, listener.getsockname()) for listener in ready.listeners]
+    return {
+        "version": _tsproxy.__version__,
+        "listen_address": addresses[0].ip,
+        "listen_port": addresses[0].port,
+        "listeners": [str(address) for address in addresses],
+        "targets": [str(target) for target in config.targets],
+        "upstream_addresses": [str(upstream) for upstream in ready.resolver.addresses],
+        "timestamps": config.timestamps,
+        "static_timestamp": config.static_timestamp,
+        "witness": ready.plan.lever.word,
+        "workers": config.workers,
+        "runtime": "threads",
+        "python": platform.python_version(),
+        "json_encoder": encoder.ENCODER,
+        "knobs": _knobs(config),
+        "limits": _limits(config, ready.nofile),
+    }
+
+
+def _knobs(config: Config) -> List[str]:
+    """What took effect, as name=value."""
+    values: Dict[str, object] = {
+        "wakeup": wakeup.KIND,
+        "tcp_nodelay": 1,
+        "tcp_quickack": 1,
+        "tcp_save_syn": 1,
+        "keepalive_s": config.keepalive_s,
+        "user_timeout_ms": config.user_timeout_ms,
+        "buffer_size": config.buffer_size,
+        "busy_poll_us": config.busy_poll_us,
+        "cpus": compact(config.cpus),
+        "sources": ",".join(config.sources),
+        "allow": ",".join(map(str, config.allow)),
+        "reuse_port": int(config.reuse_port),
+        "user": config.user,
+    }
+    return [f"{name}={value}" for name, value in values.items() if value]
+
+
+def _limits(config: Config, nofile: int) -> List[str]:
+    values: Tuple[Tuple[str, object], ...] = (
+        ("max_connections", config.max_connections),
+        ("on_full", config.on_full),
+        ("nofile", nofile),
+        ("connect_timeout_s", config.connect_timeout_s),
+        ("idle_timeout_s", config.idle_timeout_s),
+        ("half_close_timeout_s", config.half_close_timeout_s),
+        ("drain_timeout_s", config.drain_timeout_s),
+    )
+    return [f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in values]

@@ -1,0 +1,164 @@
+"""All that must be in place before the first client: names, policy, limits, listeners, the right user.
+
+Each step ends with its own exit code and one message when it can't be done. Order matters: the policy needs to know the
+address families, root is needed until the listeners are bound.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import pwd
+import socket
+from typing import List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+from _tsproxy import exits
+from _tsproxy.config import Config
+from _tsproxy.exits import Exit
+from _tsproxy.host import limits, privileges, sockets, systemd
+from _tsproxy.host.addresses import Address
+from _tsproxy.runtime import Plan, tuning_of
+from _tsproxy.server.resolver import Resolver
+from _tsproxy.timestamps import advice
+from _tsproxy.timestamps.policy import Inspector, Lever, Wanted
+
+_BACKLOG = 4096  # the kernel takes the smaller of this and net.core.somaxconn
+_HINTS = {
+    errno.EADDRINUSE: " (ss -ltnp shows by whom; --reuse-port shares a port)",
+    errno.EACCES: " (ports below 1024 need root; --user drops it after binding)",
+    errno.EADDRNOTAVAIL: " (--bind takes an address of this host)",
+}
+
+
+class Ready(NamedTuple):
+    """What a server starts with."""
+
+    plan: Plan
+    listeners: List[socket.socket]
+    resolver: Resolver
+    inspector: Inspector
+    nofile: int
+
+
+def prepare(config: Config, environment: Mapping[str, str]) -> Ready:
+    """Do all of it, and drop root at the end. Exit with its code and message if something is in the way."""
+    account = _account(config)
+    resolver = resolve(config)
+    inspector, lever = _require_policy(config, wanted_of(config, resolver))
+    nofile = _raise_limits(config)
+    sources = _require_sources(config)
+    listeners = _listeners(config, resolver, environment)
+    if account:
+        privileges.drop(account)
+    return Ready(Plan(config, sources, inspector.wanted, lever), listeners, resolver, inspector, nofile)
+
+
+def wanted_of(config: Config, resolver: Resolver) -> Wanted:
+    """The policy asked for, for the families of the targets' addresses."""
+    families = tuple(dict.fromkeys(address.family for address in resolver.addresses))
+    return Wanted(config.timestamps, config.static_timestamp, config.trust_host, families)
+
+
+def _require_policy(config: Config, wanted: Wanted) -> Tuple[Inspector, Lever]:
+    inspector = Inspector(wanted)
+    finding = inspector.look()
+    if finding.lever is None:
+        raise Exit(exits.POLICY, advice.unattainable(finding, wanted, [str(target) for target in config.targets]))
+    return inspector, finding.lever
+
+
+def _account(config: Config) -> Optional[pwd.struct_passwd]:
+    """Who to become after binding; None if nobody was named."""
+    if config.user is None:
+        return None
+    try:
+        account = privileges.account(config.user)
+    except KeyError:
+        raise Exit(exits.USAGE, f"--user: given {config.user!r}; allowed: a user of this host") from None
+    if os.geteuid() not in (0, account.pw_uid):
+        raise Exit(exits.USAGE, f"--user={config.user}: only root can become another user; start it as root or leave it out")
+    return account if os.geteuid() == 0 else None
+
+
+def _raise_limits(config: Config) -> int:
+    """The descriptor limit in force; a clear no if it is too low for what was asked."""
+    needed = limits.descriptors_for(config.max_connections, config.workers)
+    got = limits.raise_nofile(needed)
+    if got < needed:
+        room = limits.connections_within(got, config.workers)
+        raise Exit(
+            exits.USAGE,
+            f"--max-connections: given {config.max_connections}; allowed: up to {room} with this process's hard limit of "
+            f"{got} descriptors (raise it with ulimit -Hn {needed} or LimitNOFILE={needed})",
+        )
+    return got
+
+
+def _require_sources(config: Config) -> Tuple[Address, ...]:
+    """Each --source must be an address of this host: found out now, not with the first order."""
+    sources = _sources(config)
+    for source in sources:
+        if not _is_local(source):
+            raise Exit(exits.USAGE, f"--source: given {source.ip!r}; allowed: an address of this host (ip -brief address)")
+    return sources
+
+
+def _sources(config: Config) -> Tuple[Address, ...]:
+    return tuple(Address(_family(source), source, 0) for source in config.sources)
+
+
+def _family(ip: str) -> int:
+    return socket.AF_INET6 if ":" in ip else socket.AF_INET
+
+
+def resolve(config: Config) -> Resolver:
+    """The targets' addresses; a target that can't be resolved is an error only if no other can be."""
+    resolver = Resolver(config.targets, [source.family for source in _sources(config)])
+    resolver.resolve()
+    if not resolver.addresses:
+        target, reason = resolver.failures[0]
+        raise Exit(exits.USAGE, f"--target: given '{target}'; can't be resolved: {reason}")
+    return resolver
+
+
+def _listeners(config: Config, resolver: Resolver, environment: Mapping[str, str]) -> List[socket.socket]:
+    """The listeners that were handed over, or one of our own."""
+    try:
+        listeners = [systemd.take(handed) for handed in systemd.inherited(environment, os.getpid())]
+    except systemd.BadHandover as problem:
+        raise Exit(exits.USAGE, str(problem)) from None
+    if listeners and config.listen_options:
+        raise Exit(exits.USAGE, f"{config.listen_options[0]}: given with LISTEN_FDS; allowed: only without inherited listeners")
+    for listener in listeners:
+        tuning_of(config).apply(listener)
+    listeners = listeners or [_own_listener(config, resolver.addresses)]
+    for listener in listeners:
+        sockets.save_syns(listener)
+    return listeners
+
+
+def _own_listener(config: Config, upstreams: Sequence[Address]) -> socket.socket:
+    address = Address(_family(config.bind), config.bind, config.port)
+    _refuse_loop(address, upstreams)
+    try:
+        return sockets.listener(address, _BACKLOG, tuning_of(config), config.reuse_port)
+    except OSError as error:
+        hint = _HINTS.get(error.errno or 0, "")
+        raise Exit(exits.CANNOT_BIND, f"can't listen on {address}: {error.strerror}{hint}") from None
+
+
+def _refuse_loop(listening: Address, upstreams: Sequence[Address]) -> None:
+    """A proxy that is its own target would connect to itself until it has no room left."""
+    for upstream in upstreams:
+        same = upstream.ip == listening.ip or (listening.ip in ("0.0.0.0", "::") and _is_local(upstream))
+        if listening.port == upstream.port and same:
+            raise Exit(exits.USAGE, f"--target: given {str(upstream)!r}; allowed: any address but tsproxy's own")
+
+
+def _is_local(address: Address) -> bool:
+    with socket.socket(address.family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind(address._replace(port=0).sockaddr)
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,92 @@
+"""Fields into one JSON line: orjson where it can be had, `json` with the same bytes where not.
+
+A line is at most 4,096 bytes, a pipe's atomic write (PIPE_BUF, pipe(7)), so two writers never mix their lines.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timezone
+from typing import Any, Dict
+
+try:
+    import orjson
+except ImportError:
+    orjson = None  # type: ignore[assignment, unused-ignore]
+
+Fields = Dict[str, Any]
+
+ENCODER = "orjson" if orjson is not None else "json"
+MOST = 4096
+_MARK = "..."
+_SHORT = 2 * len(_MARK)  # texts up to this length only grow by a cut
+
+
+def with_json(fields: Fields) -> bytes:
+    """Compact UTF-8 JSON, as orjson writes it, by the standard library."""
+    return json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def with_orjson(fields: Fields) -> bytes:
+    """Compact UTF-8 JSON by orjson; only where ENCODER says so."""
+    try:
+        return orjson.dumps(fields)
+    except TypeError:
+        return with_json(fields)  # a sum beyond 64 bits
+
+
+def _dumps(fields: Fields) -> bytes:
+    return with_json(fields) if orjson is None else with_orjson(fields)
+
+
+def rfc3339(at_ns: int) -> str:
+    """UTC with six digits and Z, from nanoseconds of CLOCK_REALTIME."""
+    seconds, rest = divmod(at_ns, 1_000_000_000)
+    at = datetime.fromtimestamp(seconds, timezone.utc)
+    return f"{at:%Y-%m-%dT%H:%M:%S}.{rest // 1000:06d}Z"
+
+
+def line(fields: Fields) -> bytes:
+    """One line with its newline, at most 4,096 bytes: the longest texts and lists are cut until it fits.
+
+    Where there is nothing left to cut, the last fields are left out.
+    """
+    fields = {name: _sound(value) for name, value in fields.items()}
+    encoded = _dumps(fields)
+    while len(encoded) >= MOST:
+        fields = _shorter(fields)
+        encoded = _dumps(fields)
+    return encoded + b"\n"
+
+
+def _sound(value: Any) -> Any:
+    """No lone surrogates (a name or path that is no UTF-8): orjson refuses them, json writes bytes that are no UTF-8."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode()
+    return [_sound(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _shorter(fields: Fields) -> Fields:
+    """The same fields with the longest text or list cut to half, and a mark at the cut; one field less if all are short."""
+    longest = max(fields, key=lambda name: _to_cut(fields[name]))
+    if _to_cut(fields[longest]):
+        return {**fields, longest: _cut(fields[longest])}
+    return dict(list(fields.items())[:-1])
+
+
+def _to_cut(value: Any) -> int:
+    """How many bytes a value takes, if cutting would make it shorter; else 0."""
+    if isinstance(value, str):
+        return len(_dumps({"": value})) if len(value) > _SHORT else 0
+    if isinstance(value, list) and (len(value) > 2 or any(map(_to_cut, value))):
+        return len(_dumps({"": value}))
+    return 0
+
+
+def _cut(value: Any) -> Any:
+    """Half of a text; half of a list's items, or shorter ones where there are two at most."""
+    if isinstance(value, str):
+        return value[: len(value) // 2] + _MARK
+    if len(value) > 2:
+        return [*value[: len(value) // 2], _MARK]
+    return [_cut(item) if _to_cut(item) else item for item in value]

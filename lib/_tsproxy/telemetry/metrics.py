@@ -1,0 +1,56 @@
+"""The `metrics` line: the ledger's rows under Envoy's names. Only reads; whoever writes the line keeps the interval."""
+
+from __future__ import annotations
+
+from typing import Dict
+
+from _tsproxy.telemetry import counters, histogram
+from _tsproxy.telemetry.counters import Counter, Ledger
+
+_PLAIN = {
+    "downstream_cx_total": Counter.ACCEPTED,
+    "downstream_cx_overflow": Counter.OVERFLOW,
+    "downstream_cx_denied": Counter.DENIED,
+    "downstream_cx_rx_bytes_total": Counter.RECEIVED_DOWNSTREAM,
+    "upstream_cx_total": Counter.CONNECTS,
+    "upstream_cx_rx_bytes_total": Counter.RECEIVED_UPSTREAM,
+    "upstream_cx_connect_fail": Counter.CONNECT_FAIL,
+    "upstream_cx_connect_timeout": Counter.CONNECT_TIMEOUT,
+    "downstream_cx_timestamps_total": Counter.DOWNSTREAM_TIMESTAMPS,
+    "upstream_cx_timestamps_total": Counter.UPSTREAM_TIMESTAMPS,
+    "upstream_cx_policy_refused_total": Counter.POLICY_REFUSED,
+    "downstream_flow_control_paused_reading_total": Counter.PAUSED_DOWNSTREAM,
+    "upstream_flow_control_paused_reading_total": Counter.PAUSED_UPSTREAM,
+    "cx_reset_by_peer_total": Counter.RESET_BY_PEER,
+    "idle_timeout_total": Counter.IDLE_TIMEOUT,
+    "internal_errors_total": Counter.BUGS,
+    "log_lines_dropped_total": Counter.LINES_DROPPED,
+    "worker_restarts_total": Counter.WORKER_RESTARTS,
+}
+
+
+def totals(ledger: Ledger) -> Dict[str, int]:
+    """Each counter since the start, and the two gauges derived from pairs of them."""
+    total = ledger.total
+    # Withheld before received: a relay between two of these reads can only make "sent" look smaller than it is.
+    withheld_up, withheld_down = total(Counter.WITHHELD_UPSTREAM), total(Counter.WITHHELD_DOWNSTREAM)
+    fields = {name: total(counter) for name, counter in _PLAIN.items()}
+    fields["downstream_cx_tx_bytes_total"] = fields["upstream_cx_rx_bytes_total"] - withheld_up
+    fields["upstream_cx_tx_bytes_total"] = fields["downstream_cx_rx_bytes_total"] - withheld_down
+    fields["downstream_cx_active"] = active(ledger)
+    fields["upstream_cx_active"] = total(Counter.CONNECTS) - total(Counter.CONNECTS_ENDED)
+    return fields
+
+
+def active(ledger: Ledger) -> int:
+    """Client connections now."""
+    ended = ledger.total(Counter.ENDED)
+    return ledger.total(Counter.ACCEPTED) - ended
+
+
+def latencies(ledger: Ledger) -> Dict[str, object]:
+    """Both histograms' fields."""
+    return {
+        **histogram.summary("connect_us", ledger.histogram(counters.CONNECT)),
+        **histogram.summary("relay_us", ledger.histogram(counters.RELAY)),
+    }

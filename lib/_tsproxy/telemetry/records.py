@@ -1,0 +1,174 @@
+"""What a worker tells the reporter, as bytes in a pipe: one frame, one write, never a wait.
+
+A frame is at most PIPE_BUF (4,096) bytes, so that write(2) puts it in whole or not at all (pipe(7)) and several
+workers may share the pipe. A full pipe means: count and drop.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import termios
+from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+
+from _tsproxy.host import linux
+from _tsproxy.host.addresses import PACKED_SIZE, unpack
+from _tsproxy.telemetry.counters import Counter
+from _tsproxy.telemetry.endings import WORDS, Ending
+
+_HEAD = struct.Struct("=HB")  # size of the whole frame, kind
+_CONNECTION, _NOTICE = 1, 2
+_BODY = struct.Struct(f"=HQq{PACKED_SIZE}s{PACKED_SIZE}sqqQQQbbqqqB B")
+_NOTICE_BODY = struct.Struct("=HqB")
+_MOST = 4096
+_PIPE_BYTES = 1 << 20  # fs.pipe-max-size, what an unprivileged process may ask for
+_PIECE = 1 << 16
+_INT = struct.Struct("i")  # what FIONREAD answers (ioctl_tty(2))
+_NOWHERE = bytes(PACKED_SIZE)
+NOTICE_LEVELS = ("debug", "info", "warning", "error")
+
+Fields = Dict[str, object]
+
+
+class Connection(NamedTuple):
+    """One closed connection. Addresses are packed; times in microseconds; None where there was nothing to see."""
+
+    worker: int
+    connection_id: int
+    closed_at_ns: int  # CLOCK_REALTIME
+    client: bytes
+    upstream: Optional[bytes]
+    duration_us: int
+    connect_us: Optional[int]
+    rx_bytes: int
+    tx_bytes: int
+    discarded_bytes: int
+    client_timestamps: Optional[bool]
+    upstream_timestamps: Optional[bool]
+    client_syn_tsval: Optional[int]
+    upstream_rtt_us: Optional[int]
+    upstream_retransmits: Optional[int]
+    ending: Ending
+    witness: int
+
+    def fields(self) -> Fields:
+        """The fields of its JSON line, in their order, without the witness's word."""
+        client, words = unpack(self.client), WORDS[self.ending]
+        upstream = unpack(self.upstream) if self.upstream else None
+        return {
+            "connection_id": self.connection_id,
+            "worker": self.worker,
+            "client_address": client.ip,
+            "client_port": client.port,
+            "upstream_address": upstream and upstream.ip,
+            "upstream_port": upstream and upstream.port,
+            "duration_us": self.duration_us,
+            "connect_us": self.connect_us,
+            "rx_bytes": self.rx_bytes,
+            "tx_bytes": self.tx_bytes,
+            "discarded_bytes": self.discarded_bytes,
+            "client_timestamps": self.client_timestamps,
+            "client_syn_tsval": self.client_syn_tsval,
+            "upstream_timestamps": self.upstream_timestamps,
+            "upstream_rtt_us": self.upstream_rtt_us,
+            "upstream_retransmits": self.upstream_retransmits,
+            "reason": words.reason,
+            "termination_state": words.termination_state,
+        }
+
+
+class Notice(NamedTuple):
+    """Something a worker wants said, e.g. a bug's traceback. `event` is error or warning."""
+
+    worker: int
+    at_ns: int
+    level: str
+    message: str
+
+
+Record = Union[Connection, Notice]
+
+
+def _maybe(value: Optional[int]) -> int:
+    return -1 if value is None else int(value)
+
+
+def encode(record: Record) -> bytes:
+    """The frame of one record."""
+    if isinstance(record, Connection):
+        values = [value if isinstance(value, bytes) else _maybe(value) for value in record]
+        values[4] = record.upstream or _NOWHERE
+        body, kind = _BODY.pack(*values), _CONNECTION
+    else:
+        text = record.message.encode("utf-8", "backslashreplace")[: _MOST - _HEAD.size - _NOTICE_BODY.size]
+        body = _NOTICE_BODY.pack(record.worker, record.at_ns, NOTICE_LEVELS.index(record.level)) + text
+        kind = _NOTICE
+    return _HEAD.pack(_HEAD.size + len(body), kind) + body
+
+
+def decode(data: bytes) -> Tuple[List[Record], bytes]:
+    """The whole records in `data`, and the bytes of the last, cut one."""
+    found: List[Record] = []
+    start = 0
+    while len(data) - start >= _HEAD.size:
+        size, kind = _HEAD.unpack_from(data, start)
+        if len(data) - start < size:
+            break
+        found.append(_decode_one(kind, data[start + _HEAD.size : start + size]))
+        start += size
+    return found, data[start:]
+
+
+def _decode_one(kind: int, body: bytes) -> Record:
+    if kind == _NOTICE:
+        worker, at_ns, level = _NOTICE_BODY.unpack_from(body)
+        return Notice(worker, at_ns, NOTICE_LEVELS[level], body[_NOTICE_BODY.size :].decode("utf-8", "replace"))
+    values = list(_BODY.unpack(body))
+    for position in (6, 10, 11, 12, 13, 14):
+        values[position] = None if values[position] == -1 else values[position]
+    for position in (10, 11):
+        values[position] = None if values[position] is None else bool(values[position])
+    values[4] = None if values[4] == _NOWHERE else values[4]
+    values[15] = Ending(values[15])
+    return Connection(*values)
+
+
+class RecordPipe(NamedTuple):
+    """The pipe's two ends, both non-blocking. Plain numbers, so the writer can be handed to another interpreter."""
+
+    reader: int
+    writer: int
+
+    @classmethod
+    def create(cls) -> RecordPipe:
+        """A pipe as large as the host gives."""
+        pipe = cls(*os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC))
+        try:
+            fcntl.fcntl(pipe.writer, linux.F_SETPIPE_SZ, _PIPE_BYTES)
+        except OSError:
+            pass  # fs.pipe-user-pages-soft is used up: the default size drops earlier, and the drops are counted
+        return pipe
+
+    def read(self) -> Iterator[bytes]:
+        """What is there now, in pieces. What comes meanwhile is for the next time: busy writers must not keep the reader."""
+        left = _INT.unpack(fcntl.ioctl(self.reader, termios.FIONREAD, bytes(_INT.size)))[0]
+        while left:
+            data = os.read(self.reader, min(left, _PIECE))
+            left -= len(data)
+            yield data
+
+
+class RecordWriter:
+    """A worker's end of the pipe: puts a record in, or counts it as dropped in the worker's own row."""
+
+    def __init__(self, fd: int, row: memoryview) -> None:
+        self._fd = fd
+        self._row = row
+
+    def put(self, record: Record) -> None:
+        """Write one record. A full pipe, or one that nobody reads, costs a line and nothing else."""
+        try:
+            os.write(self._fd, encode(record))
+        except (BlockingIOError, BrokenPipeError):
+            self._row[Counter.LINES_DROPPED] += 1

@@ -1,0 +1,167 @@
+"""The one thread that writes standard output: it adds up, encodes and writes, and nobody waits for it.
+
+Knows the ledger, the record pipe and the outlet. Knows nothing of sockets, relays or why a thing happened.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+from collections import deque
+from typing import Any, Callable, Deque, Dict, Optional, Sequence, Tuple
+
+from _tsproxy.host import wakeup
+from _tsproxy.telemetry import encoder, metrics
+from _tsproxy.telemetry.counters import REPORTER_ROW, Counter, Ledger
+from _tsproxy.telemetry.endings import WORDS
+from _tsproxy.telemetry.outlet import Outlet
+from _tsproxy.telemetry.records import NOTICE_LEVELS, Connection, Record, RecordPipe, decode
+
+Fields = Dict[str, Any]
+_LINGER_S = 1.0  # how long the last lines may wait for a reader that has stalled
+
+
+class Reporter:
+    """Writes JSON lines to a descriptor. All methods but run() may be called from any thread of this interpreter."""
+
+    def __init__(
+        self,
+        fd: int,
+        ledger: Ledger,
+        pipe: RecordPipe,
+        *,
+        level: str = "info",
+        interval_s: float = 10.0,
+        witness_words: Sequence[str] = ("none",),
+    ) -> None:
+        """`witness_words` turns the witness number in a record into its word."""
+        self._ledger, self._pipe, self._interval_s = ledger, pipe, interval_s
+        self._witness_words = witness_words
+        self._threshold = NOTICE_LEVELS.index(level)
+        self._outlet = Outlet(fd, time.monotonic, self._count_dropped)
+        self._said: Deque[Optional[Tuple[int, str, str, Fields]]] = deque()
+        self._wakeup = wakeup.create()
+        self._closing_until: Optional[float] = None
+        self._rest = b""
+        self._rates = _Rates(ledger)
+        self._next_metrics = time.monotonic() + interval_s if interval_s else float("inf")
+        self._poller = select.poll()
+        self._poller.register(pipe.reader, select.POLLIN)
+        self._poller.register(self._wakeup.reader, select.POLLIN)
+        self._thread = threading.Thread(target=self.run, name="reporter", daemon=True)
+
+    def start(self) -> None:
+        """Begin writing."""
+        self._thread.start()
+
+    def say(self, event: str, level: str = "info", **fields: Any) -> None:
+        """Queue one line. Never blocks."""
+        self._said.append((time.time_ns(), level, event, fields))
+        self._wakeup.ring()
+
+    def metrics_now(self) -> None:
+        """Queue a `metrics` line; its figures are those of the moment it is written."""
+        self._said.append(None)
+        self._wakeup.ring()
+
+    def close(self) -> None:
+        """Write what is queued, wait at most a second for a stalled reader, then give up and count the rest."""
+        self._closing_until = time.monotonic() + _LINGER_S
+        self._wakeup.ring()
+        self._thread.join(2 * _LINGER_S)
+
+    def run(self) -> None:
+        """The thread: gather, write, wait, until closed and empty."""
+        while True:
+            closing_until = self._closing_until  # looked at first: what was queued before close() is gathered after this
+            self._gather()
+            self._outlet.write()
+            if closing_until is not None and (self._outlet.is_empty or time.monotonic() > closing_until):
+                break
+            self._wait()
+        self._outlet.give_up()
+
+    def _wait(self) -> None:
+        """Sleep until there is something to gather, room to write, or a metrics line is due."""
+        wants_room = self._outlet.wants_room
+        if wants_room:
+            self._poller.register(self._outlet.fd, select.POLLOUT)
+        self._poller.poll(self._patience_ms())
+        if wants_room:
+            self._poller.unregister(self._outlet.fd)
+
+    def _patience_ms(self) -> float:
+        """How long to sleep: to the next metrics line, or a look at a stalled outlet."""
+        wait = min(self._next_metrics - time.monotonic(), 60.0)
+        if not self._outlet.is_empty:
+            wait = min(wait, 0.25)
+        return max(0.0, wait) * 1000
+
+    def _gather(self) -> None:
+        """Turn all that is waiting into lines; records first, so that a last `metrics` or `stop` line comes after them."""
+        self._wakeup.collect()
+        waiting = len(self._said)
+        for data in self._pipe.read():
+            records, self._rest = decode(self._rest + data)
+            for record in records:
+                self._record(record)
+            self._outlet.write()  # a burst may be more than the outlet keeps
+        if time.monotonic() >= self._next_metrics:
+            self._next_metrics = time.monotonic() + self._interval_s
+            self._metrics()
+        for _ in range(waiting):
+            said = self._said.popleft()
+            if said is None:
+                self._metrics()
+            else:
+                self._line(*said)
+
+    def _record(self, record: Record) -> None:
+        if isinstance(record, Connection):
+            fields = record.fields()
+            fields["witness"] = self._witness_words[record.witness]
+            self._line(record.closed_at_ns, WORDS[record.ending].level, "connection", fields)
+        else:
+            event = record.level if record.level in ("warning", "error") else "debug"
+            self._line(record.at_ns, record.level, event, {"worker": record.worker, "message": record.message})
+
+    def _metrics(self) -> None:
+        fields = self._rates.fields()
+        fields.update(metrics.latencies(self._ledger))
+        self._line(time.time_ns(), "info", "metrics", fields)
+
+    def _line(self, at_ns: int, level: str, event: str, fields: Fields) -> None:
+        if NOTICE_LEVELS.index(level) < self._threshold:
+            return
+        head = {"timestamp": encoder.rfc3339(at_ns), "level": level, "event": event, "pid": os.getpid()}
+        self._outlet.put(encoder.line({**head, **fields}), seldom=event != "connection")
+
+    def _count_dropped(self, lines: int) -> None:
+        self._ledger.rows[REPORTER_ROW][Counter.LINES_DROPPED] += lines
+
+
+class _Rates:
+    """The totals now, and the rates since the last time they were asked for."""
+
+    def __init__(self, ledger: Ledger, clock: Callable[[], float] = time.monotonic) -> None:
+        self._ledger, self._clock = ledger, clock
+        self._started = self._last = clock()
+        self._start_time = encoder.rfc3339(time.time_ns())
+        self._totals = metrics.totals(ledger)
+
+    def fields(self) -> Fields:
+        """The head and the counters of a metrics line."""
+        now, totals, before = self._clock(), metrics.totals(self._ledger), self._totals
+        interval = max(now - self._last, 1e-6)
+        fields: Fields = {
+            "start_time": self._start_time,
+            "uptime_s": round(now - self._started, 3),
+            "interval_s": round(interval, 3),
+            **totals,
+        }
+        for rate, total in (("rx", "downstream_cx_rx_bytes_total"), ("tx", "downstream_cx_tx_bytes_total")):
+            fields[f"{rate}_bytes_per_s"] = round((totals[total] - before[total]) / interval)
+        self._last, self._totals = now, totals
+        return fields

@@ -1,0 +1,60 @@
+"""Why a policy can't be honoured here, and the exact commands that would change that. Text only; looks at nothing itself."""
+
+from __future__ import annotations
+
+from typing import List, Sequence
+
+from _tsproxy.timestamps.policy import Finding, Wanted
+
+_WHY = """\
+Linux has no unprivileged switch for this: the option is decided for a whole network namespace (net.ipv4.tcp_timestamps)
+or by a packet filter; no socket option turns it off for one connection."""
+
+
+def unattainable(finding: Finding, wanted: Wanted, targets: Sequence[str]) -> str:
+    """The message that goes with exit code 78: what was found, why, and what an administrator has to run once."""
+    asked = f"--timestamps={wanted.mode}" + (f" --static-timestamp={wanted.tsval}" if wanted.mode == "rewrite" else "")
+    found = f"{asked} can't be honoured here: {finding.problem}.\nFound: {finding.evidence}."
+    return "\n".join([found, _WHY, "An administrator has to run one of these, once:", *_commands(finding, wanted, targets)])
+
+
+def fixes(finding: Finding, wanted: Wanted, targets: Sequence[str]) -> List[str]:
+    """The commands alone, each one line, the best one first."""
+    return [line.strip() for line in _commands(finding, wanted, targets) if line.startswith("    ")]
+
+
+def _commands(finding: Finding, wanted: Wanted, targets: Sequence[str]) -> List[str]:
+    if "loopback interface is down" in finding.problem:
+        return ["  in this network namespace:", "    ip link set lo up"]
+    return _rewrite(finding, wanted, targets) if wanted.mode == "rewrite" else _strip(targets)
+
+
+def _strip(targets: Sequence[str]) -> List[str]:
+    to = _targets(targets)
+    return [
+        "  for everything in this network namespace (the best lever: nothing to see on the wire, no cost):",
+        "    sysctl -w net.ipv4.tcp_timestamps=0",
+        "  for a namespace of its own that holds the uplink, with the listener left where it is:",
+        f"    tsproxy.py generate systemd {to}",
+        "  for tsproxy's own connections only:",
+        f"    tsproxy.py generate nftables {to} | nft -f -",
+        "  in a container:",
+        f"    tsproxy.py generate docker {to}     (or kubernetes)",
+        "If the option is stripped where this host can't see it, say --trust-host. To relay with timestamps and only count",
+        "them, say --timestamps=preserve.",
+    ]
+
+
+def _rewrite(finding: Finding, wanted: Wanted, targets: Sequence[str]) -> List[str]:
+    on = ["    sysctl -w net.ipv4.tcp_timestamps=1"] if finding.sysctl == 0 else []
+    mode = f"--timestamps=rewrite --static-timestamp={wanted.tsval}"
+    return [
+        "  nftables rules for tsproxy's own connections, both ways:",
+        *on,
+        f"    tsproxy.py generate nftables {mode} {_targets(targets)} | nft -f -",
+        "To send no timestamps at all, which needs no rules, say --timestamps=strip.",
+    ]
+
+
+def _targets(targets: Sequence[str]) -> str:
+    return " ".join(f"-t {target}" for target in targets)

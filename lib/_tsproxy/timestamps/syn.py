@@ -1,0 +1,103 @@
+"""The TCP options of a SYN, from the headers that TCP_SAVED_SYN returns (RFC 9293, section 3.1; RFC 7323, section 3.2).
+
+Input is the IP header and the TCP header of one segment, as the kernel saved them. What is cut short or
+contradicts itself raises Malformed, never anything else.
+"""
+
+from __future__ import annotations
+
+from typing import Iterator, List, NamedTuple, Optional, Tuple
+
+EOL, NOP, MSS, WINDOW_SCALE, SACK_PERMITTED, TIMESTAMP = 0, 1, 2, 3, 4, 8
+_TCP = 6
+_EXTENSIONS = frozenset({0, 43, 60})  # IPv6 hop-by-hop, routing, destination options: length in the second byte
+_NAMES = {EOL: "eol", NOP: "nop", MSS: "mss", WINDOW_SCALE: "wscale", SACK_PERMITTED: "sackOK", TIMESTAMP: "TS"}
+
+
+class Malformed(ValueError):
+    """Not the headers of a TCP segment."""
+
+
+class Syn(NamedTuple):
+    """The options in their order: (kind, data without kind and length)."""
+
+    options: Tuple[Tuple[int, bytes], ...]
+
+    @property
+    def tsval(self) -> Optional[int]:
+        """TSval, or None if TSopt is not there."""
+        for kind, data in self.options:
+            if kind == TIMESTAMP and len(data) == 8:
+                return int.from_bytes(data[:4], "big")
+        return None
+
+    @property
+    def has_timestamps(self) -> bool:
+        """Whether kind 8 is there, well formed or not."""
+        return any(kind == TIMESTAMP for kind, _ in self.options)
+
+    def __str__(self) -> str:
+        """As tcpdump writes it: "mss 1460,sackOK,TS val 1 ecr 0,nop,wscale 10"; runs of NOPs as "nop*10"."""
+        words: List[str] = [_word(kind, data) for kind, data in self.options]
+        return ",".join(_folded(words)) or "no options"
+
+
+def parse(headers: bytes) -> Syn:
+    """The options of the segment whose IP and TCP headers these are."""
+    start = _tcp_start(headers)
+    if len(headers) < start + 20:
+        raise Malformed("the TCP header is cut short")
+    end = start + (headers[start + 12] >> 4) * 4
+    if end < start + 20 or end > len(headers):
+        raise Malformed("the TCP header's length is wrong")
+    return Syn(tuple(_options(headers[start + 20 : end])))
+
+
+def _tcp_start(headers: bytes) -> int:
+    """Where the TCP header begins behind an IPv4 or IPv6 header."""
+    version = headers[0] >> 4 if headers else 0
+    if version == 4 and len(headers) >= 20 and headers[9] == _TCP:
+        return max(20, (headers[0] & 15) * 4)
+    if version == 6 and len(headers) >= 40:
+        return _behind_extensions(headers)
+    raise Malformed("no IPv4 or IPv6 header with TCP in it")
+
+
+def _behind_extensions(headers: bytes) -> int:
+    following, at = headers[6], 40
+    while following in _EXTENSIONS and at + 2 <= len(headers):
+        following, at = headers[at], at + 8 + headers[at + 1] * 8
+    if following != _TCP:
+        raise Malformed("no TCP header behind the IPv6 headers")
+    return at
+
+
+def _options(field: bytes) -> Iterator[Tuple[int, bytes]]:
+    at = 0
+    while at < len(field) and field[at] != EOL:
+        if field[at] == NOP:
+            yield NOP, b""
+            at += 1
+            continue
+        length = field[at + 1] if at + 1 < len(field) else 0
+        if length < 2 or at + length > len(field):
+            raise Malformed(f"option {field[at]} has a wrong length")
+        yield field[at], field[at + 2 : at + length]
+        at += length
+
+
+def _word(kind: int, data: bytes) -> str:
+    name = _NAMES.get(kind, f"kind {kind}")
+    if kind == TIMESTAMP and len(data) == 8:
+        return f"TS val {int.from_bytes(data[:4], 'big')} ecr {int.from_bytes(data[4:], 'big')}"
+    return f"{name} {int.from_bytes(data, 'big')}" if data else name
+
+
+def _folded(words: List[str]) -> Iterator[str]:
+    at = 0
+    while at < len(words):
+        run = 1
+        while at + run < len(words) and words[at + run] == words[at] == "nop":
+            run += 1
+        yield words[at] if run < 3 else f"nop*{run}"
+        at += run if run >= 3 else 1

@@ -1,0 +1,28 @@
+"""net.ipv4.tcp_timestamps of this network namespace, through one descriptor that stays open.
+
+/proc/sys/net shows the namespace of whoever opens it, and the open file stays with that namespace. The value decides
+each SYN when it is sent, IPv6 too (tcp_syn_options() in net/ipv4/tcp_output.c): 0 no TSopt; 1 with a random offset
+for each connection; 2 and more without (Documentation/networking/ip-sysctl.rst).
+"""
+
+from __future__ import annotations
+
+import os
+
+PATH = "/proc/sys/net/ipv4/tcp_timestamps"
+
+
+class Sysctl:
+    """The descriptor. One pread(2) of a few bytes for each look."""
+
+    def __init__(self, path: str = PATH) -> None:
+        """OSError if /proc is not there or not readable."""
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def value(self) -> int:
+        """The value now. OSError as pread(2) gives it; ValueError if it is no number."""
+        return int(os.pread(self._fd, 16, 0))
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        os.close(self._fd)

@@ -1,0 +1,263 @@
+"""What the tests stand on: real processes, real sockets, waits with a deadline and no sleeps."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+
+ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 20.0
+Line = Dict[str, Any]
+
+
+def wait_until(predicate: Callable[[], Any], what: str = "", deadline: float = PATIENCE) -> Any:
+    """The predicate's first true value; AssertionError when it does not come in time."""
+    end = time.monotonic() + deadline
+    while True:
+        value = predicate()
+        if value:
+            return value
+        if time.monotonic() > end:
+            raise AssertionError(f"did not happen within {deadline:g} s: {what or predicate}")
+        time.sleep(0.005)  # the pace of looking, not a guess at how long it takes
+
+
+class Proxy:
+    """A running tsproxy: its lines as they come, its port, its process."""
+
+    def __init__(self, command: Sequence[str], *options: str, cwd: Optional[Path] = None, **popen: Any) -> None:
+        self.command = [*command, *options]
+        self.process = subprocess.Popen(
+            self.command,
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=popen.pop("stdout", subprocess.PIPE),
+            stderr=popen.pop("stderr", subprocess.PIPE),
+            **popen,
+        )
+        self.lines: List[Line] = []
+        self._came: queue.Queue[Optional[bytes]] = queue.Queue()
+        self._threads = []
+        if self.process.stdout:
+            self._threads.append(threading.Thread(target=self._read, name=f"lines-{self.process.pid}"))
+            self._threads[-1].start()
+
+    def _read(self) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            self._came.put(line)
+        self._came.put(None)
+
+    def _take(self, timeout: float) -> bool:
+        """Take one more line; False at the end of the output."""
+        line = self._came.get(timeout=max(0.001, timeout))
+        if line is None:
+            self._came.put(None)
+            return False
+        assert len(line) <= 4096, f"{len(line)} bytes: {line!r}"
+        self.lines.append(json.loads(line))
+        return True
+
+    def line(self, event: str, which: Callable[[Line], bool] = lambda _: True, after: int = 0) -> Line:
+        """The first line of that event that fits, from line `after` on; waits for it."""
+        end = time.monotonic() + PATIENCE
+        seen = after
+        while True:
+            for line in self.lines[seen:]:
+                if line["event"] == event and which(line):
+                    return line
+            seen = len(self.lines)
+            try:
+                more = self._take(end - time.monotonic())
+            except queue.Empty:
+                more = False
+            if not more:
+                raise AssertionError(f"no such {event!r} line; exit {self.process.poll()}; lines: {self.lines[-20:]}")
+
+    def count(self, event: str) -> int:
+        return sum(line["event"] == event for line in self.lines)
+
+    @property
+    def address(self) -> Tuple[str, int]:
+        start = self.line("start")
+        return start["listen_address"], start["listen_port"]
+
+    def metrics(self) -> Line:
+        """A `metrics` line made now."""
+        self.line("start")  # before it the signal would still have its default action
+        while not self._came.empty():
+            if not self._take(1):
+                break
+        before = len(self.lines)
+        self.process.send_signal(signal.SIGUSR1)
+        return self.line("metrics", after=before)
+
+    def wait_metrics(self, predicate: Callable[[Line], bool], what: str = "") -> Line:
+        found: List[Line] = []
+
+        def fits() -> bool:
+            found.append(self.metrics())
+            return predicate(found[-1])
+
+        wait_until(fits, what or "metrics")
+        return found[-1]
+
+    def connect(self, timeout: float = PATIENCE, **options: Any) -> socket.socket:
+        client = socket.create_connection(self.address, timeout, **options)
+        with contextlib.suppress(OSError):  # it may have been reset already: the test's own calls shall see that
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return client
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Signal it, wait for its end and its last lines; the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.wait()
+
+    def wait(self) -> int:
+        code = self.process.wait(PATIENCE)
+        if self._threads:
+            while self._take(PATIENCE):
+                pass
+        return code
+
+    def stderr(self) -> str:
+        assert self.process.stderr
+        return self.process.stderr.read().decode()
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        for thread in self._threads:
+            thread.join()
+        for stream in (self.process.stdout, self.process.stderr):
+            if stream:
+                stream.close()
+
+    # What it holds, for tests that look for leaks
+
+    def fds(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def rss_kib(self) -> int:
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0])
+
+    def cpu_seconds(self) -> float:
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class Exchange:
+    """The far end: a listener whose accepted connections are the test's to serve, or served by a handler in threads."""
+
+    def __init__(
+        self,
+        handler: Optional[Callable[[socket.socket], None]] = None,
+        host: str = "127.0.0.1",
+        backlog: int = 128,
+    ) -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.listener = socket.create_server((host, 0), family=family, backlog=backlog)
+        self.host, self.port = host, self.listener.getsockname()[1]
+        self.target = f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+        self._handler = handler
+        self._threads: List[threading.Thread] = []
+        self._open: List[socket.socket] = []
+        if handler:
+            self._spawn(self._serve)
+
+    def _spawn(self, work: Callable[..., None], *args: Any) -> None:
+        thread = threading.Thread(target=work, args=args, name="exchange")
+        thread.start()
+        self._threads.append(thread)
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                client, _ = self.listener.accept()
+            except OSError:
+                return
+            self._open.append(client)
+            self._spawn(self._handle, client)
+
+    def _handle(self, client: socket.socket) -> None:
+        assert self._handler
+        with contextlib.suppress(OSError), client:
+            self._handler(client)
+
+    def accept(self, timeout: float = PATIENCE) -> socket.socket:
+        self.listener.settimeout(timeout)
+        client, _ = self.listener.accept()
+        client.settimeout(timeout)
+        self._open.append(client)
+        return client
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
+        self.listener.close()
+        for client in self._open:
+            with contextlib.suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(PATIENCE)
+        for client in self._open:
+            client.close()
+
+
+def echo(client: socket.socket) -> None:
+    """Send back what comes; pass the end of it on."""
+    buffer = memoryview(bytearray(65536))
+    while received := client.recv_into(buffer):
+        client.sendall(buffer[:received])
+    client.shutdown(socket.SHUT_WR)
+    while client.recv_into(buffer):
+        pass
+
+
+def reset(sock: socket.socket) -> None:
+    """Close with RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    sock.close()
+
+
+def receive_all(sock: socket.socket) -> bytes:
+    """All bytes up to the end of file."""
+    return b"".join(iter(lambda: sock.recv(1 << 16), b""))
+
+
+def receive_exactly(sock: socket.socket, count: int) -> bytes:
+    """`count` bytes, or fewer at the end of file."""
+    parts: List[bytes] = []
+    while count and (part := sock.recv(min(count, 1 << 16))):
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
+
+
+def pythons() -> Iterator[Tuple[str, str]]:
+    """(version, path) of each CPython from 3.9 on that this machine has, the running one included."""
+    places = [Path.home() / ".pyenv/versions", Path("/opt/python")]
+    found = {f"{sys.version_info[0]}.{sys.version_info[1]}": sys.executable}
+    candidates = [p for place in places if place.is_dir() for p in sorted(place.glob("*/bin/python3"))]
+    candidates += [Path(d) / f"python3.{minor}" for minor in range(9, 20) for d in ("/usr/bin", "/usr/local/bin")]
+    for path in candidates:
+        if not path.exists():
+            continue
+        code = "import sys; print('%d.%d' % sys.version_info[:2])"
+        version = subprocess.run([str(path), "-c", code], capture_output=True, text=True, check=False).stdout.strip()
+        if version and tuple(map(int, version.split("."))) >= (3, 9):
+            found.setdefault(version, str(path))
+    yield from sorted(found.items(), key=lambda item: tuple(map(int, item[0].split("."))))

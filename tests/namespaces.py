@@ -1,0 +1,84 @@
+"""Network namespaces that a test makes for itself and that are gone when it ends."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+from typing import List, Optional
+
+import pytest
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_CLONE_NEWNET = 0x40000000
+
+
+def require_root() -> None:
+    """Skip, loudly, where namespaces can't be made; in CI that is a failure."""
+    if os.geteuid() == 0:
+        return
+    message = "LOUD: not root, so no network namespace: what this test holds is NOT tested here"
+    if os.environ.get("CI"):
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+class Namespace:
+    """A namespace with lo up. `with namespace:` puts this thread in it, so that sockets made there belong to it."""
+
+    def __init__(self, **sysctls: str) -> None:
+        """`sysctls` are names under net.ipv4, e.g. tcp_timestamps="0"."""
+        require_root()
+        self._holder = subprocess.Popen(
+            ["unshare", "--net", "sh", "-c", "ip link set lo up && echo ready && exec cat"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert self._holder.stdout
+        assert self._holder.stdout.readline() == b"ready\n"
+        self.pid = self._holder.pid
+        self.path = f"/proc/{self.pid}/ns/net"
+        self._home: List[int] = []
+        for name, value in sysctls.items():
+            self.sysctl(name, value)
+
+    def __enter__(self) -> Namespace:
+        self._home.append(os.open("/proc/thread-self/ns/net", os.O_RDONLY))
+        there = os.open(self.path, os.O_RDONLY)
+        _setns(there)
+        os.close(there)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        home = self._home.pop()
+        _setns(home)
+        os.close(home)
+
+    @property
+    def enter(self) -> List[str]:
+        """The words to put before a command to run it in here."""
+        return ["nsenter", f"--net={self.path}"]
+
+    def run(self, *command: str, input: Optional[str] = None) -> str:
+        """Run a command in here; its output. CalledProcessError, with what it said, if it fails."""
+        done = subprocess.run([*self.enter, *command], input=input, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}: {done.stderr or done.stdout}"
+        return done.stdout
+
+    def sysctl(self, name: str, value: str) -> None:
+        """Set net.ipv4.NAME in here."""
+        with self, open(f"/proc/sys/net/ipv4/{name}", "w") as file:
+            file.write(value)
+
+    def close(self) -> None:
+        """Give it up; it goes when its last process and socket do."""
+        assert self._holder.stdin
+        assert self._holder.stdout
+        self._holder.stdin.close()
+        self._holder.wait()
+        self._holder.stdout.close()
+
+
+def _setns(fd: int) -> None:
+    if _libc.setns(fd, _CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "setns")

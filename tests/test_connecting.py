@@ -1,0 +1,211 @@
+"""From accept to the first byte: failover, timeouts, sources, access, clients that do not wait."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from typing import Any, Iterator
+
+import pytest
+from conftest import CHECKOUT
+from harness import Exchange, Proxy, echo, receive_all, receive_exactly, reset, wait_until
+from namespaces import Namespace
+
+SILENT = "10.99.0.2:9"  # SYNs leave and nothing ever answers
+
+
+@pytest.fixture(scope="module")
+def void() -> Iterator[Namespace]:
+    """A namespace with an address that swallows packets: behind a veth whose far end has no address."""
+    with contextlib.closing(Namespace(tcp_timestamps="0")) as namespace:
+        namespace.run("ip", "link", "add", "void", "type", "veth", "peer", "name", "nobody")
+        namespace.run("ip", "addr", "add", "10.99.0.1/24", "dev", "void")
+        namespace.run("ip", "link", "set", "void", "up")
+        namespace.run("ip", "link", "set", "nobody", "up", "arp", "off")
+        namespace.run("ip", "neigh", "add", "10.99.0.2", "lladdr", "02:00:00:00:00:02", "dev", "void")
+        yield namespace
+
+
+@pytest.fixture
+def inside(void: Namespace) -> Iterator[Any]:
+    """Start a proxy in the namespace, with the default policy."""
+    running = []
+
+    def begin(*options: str) -> Proxy:
+        running.append(Proxy([*void.enter, *CHECKOUT], "-p0", "--metrics-interval=0", *options))
+        return running[-1]
+
+    yield begin
+    for proxy in running:
+        proxy.close()
+
+
+def refusing() -> str:
+    """A target whose port nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        return f"127.0.0.1:{gone.getsockname()[1]}"
+
+
+def exchange_with(void: Namespace, client: socket.socket) -> None:
+    client.sendall(b"ping")
+    assert receive_exactly(client, 4) == b"ping"
+
+
+def test_targets_are_tried_in_order_and_the_first_that_answers_serves(void: Namespace, inside: Any) -> None:
+    with void:
+        far = Exchange(echo)
+        refuses = refusing()
+    proxy = inside("-t", refuses, "-t", SILENT, "-t", far.target, "--connect-timeout=0.2", "--log-level=debug")
+    with void, proxy.connect() as client:
+        exchange_with(void, client)
+    line = proxy.line("connection")
+    assert (line["upstream_port"], line["reason"], line["witness"]) == (far.port, "closed", "sysctl")
+    tried = [line["message"] for line in proxy.lines if line["event"] == "debug"]
+    assert ["ECONNREFUSED" in tried[0], "ETIMEDOUT" in tried[1]] == [True, True]
+    metrics = proxy.metrics()
+    assert (metrics["upstream_cx_total"], metrics["upstream_cx_connect_fail"]) == (3, 2)
+    assert metrics["upstream_cx_connect_timeout"] == 1
+    far.close()
+
+
+def test_a_silent_target_ends_in_a_timeout_and_the_client_is_reset(void: Namespace, inside: Any) -> None:
+    proxy = inside("-t", SILENT, "--connect-timeout=200ms")
+    with void, proxy.connect() as client, pytest.raises(ConnectionResetError):
+        client.recv(1)
+    line = proxy.line("connection")
+    assert (line["reason"], line["termination_state"], line["connect_us"]) == ("connect_timeout", "sC", None)
+    assert 200_000 <= line["duration_us"]
+    assert line["upstream_timestamps"] is None
+
+
+def test_a_client_that_resets_while_connecting_frees_its_place_at_once(void: Namespace, inside: Any) -> None:
+    proxy = inside("-t", SILENT, "--connect-timeout=60", "--max-connections=1")
+    with void:
+        client = proxy.connect()
+        wait_until(lambda: proxy.metrics()["upstream_cx_active"] == 1)
+        reset(client)
+    line = proxy.line("connection")
+    assert (line["reason"], line["termination_state"]) == ("client_left", "CC")
+    metrics = proxy.metrics()
+    assert (metrics["downstream_cx_active"], metrics["upstream_cx_active"]) == (0, 0)
+
+
+def test_what_a_client_said_and_closed_before_the_connect_is_relayed(start: Any, exchange: Exchange) -> None:
+    proxy = start(exchange)
+    with proxy.connect() as client:
+        client.sendall(b"request and gone")
+        client.shutdown(socket.SHUT_WR)
+        server = exchange.accept()
+        assert receive_all(server) == b"request and gone"
+        server.sendall(b"answer")
+        server.close()
+        assert receive_all(client) == b"answer"
+    assert proxy.line("connection")["reason"] == "closed"
+
+
+def test_upstream_connections_come_from_the_sources_in_turn(start: Any, exchange: Exchange) -> None:
+    proxy = start(exchange, "--source=127.0.0.2", "--source=127.0.0.3", "--workers=1")
+    seen = []
+    for _ in range(4):
+        with proxy.connect():
+            server = exchange.accept()
+            seen.append(server.getpeername()[0])
+    assert sorted(seen) == ["127.0.0.2", "127.0.0.2", "127.0.0.3", "127.0.0.3"]
+    assert seen[0] != seen[1]
+
+
+def test_a_source_that_is_not_ours_says_so(start: Any, exchange: Exchange) -> None:
+    proxy = start(exchange, "--source=192.0.2.77")
+    assert proxy.wait() == 2
+    assert "--source: given '192.0.2.77'" in proxy.stderr()
+
+
+def test_ports_that_run_out_are_reported_as_what_they_are(void: Namespace, inside: Any) -> None:
+    with void:
+        far = Exchange(echo)
+    void.sysctl("ip_local_port_range", "50000 50003")
+    try:
+        proxy = inside("-t", far.target, "--workers=1")
+        clients = []
+        with void:
+            address = proxy.address
+            for number in range(8):
+                client = socket.socket()
+                client.bind(("127.0.0.1", 40000 + number))
+                client.connect(address)
+                clients.append(client)
+        line = proxy.line("connection")
+        assert (line["reason"], line["termination_state"]) == ("no_ports", "RC")
+        assert "ip_local_port_range" in proxy.line("error")["message"]
+        exchange_with(void, clients[0])
+        for client in clients:
+            client.close()
+    finally:
+        void.sysctl("ip_local_port_range", "32768 60999")
+    proxy.stop()
+    far.close()
+
+
+def test_a_client_outside_the_allowed_blocks_is_reset_and_counted(start: Any, echoing: Exchange) -> None:
+    proxy = start(echoing, "--allow=127.0.0.2/32", "--allow=2001:db8::/32")
+    with proxy.connect() as stranger, pytest.raises(ConnectionResetError):
+        stranger.recv(1)
+    with proxy.connect(source_address=("127.0.0.2", 0)) as friend:
+        friend.sendall(b"in")
+        assert receive_exactly(friend, 2) == b"in"
+    metrics = proxy.metrics()
+    assert (metrics["downstream_cx_denied"], metrics["downstream_cx_total"]) == (1, 1)
+
+
+def test_an_ipv4_client_of_an_ipv6_listener_is_judged_and_named_as_ipv4(start: Any, echoing: Exchange) -> None:
+    proxy = start(echoing, "--bind=::", "--allow=127.0.0.1")
+    port = proxy.line("start")["listen_port"]
+    with socket.create_connection(("127.0.0.1", port), 5) as client:
+        client.sendall(b"4")
+        assert client.recv(1) == b"4"
+    assert proxy.line("connection")["client_address"] == "127.0.0.1"
+
+
+def test_names_resolve_and_a_name_that_does_not_leaves_the_others_in_use(start: Any, echoing: Exchange) -> None:
+    proxy = start("does-not-exist.invalid:1", "-t", f"localhost:{echoing.port}")
+    assert "does-not-exist.invalid" in proxy.line("warning")["message"]
+    with proxy.connect() as client:
+        client.sendall(b"ok")
+        assert receive_exactly(client, 2) == b"ok"
+
+
+@pytest.mark.parametrize("clients", [3])
+def test_beyond_max_connections_reject_resets_at_once(start: Any, echoing: Exchange, clients: int) -> None:
+    proxy = start(echoing, "--max-connections=2")
+    inside = [proxy.connect() for _ in range(2)]
+    for client in inside:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+    with proxy.connect() as third, pytest.raises(ConnectionResetError):
+        third.recv(1)
+    assert proxy.metrics()["downstream_cx_overflow"] == 1
+    inside.pop().close()
+    proxy.line("connection")
+    with proxy.connect() as fourth:
+        fourth.sendall(b"x")
+        assert fourth.recv(1) == b"x"
+    inside.pop().close()
+
+
+def test_beyond_max_connections_queue_serves_when_a_place_is_free(start: Any, echoing: Exchange) -> None:
+    proxy = start(echoing, "--max-connections=1", "--on-full=queue")
+    first = proxy.connect()
+    first.sendall(b"1")
+    assert first.recv(1) == b"1"
+    with proxy.connect() as second:
+        second.sendall(b"2")
+        before = proxy.cpu_seconds()
+        second.settimeout(0.5)
+        with pytest.raises(socket.timeout):
+            second.recv(1)
+        assert proxy.cpu_seconds() - before < 0.1
+        first.close()
+        second.settimeout(10)
+        assert second.recv(1) == b"2"
+    metrics = proxy.wait_metrics(lambda line: line["downstream_cx_active"] == 0)
+    assert (metrics["downstream_cx_total"], metrics["downstream_cx_overflow"]) == (2, 0)

@@ -1,0 +1,227 @@
+"""How connections end when something goes wrong in between: silence, stalls, resets nobody is reading, timeouts."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+from typing import Any, Iterator
+
+import pytest
+from conftest import CHECKOUT
+from harness import Exchange, Proxy, receive_all, receive_exactly, reset, wait_until
+from namespaces import Namespace
+
+MIB = 1 << 20
+
+
+def fill(sock: socket.socket) -> int:
+    """Send until nothing more fits for a while; how much went."""
+    sock.settimeout(0.3)
+    sent = 0
+    with contextlib.suppress(socket.timeout):
+        while True:
+            sent += sock.send(bytes(1 << 16))
+    sock.settimeout(20)
+    return sent
+
+
+def test_an_idle_connection_is_ended_on_both_sides_and_a_busy_one_is_not(start: Any, exchange: Exchange) -> None:
+    proxy = start(exchange, "--idle-timeout=0.3")
+    busy, idle = proxy.connect(), proxy.connect()
+    servers = [exchange.accept(), exchange.accept()]
+    busy.sendall(b"b")
+    idle.sendall(b"i")
+    server_of = {server.recv(1): server for server in servers}
+    idle.settimeout(0.05)
+    with pytest.raises(ConnectionResetError):
+        while True:
+            busy.sendall(b"b")
+            assert receive_exactly(server_of[b"b"], 1) == b"b"
+            with contextlib.suppress(socket.timeout):
+                idle.recv(1)
+    line = proxy.line("connection")
+    assert (line["reason"], line["termination_state"], line["rx_bytes"]) == ("idle_timeout", "sD", 1)
+    assert line["duration_us"] >= 300_000
+    assert proxy.metrics()["downstream_cx_active"] == 1
+    assert proxy.metrics()["idle_timeout_total"] == 1
+    busy.close()
+    idle.close()
+
+
+def test_a_half_closed_connection_may_be_silent_only_so_long(start: Any, exchange: Exchange) -> None:
+    proxy = start(exchange, "--half-close-timeout=0.2")
+    with proxy.connect() as client:
+        server = exchange.accept()
+        client.shutdown(socket.SHUT_WR)
+        assert server.recv(1) == b""
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+        # EPIPE is what Linux calls a reset that comes after a FIN.
+        assert wait_until(lambda: server.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)) == errno.EPIPE
+    line = proxy.line("connection")
+    assert (line["reason"], line["termination_state"]) == ("half_close_timeout", "sD")
+
+
+def test_a_reader_that_stops_pauses_the_sender_and_gets_every_byte_later(start: Any, exchange: Exchange) -> None:
+    proxy = start(exchange)
+    client = proxy.connect()
+    server = exchange.accept()
+    sent = fill(client)
+    paused = proxy.metrics()
+    assert paused["downstream_flow_control_paused_reading_total"] >= 1
+    assert paused["upstream_cx_tx_bytes_total"] < paused["downstream_cx_rx_bytes_total"] <= sent
+    before = proxy.cpu_seconds()
+    assert fill(client) == 0
+    assert proxy.cpu_seconds() - before < 0.1, "a paused relay must not spin"
+    client.shutdown(socket.SHUT_WR)
+    assert len(receive_all(server)) == sent
+    server.close()
+    client.close()
+    line = proxy.line("connection")
+    assert (line["rx_bytes"], line["discarded_bytes"]) == (sent, 0)
+
+
+@pytest.mark.parametrize("stalled", ["client", "server"])
+@pytest.mark.parametrize("breaks", ["client", "server"])
+def test_a_reset_is_noticed_while_reading_is_paused(start: Any, exchange: Exchange, stalled: str, breaks: str) -> None:
+    proxy = start(exchange)
+    sides = {"client": proxy.connect(), "server": exchange.accept()}
+    fill(sides["server" if stalled == "client" else "client"])
+    reset(sides.pop(breaks))
+    (left,) = sides.values()
+    with pytest.raises(ConnectionResetError):
+        receive_all(left)
+        left.sendall(b"x")
+    line = proxy.line("connection")
+    assert line["reason"] == f"{breaks}_reset"
+    assert line["discarded_bytes"] > 0
+    metrics = proxy.metrics()
+    assert metrics["downstream_cx_active"] == 0
+    received = metrics["downstream_cx_rx_bytes_total"] + metrics["upstream_cx_rx_bytes_total"]
+    sent = metrics["downstream_cx_tx_bytes_total"] + metrics["upstream_cx_tx_bytes_total"]
+    assert received == sent + line["discarded_bytes"]
+    left.close()
+
+
+def test_the_last_words_of_a_server_that_closes_on_unread_data_arrive(start: Any, exchange: Exchange) -> None:
+    """close() with unread data sends RST: the answer before it must reach the client, then the reset."""
+    proxy = start(exchange)
+    client = proxy.connect()
+    server = exchange.accept()
+    client.sendall(b"never read")
+    proxy.wait_metrics(lambda line: line["upstream_cx_tx_bytes_total"] == 10)
+    server.sendall(b"logout")
+    server.close()
+    assert receive_exactly(client, 6) == b"logout"
+    with pytest.raises(ConnectionResetError):
+        client.recv(1)
+    assert proxy.line("connection")["reason"] == "server_reset"
+    client.close()
+
+
+def test_hung_up_peers_do_not_spin_the_loop(start: Any, exchange: Exchange) -> None:
+    """Half-closed both ways but for held bytes: the hung-up descriptor must not wake the loop for ever."""
+    proxy = start(exchange)
+    client = proxy.connect()
+    server = exchange.accept()
+    server.shutdown(socket.SHUT_WR)
+    assert client.recv(1) == b""
+    fill(client)
+    client.shutdown(socket.SHUT_WR)
+    before = proxy.cpu_seconds()
+    client.settimeout(0.5)
+    with contextlib.suppress(socket.timeout):
+        client.recv(1)
+    assert proxy.cpu_seconds() - before < 0.1
+    receive_all(server)
+    server.close()
+    client.close()
+    assert proxy.line("connection")["reason"] == "closed"
+
+
+def test_the_drain_timeout_cuts_what_does_not_end(start: Any, exchange: Exchange) -> None:
+    proxy = start(exchange, "--drain-timeout=0.2")
+    client = proxy.connect()
+    server = exchange.accept()
+    fill(client)
+    assert proxy.stop() == 0
+    with pytest.raises(ConnectionResetError):
+        receive_all(server)
+        server.sendall(b"x")
+    line = proxy.line("connection")
+    assert (line["reason"], line["termination_state"]) == ("drain", "KD")
+    assert line["discarded_bytes"] > 0
+    assert proxy.line("stop")["killed_connections"] == 1
+    client.close()
+
+
+def test_drain_while_connecting_ends_that_connection_too(start: Any) -> None:
+    with contextlib.closing(Namespace(tcp_timestamps="0")) as namespace:
+        with namespace:
+            full = socket.create_server(("127.0.0.1", 0), backlog=0)
+            filler = socket.create_connection(full.getsockname())
+        target = f"127.0.0.1:{full.getsockname()[1]}"
+        proxy = Proxy([*namespace.enter, *CHECKOUT], "-t", target, "-p0", "--drain-timeout=0.1", "--connect-timeout=60")
+        try:
+            with namespace:
+                clients = [proxy.connect() for _ in range(3)]
+            proxy.wait_metrics(lambda line: line["downstream_cx_total"] == 3)
+            assert proxy.stop() == 0
+            assert proxy.line("stop")["killed_connections"] == proxy.count("connection")
+        finally:
+            proxy.close()
+            for sock in (*clients, full, filler):
+                sock.close()
+
+
+@pytest.fixture
+def unplugged() -> Iterator[Any]:
+    """A proxy and an exchange on two ends of a veth; call it to pull the plug."""
+    with contextlib.closing(Namespace(tcp_timestamps="0")) as near, contextlib.closing(Namespace()) as far:
+        near.run("ip", "link", "add", "wire", "type", "veth", "peer", "name", "wire", "netns", f"/proc/{far.pid}/ns/net")
+        for namespace, address in ((near, "10.98.0.1/24"), (far, "10.98.0.2/24")):
+            namespace.run("ip", "addr", "add", address, "dev", "wire")
+            namespace.run("ip", "link", "set", "wire", "up")
+        with far:
+            exchange = Exchange(host="10.98.0.2")
+        proxy = Proxy([*near.enter, *CHECKOUT], "-t", exchange.target, "-p0", "--user-timeout=500", "--keepalive=0")
+        yield near, far, proxy, exchange
+        proxy.close()
+        exchange.close()
+
+
+def test_an_upstream_that_is_unplugged_is_dead_after_the_user_timeout(unplugged: Any) -> None:
+    near, far, proxy, exchange = unplugged
+    with near:
+        client = proxy.connect()
+    server = exchange.accept()
+    client.sendall(b"before")
+    assert receive_exactly(server, 6) == b"before"
+    far.run("ip", "link", "set", "wire", "down")
+    client.sendall(b"after")
+    with pytest.raises(ConnectionResetError):
+        client.recv(1)
+    line = proxy.line("connection")
+    assert (line["reason"], line["termination_state"]) == ("server_timeout", "sD")
+    client.close()
+
+
+def test_many_connections_leave_no_descriptor_and_no_memory_behind(start: Any, echoing: Exchange) -> None:
+    proxy = start(echoing, "--connection-log=off")
+
+    def churn(count: int) -> None:
+        for number in range(count):
+            with proxy.connect() as client:
+                client.sendall(b"x")
+                assert client.recv(1) == b"x"
+                if number % 3 == 0:
+                    reset(client)
+        wait_until(lambda: proxy.metrics()["downstream_cx_active"] == 0)
+
+    churn(2000)
+    fds, rss = proxy.fds(), proxy.rss_kib()
+    churn(1000)
+    assert proxy.fds() == fds
+    assert proxy.rss_kib() - rss < 200, "1,000 connections left 200 bytes each behind"
+    assert proxy.count("connection") == 0

@@ -1,0 +1,171 @@
+"""What an operator gets wrong before the first connection: one clear line, the right exit code, no traceback."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import resource
+import shutil
+import socket
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, Iterator, List, Sequence
+
+import pytest
+from conftest import CHECKOUT
+from harness import Exchange, pythons, receive_exactly, wait_until
+
+
+def refuse(*options: str, command: Sequence[str] = CHECKOUT, **run: Any) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [*command, *options], capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL, check=False, **run
+    )
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def one_line(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.stderr.startswith("tsproxy: ")
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
+PRESERVE = ["--timestamps=preserve", "-p0"]
+
+
+def test_a_port_in_use_ends_with_69() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = refuse("-t", "127.0.0.1:9", "--timestamps=preserve", "-p", str(taken.getsockname()[1]))
+    assert done.returncode == 69
+    assert "Address already in use" in one_line(done)
+
+
+def test_a_listening_address_that_is_not_ours_ends_with_69() -> None:
+    done = refuse("-t", "127.0.0.1:9", *PRESERVE, "--bind=192.0.2.1")
+    assert done.returncode == 69
+    assert "192.0.2.1" in one_line(done)
+
+
+def test_a_target_that_can_not_be_resolved_is_named() -> None:
+    done = refuse("-t", "no-such-host.invalid:443", *PRESERVE)
+    assert done.returncode == 2
+    assert "--target: given 'no-such-host.invalid:443'" in one_line(done)
+
+
+@pytest.mark.parametrize("bind", ["127.0.0.1", "0.0.0.0"])
+def test_a_target_that_is_tsproxy_itself_is_refused(bind: str) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    done = refuse("-t", f"127.0.0.1:{port}", "--timestamps=preserve", f"-p{port}", "-b", bind)
+    assert done.returncode == 2
+    assert "tsproxy's own" in one_line(done)
+
+
+@pytest.fixture
+def unprivileged(bundle: Path) -> Iterator[List[str]]:
+    """The program as user 65534 runs it: the bundle, on a Python that this user may execute."""
+    if os.geteuid() != 0:
+        pytest.skip("LOUD: needs root to become somebody else first")
+    with tempfile.TemporaryDirectory() as readable:
+        Path(readable).chmod(0o755)
+        shutil.copy(bundle, readable)
+        yield [*_python_for_all(), str(Path(readable) / bundle.name)]
+
+
+def _python_for_all() -> List[str]:
+    for _, python in pythons():
+        command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", python, "-I", "-S"]
+        if subprocess.run([*command, "-c", ""], capture_output=True, check=False).returncode == 0:
+            return command
+    pytest.fail("no Python that an unprivileged user may run")
+
+
+def test_too_few_descriptors_are_said_before_the_first_connection(unprivileged: List[str]) -> None:
+    options = ["-t", "127.0.0.1:9", *PRESERVE, "--max-connections=1000", "--workers=1"]
+    done = refuse(*options, command=["prlimit", "--nofile=256:256", *unprivileged])
+    assert done.returncode == 2
+    assert "--max-connections: given 1000; allowed: up to 92" in one_line(done)
+
+
+def test_the_soft_limit_is_raised_as_far_as_needed(start: Any, echoing: Exchange) -> None:
+    def low() -> None:
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+
+    proxy = start(echoing, "--max-connections=2000", preexec_fn=low)
+    limits: List[str] = proxy.line("start")["limits"]
+    (nofile,) = (int(text.split("=")[1]) for text in limits if text.startswith("nofile="))
+    assert nofile >= 4000
+
+
+@pytest.mark.parametrize("user", ["root", "daemon"])
+def test_an_unprivileged_user_can_not_become_another(user: str, unprivileged: List[str]) -> None:
+    done = refuse("-t", "127.0.0.1:9", *PRESERVE, f"--user={user}", command=unprivileged)
+    assert done.returncode == 2
+    assert f"--user={user}: only root" in one_line(done)
+
+
+def test_a_user_that_does_not_exist_is_named() -> None:
+    done = refuse("-t", "127.0.0.1:9", *PRESERVE, "--user=nobody-at-all")
+    assert done.returncode == 2
+    assert "--user: given 'nobody-at-all'" in one_line(done)
+
+
+def test_root_is_dropped_for_good_after_binding(start: Any, echoing: Exchange) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("LOUD: needs root to drop it")
+    nobody = pwd.getpwnam("nobody")
+    proxy = start(echoing, "--user=nobody")
+    proxy.line("start")
+    status = Path(f"/proc/{proxy.process.pid}/status").read_text()
+    fields = {line.split(":")[0]: line.split(":")[1].split() for line in status.splitlines()}
+    assert fields["Uid"] == [str(nobody.pw_uid)] * 4
+    assert fields["Gid"] == [str(nobody.pw_gid)] * 4
+    assert all(int(fields[name][0], 16) == 0 for name in ("CapPrm", "CapEff"))
+    assert "0" not in fields["Groups"]
+    with proxy.connect() as client:
+        client.sendall(b"still works")
+        assert receive_exactly(client, 11) == b"still works"
+
+
+def test_descriptors_that_run_out_pause_accepting_and_come_back(start: Any, echoing: Exchange) -> None:
+    """EMFILE under load: the listener rests, nothing spins, all is well when there is room again."""
+    proxy = start(echoing, "--workers=1", "--max-connections=100")
+    with proxy.connect() as first:
+        first.sendall(b"x")
+        assert first.recv(1) == b"x"
+    proxy.line("connection")
+    pid, fds = proxy.process.pid, proxy.fds()
+    old = resource.prlimit(pid, resource.RLIMIT_NOFILE, (fds + 3, 20000))
+    clients = [proxy.connect() for _ in range(6)]
+    error = proxy.line("error")
+    assert "LimitNOFILE" in error["message"]
+    before = proxy.cpu_seconds()
+    clients[0].settimeout(0.5)
+    clients[-1].settimeout(0.5)
+    with pytest.raises((socket.timeout, ConnectionResetError)):
+        clients[-1].sendall(b"x")
+        clients[-1].recv(1)
+    assert proxy.cpu_seconds() - before < 0.1
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, old)
+    for client in clients:
+        client.close()
+    wait_until(lambda: proxy.metrics()["downstream_cx_active"] == 0)
+    with proxy.connect() as later:
+        later.sendall(b"x")
+        assert later.recv(1) == b"x"
+
+
+def test_two_instances_share_a_port_when_asked(start: Any, echoing: Exchange) -> None:
+    first = start(echoing, "--reuse-port")
+    port = first.address[1]
+    second = start(echoing, "--reuse-port", f"-p{port}")
+    assert second.address == first.address
+    assert first.stop() == 0
+    for _ in range(20):
+        with second.connect() as client:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
