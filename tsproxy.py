@@ -3,12 +3,18 @@
 
 Usage:
   tsproxy.py --target=<host:port>... [--source=<address>]... [--allow=<cidr>]... [options]
+  tsproxy.py check --target=<host:port>... [--source=<address>]... [--allow=<cidr>]... [--json] [options]
+  tsproxy.py generate KIND --target=<host:port>... [--source=<address>]... [--allow=<cidr>]... [options]
+  tsproxy.py demo
   tsproxy.py bundle OUT
   tsproxy.py (-h | --help)
   tsproxy.py (-V | --version)
 
-Without a command it relays: clients connect to it, it connects to the target. `bundle` writes OUT, the whole
-program as one plain-text script to copy onto a host that has nothing but Python.
+Without a command it relays: clients connect to it, it connects to the target.
+check     would the timestamp policy hold here? Each lever, each witness, what is missing, the fix. Exit 0 only if so.
+generate  print the one-time set-up, with its undo: nftables, netns, systemd, docker or kubernetes.
+demo      show it: a private namespace, an embedded exchange, a client, and the SYN options of both legs. No root.
+bundle    write OUT, the whole program as one plain-text script to copy onto a host that has nothing but Python.
 
 Where to:
   -t --target=<host:port>      Upstream; repeat it for ordered failover; [::1]:443 for IPv6.
@@ -48,6 +54,7 @@ Lines on standard output:
   --connection-log=<on|off>    One line for each closed connection [default: on].
   --log-level=<level>          debug, info, warning or error [default: info].
 
+  --json                       With check: the same as one JSON object.
   -h --help                    Show this and exit.
   -V --version                 Show the version and exit.
 
@@ -55,29 +62,35 @@ Exit codes: 0 drained, 1 failed while running, 2 usage or a bad value, 69 can't 
 honoured. Signals: SIGTERM, SIGINT, SIGHUP drain (a second one ends now), SIGUSR1 prints a metrics line.
 """
 
+import importlib
 import os
 import sys
 
-_HERE = os.path.dirname(os.path.realpath(__file__))
-if os.path.isdir(os.path.join(_HERE, "lib", "_tsproxy")):
-    sys.path.insert(0, os.path.join(_HERE, "lib"))
+_LIB = os.path.join(os.path.dirname(os.path.realpath(__file__)), "lib")
+_ABSENT = {
+    "_tsproxy": "lib/ is missing: copy the whole checkout, or make one file there with: tsproxy.py bundle OUT",
+    "docopt": "docopt-ng is missing: pip install docopt-ng, or use the one file that 'tsproxy.py bundle OUT' makes",
+}
+if os.path.isdir(os.path.join(_LIB, "_tsproxy")):
+    sys.path.insert(0, _LIB)
 
 
 def main() -> int:
     """Run the command line; the exit code. What a user did wrong costs one line on standard error, never a traceback."""
     try:
-        from _tsproxy.commands import main as commands
-    except ImportError:
-        return _say("lib/ is missing: copy the whole checkout, or make one file there with: tsproxy.py bundle OUT")
-    try:
-        from docopt import docopt
-    except ImportError:
-        return _say("docopt-ng is missing: pip install docopt-ng, or use the one file that 'tsproxy.py bundle OUT' makes")
-    return commands.run(__doc__ or "", sys.argv[1:], docopt)
+        commands = importlib.import_module("_tsproxy.commands.main")
+        docopt = importlib.import_module("docopt").docopt
+    except ModuleNotFoundError as missing:
+        if missing.name not in _ABSENT:
+            raise
+        return _say(_ABSENT[missing.name])
+    code: int = commands.run(__doc__ or "", sys.argv[1:], docopt)
+    return code
 
 
 def _say(message: str) -> int:
-    print(f"tsproxy: {message}", file=sys.stderr)
+    if sys.stderr is not None:
+        print(f"tsproxy: {message}", file=sys.stderr)
     return 2
 
 

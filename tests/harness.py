@@ -49,7 +49,7 @@ class Proxy:
         self._came: queue.Queue[Optional[bytes]] = queue.Queue()
         self._threads = []
         if self.process.stdout:
-            self._threads.append(threading.Thread(target=self._read, name=f"lines-{self.process.pid}"))
+            self._threads.append(threading.Thread(target=self._read, name=f"lines-{self.process.pid}", daemon=True))
             self._threads[-1].start()
 
     def _read(self) -> None:
@@ -118,6 +118,15 @@ class Proxy:
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return client
 
+    def expect_reset(self, **options: Any) -> None:
+        """A new client is reset: while it connects, or when it first reads."""
+        try:
+            with self.connect(**options) as client:
+                data = client.recv(1)
+        except ConnectionResetError:
+            return
+        raise AssertionError(f"no reset, but {data!r}")
+
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Signal it, wait for its end and its last lines; the exit code."""
         if self.process.poll() is None:
@@ -179,7 +188,7 @@ class Exchange:
             self._spawn(self._serve)
 
     def _spawn(self, work: Callable[..., None], *args: Any) -> None:
-        thread = threading.Thread(target=work, args=args, name="exchange")
+        thread = threading.Thread(target=work, args=args, name="exchange", daemon=True)
         thread.start()
         self._threads.append(thread)
 

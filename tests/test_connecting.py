@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from typing import Any, Iterator
+from typing import Any, Iterator, List
 
 import pytest
 from conftest import CHECKOUT
@@ -70,8 +70,8 @@ def test_targets_are_tried_in_order_and_the_first_that_answers_serves(void: Name
 
 def test_a_silent_target_ends_in_a_timeout_and_the_client_is_reset(void: Namespace, inside: Any) -> None:
     proxy = inside("-t", SILENT, "--connect-timeout=200ms")
-    with void, proxy.connect() as client, pytest.raises(ConnectionResetError):
-        client.recv(1)
+    with void:
+        proxy.expect_reset()
     line = proxy.line("connection")
     assert (line["reason"], line["termination_state"], line["connect_us"]) == ("connect_timeout", "sC", None)
     assert 200_000 <= line["duration_us"]
@@ -148,8 +148,7 @@ def test_ports_that_run_out_are_reported_as_what_they_are(void: Namespace, insid
 
 def test_a_client_outside_the_allowed_blocks_is_reset_and_counted(start: Any, echoing: Exchange) -> None:
     proxy = start(echoing, "--allow=127.0.0.2/32", "--allow=2001:db8::/32")
-    with proxy.connect() as stranger, pytest.raises(ConnectionResetError):
-        stranger.recv(1)
+    proxy.expect_reset()
     with proxy.connect(source_address=("127.0.0.2", 0)) as friend:
         friend.sendall(b"in")
         assert receive_exactly(friend, 2) == b"in"
@@ -181,8 +180,7 @@ def test_beyond_max_connections_reject_resets_at_once(start: Any, echoing: Excha
     for client in inside:
         client.sendall(b"x")
         assert client.recv(1) == b"x"
-    with proxy.connect() as third, pytest.raises(ConnectionResetError):
-        third.recv(1)
+    proxy.expect_reset()
     assert proxy.metrics()["downstream_cx_overflow"] == 1
     inside.pop().close()
     proxy.line("connection")
@@ -209,3 +207,31 @@ def test_beyond_max_connections_queue_serves_when_a_place_is_free(start: Any, ec
         assert second.recv(1) == b"2"
     metrics = proxy.wait_metrics(lambda line: line["downstream_cx_active"] == 0)
     assert (metrics["downstream_cx_total"], metrics["downstream_cx_overflow"]) == (2, 0)
+
+
+def test_each_source_brings_its_own_ports(void: Namespace, inside: Any) -> None:
+    """Four local ports, two sources: eight connections to one target, and the ninth finds none."""
+    with void:
+        far = Exchange(echo)
+    proxy = inside("-t", far.target, "--source=127.0.0.2", "--source=127.0.0.3", "--workers=1")
+    address = proxy.address  # it listens on a port of the usual range
+    clients: List[socket.socket] = []
+    void.sysctl("ip_local_port_range", "50000 50003")
+    try:
+        with void:
+            for number in range(8):
+                clients.append(socket.socket())
+                clients[-1].bind(("127.0.0.1", 41000 + number))
+                clients[-1].connect(address)
+                exchange_with(void, clients[-1])
+            ninth = socket.socket()
+            ninth.bind(("127.0.0.1", 41008))
+            ninth.connect(address)
+        assert proxy.line("connection")["reason"] == "no_ports"
+        ninth.close()
+    finally:
+        void.sysctl("ip_local_port_range", "32768 60999")
+        for client in clients:
+            client.close()
+    proxy.stop()
+    far.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Set, Tuple
 
 from _tsproxy.config import UsageError
 
@@ -34,6 +34,25 @@ def options_of(manual: str) -> Dict[str, Known]:
 def commands_of(manual: str) -> Tuple[str, ...]:
     """The commands of the manual's usage lines."""
     return tuple(dict.fromkeys(re.findall(r"^  tsproxy\.py ([a-z]+)\b", manual, re.M)))
+
+
+def read(manual: str, words: Sequence[str], docopt: Callable[..., Dict[str, Any]]) -> Dict[str, Any]:
+    """docopt's dictionary of a command line, or UsageError with the one line to print."""
+    ready = normalize(manual, words)
+    try:
+        options = docopt(manual, ready, default_help=False)
+    except SystemExit:
+        raise UsageError(unfit(manual, ready)) from None
+    return {**options, **_repeated(manual, ready)}
+
+
+def _repeated(manual: str, ready: Sequence[str]) -> Dict[str, List[str]]:
+    """The values of the options that repeat. docopt-ng 0.9 gives some twice where several usage lines name the option."""
+    given: Dict[str, List[str]] = {known.name: [] for known in options_of(manual).values() if known.repeats}
+    for name, _, value in (word.partition("=") for word in ready):
+        if name in given:
+            given[name].append(value)
+    return given
 
 
 def normalize(manual: str, words: Sequence[str]) -> List[str]:
@@ -122,13 +141,20 @@ def _command(manual: str, table: Dict[str, Known], words: List[str]) -> None:
     if plain and plain[0] not in commands:
         raise UsageError(f"unknown command {plain[0]!r}{_did_you_mean(plain[0], commands)}")
     usage = next(line for line in _usages(manual) if (plain[0] if plain else "--target") in line.split()[1])
-    takes_options = "[options]" in usage
-    for word in words:
-        name = word.partition("=")[0]
-        if name in table and not takes_options and name not in usage:
+    given = [word.partition("=")[0] for word in words if word.partition("=")[0] in table]
+    for name in given:
+        if name not in _taken(manual, table, usage):
             raise UsageError(f"{name}: not an option of {plain[0] if plain else 'relaying'!r}; usage: {usage}")
-    if "--target" in usage and not any(word.startswith("--target=") for word in words):
+    if "--target" in usage and "--target" not in given:
         raise UsageError("--target: given nothing; allowed: at least one, e.g. --target=exchange.example:443")
+
+
+def _taken(manual: str, table: Dict[str, Known], usage: str) -> Set[str]:
+    """The options that a usage line takes: those it names and, for [options], those that no usage line names."""
+    named = set(re.findall(r"--[a-z-]+", usage))
+    if "[options]" not in usage:
+        return named
+    return named | (table.keys() - set(re.findall(r"--[a-z-]+", "".join(_usages(manual)))))
 
 
 def _usages(manual: str) -> List[str]:

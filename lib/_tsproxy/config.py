@@ -9,12 +9,11 @@ import ipaddress
 import os
 import re
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple, TypeVar, Union
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple, Union
 
 IPNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
-T = TypeVar("T")
 
-MODES = ("strip", "preserve")
+MODES = ("strip", "rewrite", "preserve")
 FULL_ACTIONS = ("reject", "queue")
 RUNTIMES = ("auto", "threads")
 SWITCH = ("on", "off")

@@ -20,7 +20,7 @@ from _tsproxy.host.addresses import Address
 from _tsproxy.host.sockets import Tuning
 from _tsproxy.telemetry.counters import Ledger
 from _tsproxy.telemetry.records import Notice, RecordWriter
-from _tsproxy.timestamps import policy
+from _tsproxy.timestamps import policy, syn
 
 
 class Plan(NamedTuple):
@@ -63,7 +63,7 @@ def run_worker(spec: Spec) -> None:
 def _build(spec: Spec, records: RecordWriter) -> Worker:
     config, row = spec.config, Ledger(spec.ledger_fd).worker(spec.number)
     gate = policy.gate_for(spec.lever, spec.wanted)
-    bench = Workbench(spec.number, rules_of(config), gate, row, records, spec.sources, config.buffer_size)
+    bench = Workbench(spec.number, rules_of(config), gate, syn.offered_tsval, row, records, spec.sources, config.buffer_size)
     return Worker(bench, inbox.Consumer(spec.ring), config.busy_poll_us)
 
 

@@ -107,7 +107,7 @@ def _licences(distribution: str) -> Dict[str, str]:
     try:
         files = metadata.files(distribution) or []
         found = {match[1]: file for file in files for match in [LICENCE.search(str(file))] if match}
-        texts = {name: found[name].read_text("utf-8") for name in found}
+        texts = {name: found[name].read_text("utf-8") for name in sorted(found)}
     except (metadata.PackageNotFoundError, OSError, UnicodeDecodeError):
         texts = {}
     if not texts:

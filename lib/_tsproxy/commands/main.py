@@ -20,7 +20,7 @@ def run(manual: str, words: List[str], docopt: Docopt) -> int:
     if not sys.platform.startswith("linux"):
         return _fail(exits.FAILED, f"needs Linux; this is {sys.platform}")
     try:
-        return _dispatch(_parse(manual, words, docopt), manual)
+        return _dispatch(cli.read(manual, words, docopt), manual)
     except UsageError as problem:
         return _fail(exits.USAGE, str(problem))
     except Exit as end:
@@ -41,14 +41,6 @@ def _open_standard_descriptors() -> None:
         os.set_inheritable(fd, True)
 
 
-def _parse(manual: str, words: List[str], docopt: Docopt) -> Dict[str, Any]:
-    ready = cli.normalize(manual, words)
-    try:
-        return docopt(manual, ready, default_help=False)
-    except SystemExit:
-        raise UsageError(cli.unfit(manual, ready)) from None
-
-
 def _dispatch(options: Dict[str, Any], manual: str) -> int:
     if options["--help"]:
         print(manual.strip())
@@ -56,15 +48,34 @@ def _dispatch(options: Dict[str, Any], manual: str) -> int:
     if options["--version"]:
         print(f"tsproxy {_tsproxy.__version__}")
         return exits.DRAINED
+    return _command(options)
+
+
+def _command(options: Dict[str, Any]) -> int:
+    """The chosen command; each is imported only when it is asked for."""
     if options["bundle"]:
         from _tsproxy.commands import bundle
 
         return bundle.run(options["OUT"])
+    if options["demo"]:
+        from _tsproxy.commands import demo
+
+        return demo.run()
+    settings = config.parse(options)
+    if options["check"]:
+        from _tsproxy.commands import check
+
+        return check.run(settings, as_json=options["--json"])
+    if options["generate"]:
+        from _tsproxy.commands import generate
+
+        return generate.run(options["KIND"], settings)
     from _tsproxy.server.serve import serve
 
-    return serve(config.parse(options))
+    return serve(settings)
 
 
 def _fail(code: int, message: str) -> int:
-    print(f"tsproxy: {message}", file=sys.stderr)
+    if sys.stderr is not None:  # print() would take standard output for a standard error that was closed
+        print(f"tsproxy: {message}", file=sys.stderr)
     return code

@@ -188,10 +188,11 @@ class Half:
         self._shut_if_drained()
 
     def _shut_if_drained(self) -> None:
-        """Half-close: FIN goes on only after the bytes before it."""
+        """Half-close: FIN goes on only after the bytes before it. The second one is left to the close() that follows."""
         if self.flow is Flow.DRAINING and self.held is None:
             try:
-                self.sink.shutdown(socket.SHUT_WR)
+                if self.twin.flow is not Flow.SHUT:
+                    self.sink.shutdown(socket.SHUT_WR)
             except OSError as error:
                 self.owner.on_broken_sink(self, error)
                 return

@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from typing import List, NamedTuple, Optional
+from typing import List, NamedTuple
 
 from _tsproxy.host import wakeup
 from _tsproxy.host.addresses import PACKED_SIZE
@@ -20,7 +20,7 @@ CAPACITY = 1024
 _SLOT = 512
 _TAKEN = 0  # the header's only word: how many entries the consumer has taken, ever
 _HEADER = mmap.PAGESIZE
-_ENTRY = struct.Struct(f"=BiQqqH{PACKED_SIZE}s")
+_ENTRY = struct.Struct(f"=BiQqH{PACKED_SIZE}s")
 MOST_UPSTREAMS = (_SLOT - _ENTRY.size) // PACKED_SIZE
 
 ACCEPTED, DRAIN, KILL, DRIFTED_CONNECTING, DRIFTED_ALL, PING = range(6)
@@ -33,22 +33,20 @@ class Entry(NamedTuple):
     fd: int = -1
     connection_id: int = 0
     accepted_ns: int = 0  # CLOCK_MONOTONIC
-    syn_tsval: Optional[int] = None
     client: bytes = bytes(PACKED_SIZE)
     upstreams: bytes = b""  # packed addresses, one after the other, at most MOST_UPSTREAMS
 
     def encode(self) -> bytes:
         """At most one slot of bytes."""
-        tsval = -1 if self.syn_tsval is None else self.syn_tsval
-        head = (self.kind, self.fd, self.connection_id, self.accepted_ns, tsval, len(self.upstreams), self.client)
+        head = (self.kind, self.fd, self.connection_id, self.accepted_ns, len(self.upstreams), self.client)
         return _ENTRY.pack(*head) + self.upstreams
 
     @classmethod
     def decode(cls, data: bytes) -> Entry:
         """The entry in a slot."""
-        kind, fd, connection_id, accepted_ns, tsval, length, client = _ENTRY.unpack_from(data)
+        kind, fd, connection_id, accepted_ns, length, client = _ENTRY.unpack_from(data)
         upstreams = data[_ENTRY.size : _ENTRY.size + length]
-        return cls(kind, fd, connection_id, accepted_ns, None if tsval < 0 else tsval, client, upstreams)
+        return cls(kind, fd, connection_id, accepted_ns, client, upstreams)
 
 
 class Ring(NamedTuple):

@@ -43,6 +43,10 @@ class Poller(selectors.BaseSelector):
         self._epoll.unregister(fileobj)
         return key
 
+    def forget(self, fd: int) -> None:
+        """Stop knowing a descriptor that is about to be closed: close(2) itself ends the watch. Its key is gone at once."""
+        del self._keys[fd]
+
     def modify(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
         """Watch for other events. Free if nothing changes."""
         key = self._keys[fileobj]

@@ -35,6 +35,7 @@ class Relay:
     __slots__ = (
         "_bench",
         "_candidates",
+        "_client_syn_tsval",
         "_client_timestamps",
         "_connect_us",
         "_entry",
@@ -59,6 +60,7 @@ class Relay:
         # to_upstream, and to_downstream once there is an upstream socket
         self._halves = [Half(self, bench, sockets.adopt(entry.fd, socket.AF_INET), FROM_DOWNSTREAM)]
         self._client_timestamps = sockets.has_timestamps(self._halves[0].source)
+        self._client_syn_tsval = bench.tsval_of(sockets.saved_syn(self._halves[0].source))
         bench.relays[entry.connection_id] = self
 
     # Connecting
@@ -138,17 +140,17 @@ class Relay:
             if mask & BROKEN:
                 self.end(Ending.CLIENT_LEFT)
             return
-        code = half.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code:
-            self._attempt_failed(code)
+        timestamps = sockets.connected_with_timestamps(half.source)
+        if timestamps is None:
+            self._attempt_failed(half.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or errno.ECONNRESET)
             self._connect()
         else:
-            self._connected()
+            self._connected(timestamps)
 
     # Relaying
 
-    def _connected(self) -> None:
-        """Measure what was negotiated, ask the gate, and let bytes flow; or reset both sides with nothing relayed."""
+    def _connected(self, timestamps: bool) -> None:
+        """Note what was negotiated, ask the gate, and let bytes flow; or reset both sides with nothing relayed."""
         up, down = self._halves
         now = time.monotonic_ns()
         self._connect_us = (now - self._started_ns) // 1000
@@ -156,9 +158,9 @@ class Relay:
         self._phase = phase_after(self._phase, Event.CONNECTED)
         up.twin, up.sink, up.moved_at = down, down.source, now
         down.twin, down.sink, down.moved_at = up, up.source, now
-        self._upstream_timestamps = sockets.has_timestamps(down.source)
-        self._bench.count(Counter.UPSTREAM_TIMESTAMPS, int(self._upstream_timestamps))
-        if not self._bench.gate.may_relay(down.source, self._upstream_timestamps):
+        self._upstream_timestamps = timestamps
+        self._bench.count(Counter.UPSTREAM_TIMESTAMPS, int(timestamps))
+        if not self._bench.gate.may_relay(down.source, timestamps):
             self.end(Ending.POLICY)
             return
         for half in (up, down):
@@ -299,7 +301,7 @@ class Relay:
             discarded_bytes=up.withheld + (down.withheld if down else 0),
             client_timestamps=self._client_timestamps,
             upstream_timestamps=self._upstream_timestamps,
-            client_syn_tsval=entry.syn_tsval,
+            client_syn_tsval=self._client_syn_tsval,
             upstream_rtt_us=info.rtt_us if info else None,
             upstream_retransmits=info.retransmits if info else None,
             ending=ending,

@@ -9,7 +9,7 @@ import itertools
 import socket
 import time
 from collections import defaultdict
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from _tsproxy.dataplane.buffers import Buffers
 from _tsproxy.dataplane.gate import Gate
@@ -21,6 +21,9 @@ from _tsproxy.telemetry.counters import Counter
 from _tsproxy.telemetry.records import Notice, RecordWriter
 
 _COMPLAINT_NS = 1_000_000_000
+
+
+TsvalOf = Callable[[bytes], Optional[int]]  # the TSval in a client's saved SYN, if it offered one
 
 
 class Rules(NamedTuple):
@@ -42,12 +45,14 @@ class Workbench:
         index: int,
         rules: Rules,
         gate: Gate,
+        tsval_of: TsvalOf,
         counters: memoryview,
         records: RecordWriter,
         sources: Sequence[Address],
         buffer_size: int,
     ) -> None:
         self.index, self.rules, self.gate = index, rules, gate
+        self.tsval_of = tsval_of
         self.counters, self.records = counters, records
         self.buffers = Buffers(buffer_size)
         self.buffer = self.buffers.take()
@@ -68,7 +73,7 @@ class Workbench:
     def bury(self, sock: socket.socket) -> None:
         """Stop watching a socket now and close it at the end of the turn: its number must not come back within it."""
         if self.handlers.pop(sock.fileno(), None) is not None:
-            self.poller.unregister(sock.fileno())
+            self.poller.forget(sock.fileno())
         self._buried.append(sock)
 
     def close_buried(self) -> None:

@@ -14,6 +14,9 @@ TCP_TIMESTAMP = 24
 TCP_SAVE_SYN = 27
 TCP_SAVED_SYN = 28
 
+# include/net/tcp_states.h, tcpi_state: ESTABLISHED, and CLOSE_WAIT where the peer's FIN is here already
+TCP_CONNECTED = frozenset({1, 8})
+
 # include/uapi/linux/tcp.h, tcpi_options
 TCPI_OPT_TIMESTAMPS = 1
 TCPI_OPT_USEC_TS = 64

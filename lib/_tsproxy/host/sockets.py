@@ -36,6 +36,12 @@ def has_timestamps(sock: socket.socket) -> bool:
     return bool(sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, 8)[5] & linux.TCPI_OPT_TIMESTAMPS)
 
 
+def connected_with_timestamps(sock: socket.socket) -> Optional[bool]:
+    """After connect(): whether TSopt was negotiated; None if there is no connection (any more)."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, 8)
+    return bool(info[5] & linux.TCPI_OPT_TIMESTAMPS) if info[0] in linux.TCP_CONNECTED else None
+
+
 def counts_microseconds(sock: socket.socket) -> bool:
     """Whether this connection's timestamps would count microseconds (a route's feature, TCPI_OPT_USEC_TS)."""
     return bool(sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, 8)[5] & linux.TCPI_OPT_USEC_TS)
@@ -56,9 +62,11 @@ class Tuning(NamedTuple):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             sock.setsockopt(tcp, socket.TCP_KEEPIDLE, self.keepalive_s)
             sock.setsockopt(tcp, socket.TCP_KEEPINTVL, max(1, self.keepalive_s // _KEEPALIVE_PROBES))
-            sock.setsockopt(tcp, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
         if self.user_timeout_ms:
             sock.setsockopt(tcp, linux.TCP_USER_TIMEOUT, self.user_timeout_ms)
+        elif self.keepalive_s:
+            # Where there is a user timeout, it decides instead of the count (tcp(7), TCP_USER_TIMEOUT).
+            sock.setsockopt(tcp, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
 
 
 def acknowledge_at_once(sock: socket.socket) -> None:

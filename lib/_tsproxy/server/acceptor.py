@@ -10,7 +10,7 @@ import errno
 import os
 import socket
 import time
-from typing import Callable, Optional
+from typing import Callable
 
 from _tsproxy.config import Config
 from _tsproxy.dataplane.inbox import ACCEPTED, Entry
@@ -19,7 +19,6 @@ from _tsproxy.host.addresses import pack, raw_ip
 from _tsproxy.runtime import Crew
 from _tsproxy.telemetry import metrics
 from _tsproxy.telemetry.counters import ACCEPTOR_ROW, Counter, Ledger
-from _tsproxy.timestamps import syn
 
 _PAUSE_S = 0.1
 _LOOK_AGAIN_S = 0.005  # how soon a freed place is noticed under --on-full=queue
@@ -91,9 +90,8 @@ class Acceptor:
         """Give the descriptor away; if no worker takes it, the client is reset and accepting rests."""
         self._connection_id += 1
         self._counters[Counter.ACCEPTED] += 1
-        tsval = _offered_tsval(client)
         fd = client.detach()
-        entry = Entry(ACCEPTED, fd, self._connection_id, accepted_ns, tsval, packed, self._upstreams())
+        entry = Entry(ACCEPTED, fd, self._connection_id, accepted_ns, packed, self._upstreams())
         if not self._crew.hand(entry):
             self._counters[Counter.ACCEPTED] -= 1
             self._turn_away(socket.socket(fileno=fd), Counter.OVERFLOW)
@@ -112,12 +110,3 @@ class Acceptor:
         if now - self._complained_at >= _COMPLAINT_S:
             self._complained_at = now
             self._complain(why)
-
-
-def _offered_tsval(client: socket.socket) -> Optional[int]:
-    """The TSval in the client's own SYN; None if it offered none, or if the kernel has not kept the SYN (SYN cookies)."""
-    try:
-        saved = sockets.saved_syn(client)
-        return syn.parse(saved).tsval if saved else None
-    except (OSError, syn.Malformed):
-        return None  # reset already, or headers that we can't read: not worth refusing a client for

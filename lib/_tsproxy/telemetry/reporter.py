@@ -45,7 +45,7 @@ class Reporter:
         self._wakeup = wakeup.create()
         self._closing_until: Optional[float] = None
         self._rest = b""
-        self._rates = _Rates(ledger)
+        self._rates = Rates(ledger)
         self._next_metrics = time.monotonic() + interval_s if interval_s else float("inf")
         self._poller = select.poll()
         self._poller.register(pipe.reader, select.POLLIN)
@@ -75,7 +75,9 @@ class Reporter:
     def run(self) -> None:
         """The thread: gather, write, wait, until closed and empty."""
         while True:
-            closing_until = self._closing_until  # looked at first: what was queued before close() is gathered after this
+            self._wakeup.collect()
+            # After collect(), which may take the ring of close(); before gathering what was queued before close().
+            closing_until = self._closing_until
             self._gather()
             self._outlet.write()
             if closing_until is not None and (self._outlet.is_empty or time.monotonic() > closing_until):
@@ -101,7 +103,6 @@ class Reporter:
 
     def _gather(self) -> None:
         """Turn all that is waiting into lines; records first, so that a last `metrics` or `stop` line comes after them."""
-        self._wakeup.collect()
         waiting = len(self._said)
         for data in self._pipe.read():
             records, self._rest = decode(self._rest + data)
@@ -142,7 +143,7 @@ class Reporter:
         self._ledger.rows[REPORTER_ROW][Counter.LINES_DROPPED] += lines
 
 
-class _Rates:
+class Rates:
     """The totals now, and the rates since the last time they were asked for."""
 
     def __init__(self, ledger: Ledger, clock: Callable[[], float] = time.monotonic) -> None:

@@ -53,6 +53,14 @@ def parse(headers: bytes) -> Syn:
     return Syn(tuple(_options(headers[start + 20 : end])))
 
 
+def offered_tsval(headers: bytes) -> Optional[int]:
+    """TSval of a saved SYN; None if it offered none, was not kept (b"", SYN cookies), or is beyond this parser."""
+    try:
+        return parse(headers).tsval if headers else None
+    except Malformed:
+        return None
+
+
 def _tcp_start(headers: bytes) -> int:
     """Where the TCP header begins behind an IPv4 or IPv6 header."""
     version = headers[0] >> 4 if headers else 0

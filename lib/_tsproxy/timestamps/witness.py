@@ -8,11 +8,12 @@ path; it does not see rules on addresses, other interfaces, or what happens behi
 from __future__ import annotations
 
 import errno
+import os
 import select
 import socket
 from typing import Dict, Iterable
 
-from _tsproxy.host import sockets
+from _tsproxy.host import linux, namespaces, sockets
 from _tsproxy.host.addresses import Address, from_sockaddr
 from _tsproxy.host.sockets import Tuning
 from _tsproxy.timestamps import syn
@@ -41,7 +42,7 @@ class Witness:
         try:
             return {family: self._look(family) for family in self._families}
         except OSError as error:
-            if error.errno in _LO_DOWN:
+            if error.errno in _LO_DOWN or not namespaces.is_up("lo"):
                 raise NoWitness(f"the loopback interface is down ({error.strerror}); to raise it: ip link set lo up") from None
             raise NoWitness(f"the witness connection on loopback failed: {error.strerror or error}") from None
         except syn.Malformed as problem:
@@ -52,7 +53,9 @@ class Witness:
         address = from_sockaddr(family, listening.getsockname())
         client = sockets.dial(family, Tuning(), None)
         try:
-            client.connect_ex(address.sockaddr)
+            code = client.connect_ex(address.sockaddr)
+            if code and code not in linux.RETRY:
+                raise OSError(code, os.strerror(code))
             return self._accepted(listening, client.getsockname())
         finally:
             sockets.reset_on_close(client)

@@ -1,0 +1,74 @@
+"""From samples to figures: the median of the rounds, and its ratio to no relay and to the best peer."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any, Collection, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+DIRECT = "direct"
+OURS = "tsproxy"
+STATISTIC = "median of the rounds"
+
+Samples = List[Dict[str, Any]]  # one for each round
+Results = Dict[str, Dict[str, Samples]]  # case -> relay -> samples
+
+
+class Figure(NamedTuple):
+    """Something that a sample tells: its key there (with the unit), and how people read it."""
+
+    key: str
+    label: str
+    higher_is_better: bool
+    is_compared: bool = True  # False: it tells of the measurement, not of the relay
+
+
+class Row(NamedTuple):
+    """One figure of one relay in one case."""
+
+    case: str
+    relay: str
+    is_tsproxy: bool
+    figure: Figure
+    rounds: List[float]
+    value: float
+    ratio_to_direct: Optional[float]
+    best_peer: Optional[str]
+    ratio_to_best_peer: Optional[float]
+
+    def fields(self) -> Dict[str, Any]:
+        """Its JSON line."""
+        better = {"higher_is_better": self.figure.higher_is_better, "statistic": STATISTIC}
+        return {"event": "figure", **self._asdict(), "figure": self.figure.key, **better}
+
+
+def rows(results: Results, figures: Mapping[str, Sequence[Figure]], peers: Collection[str]) -> Iterator[Row]:
+    """Every figure (by case) of every relay. What is neither direct nor among the peers is tsproxy."""
+    for case, by_relay in results.items():
+        for figure in figures[case]:
+            rounds = {relay: [sample[figure.key] for sample in samples] for relay, samples in by_relay.items() if samples}
+            yield from _compared(case, figure, rounds, peers)
+
+
+def _compared(case: str, figure: Figure, rounds: Mapping[str, List[float]], peers: Collection[str]) -> Iterator[Row]:
+    values = {relay: statistics.median(taken) for relay, taken in rounds.items()}
+    base = values if figure.is_compared else {}
+    rivals = {relay: value for relay, value in base.items() if relay in peers}
+    best = (max if figure.higher_is_better else min)(rivals, key=rivals.__getitem__, default=None)
+    for relay, value in values.items():
+        ours = relay != DIRECT and relay not in peers
+        peer = best if relay != DIRECT else None
+        to_direct, to_peer = _ratio(value, base.get(DIRECT)), _ratio(value, rivals.get(peer or ""))
+        yield Row(case, relay, ours, figure, rounds[relay], value, to_direct, peer, to_peer)
+
+
+def _ratio(value: float, base: Optional[float]) -> Optional[float]:
+    return round(value / base, 4) if base else None
+
+
+def curve(samples: Samples) -> List[Tuple[float, float]]:
+    """The samples' curves as one: the median at each point that all rounds have."""
+    points: Dict[float, List[float]] = {}
+    for sample in samples:
+        for x, y in sample["curve"]:
+            points.setdefault(x, []).append(y)
+    return [(x, statistics.median(ys)) for x, ys in sorted(points.items()) if len(ys) == len(samples)]

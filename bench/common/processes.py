@@ -1,0 +1,113 @@
+"""Child processes: work of our own in a fork, programs of others in a session of their own. None outlives its `with`."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Callable, FrozenSet, Iterator, Optional, Sequence
+
+from common.layout import pinned
+from common.trouble import Failed
+
+
+class Task:
+    """A function that runs in a fork of this process, on its own CPUs; it answers with what json can encode."""
+
+    def __init__(self, work: Callable[[], Any], cpus: FrozenSet[int]) -> None:
+        self._reader, writer = os.pipe()
+        sys.stdout.flush()
+        self._pid: Optional[int] = os.fork()
+        if self._pid == 0:
+            os.close(self._reader)
+            _be_child(work, cpus, writer)
+        os.close(writer)
+
+    def result(self, patience_s: float) -> Any:
+        """What the function returned. Failed if it raised, or took longer than that."""
+        data = b""
+        while True:
+            if not select.select([self._reader], [], [], patience_s)[0]:
+                raise Failed(f"no answer within {patience_s:g} s")
+            piece = os.read(self._reader, 1 << 16)
+            if not piece:
+                break
+            data += piece
+        answer = json.loads(data or '{"error": "the load generator died"}')
+        if "error" in answer:
+            raise Failed(answer["error"])
+        return answer["result"]
+
+    def end(self) -> None:
+        """Kill it if it still runs."""
+        if self._pid is not None:
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+            os.close(self._reader)
+            self._pid = None
+
+
+def _be_child(work: Callable[[], Any], cpus: FrozenSet[int], writer: int) -> None:
+    """The child's life. Ctrl-C goes to the parent, which ends us. No collector: a pause of ours is not the relay's."""
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        gc.disable()
+        gc.freeze()
+        os.sched_setaffinity(0, cpus)
+        try:
+            answer = {"result": work()}
+        except (OSError, Failed) as problem:
+            answer = {"error": str(problem)}
+        with open(writer, "w") as pipe:
+            json.dump(answer, pipe)
+    except KeyboardInterrupt:
+        pass  # it came before we could ignore it
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(0)
+
+
+@contextlib.contextmanager
+def tasks(works: Sequence[Callable[[], Any]], cpus: FrozenSet[int]) -> Iterator[Sequence[Task]]:
+    """All of them, side by side."""
+    running = []
+    try:
+        for work in works:
+            running.append(Task(work, cpus))
+        yield running
+    finally:
+        for task in running:
+            task.end()
+
+
+def run(works: Sequence[Callable[[], Any]], cpus: FrozenSet[int], patience_s: float) -> Sequence[Any]:
+    """Functions in forks, side by side, to their ends; their results."""
+    with tasks(works, cpus) as running:
+        return [task.result(patience_s) for task in running]
+
+
+@contextlib.contextmanager
+def program(command: Sequence[str], cpus: FrozenSet[int], output: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A program on its own CPUs, writing to `output` and `output`.err. At the end it and its children are killed."""
+    errors = output.with_suffix(".err")
+    with open(output, "wb") as out, open(errors, "wb") as err, pinned(cpus):
+        try:
+            child = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True, cwd=output.parent
+            )
+        except OSError as problem:
+            raise Failed(f"can't start {command[0]}: {problem.strerror}") from None
+    try:
+        yield child
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()

@@ -1,0 +1,84 @@
+#!/usr/bin/env python3
+"""Throughput of one stream in one direction, in Gbit/s, by the size of the messages that the client sends.
+
+The client sends for the time given, then shuts its side down; the clock stops when the far end has taken the last
+byte. The far end drops what it gets without copying it.
+
+How to read it: with small messages the client's own system calls are the limit, in direct too; the kernel then joins
+many of them before a relay receives. With large ones the relay's copying is the limit. "0.80x" beside a figure is its
+ratio to direct (no relay); "tsproxy : best peer" above 1.00x means faster than the best of haproxy, nginx and socat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from functools import partial
+from typing import Dict, List
+
+from common import charts, far_end, figures, layout, load, options, relays, report, session
+from common.figures import Figure
+from common.session import Case
+
+SIZES = [64 << (2 * step) for step in range(8)]  # 64 B to 1 MiB
+GBIT = Figure("gbit_per_s", "Gbit/s", True)
+RELAYS = [name for name in relays.NAMES if name != relays.SPIN]
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = options.with_relays(options.parser(__doc__, RELAYS, rounds=3, seconds=0.5))
+    parser.add_argument(
+        "--sizes", type=options.wholes(1, 16 << 20), default=SIZES, help="comma-separated, bytes (default: 64 to 1048576)"
+    )
+    return parser.parse_args()
+
+
+def readable(size: int) -> str:
+    """64 B, 16 KiB, 1 MiB."""
+    for unit, name in ((1 << 20, "MiB"), (1 << 10, "KiB")):
+        if size >= unit and size % unit == 0:
+            return f"{size // unit} {name}"
+    return f"{size} B"
+
+
+def cases_of(stage: session.Stage) -> List[Case]:
+    """One for each size."""
+    chosen = [relay for relay in stage.bed.all(stage.args.only) if relay.name in RELAYS]
+    return [
+        Case(f"size-{size}", readable(size), [GBIT], far_end.sink, partial(measure, stage, size), chosen)
+        for size in stage.args.sizes
+    ]
+
+
+def measure(stage: session.Stage, size: int, relay: relays.Running) -> load.Sample:
+    """One stream."""
+    return stage.load(partial(load.bulk, relay.port, size, stage.args.seconds))[0]
+
+
+def picture(cases: List[Case], rows: List[figures.Row]) -> charts.Lines:
+    """A line for each relay, over the sizes."""
+    sizes = {case.name: float(math.log2(int(case.name.split("-")[1]))) for case in cases}
+    series: Dict[str, List[charts.Point]] = {}
+    for row in rows:
+        series.setdefault(row.relay, []).append((sizes[row.case], row.value))
+    ticks = sorted((sizes[case.name], case.title) for case in cases)
+    return charts.Lines("one stream, one direction", "message size", "Gbit/s", ticks, series)
+
+
+def work() -> int:
+    """Measure and show."""
+    args = parse()
+    with session.staged("throughput", args, layout.pair(args.cpus)) as stage:
+        cases = cases_of(stage)
+        rows = stage.rows(stage.compare(cases), cases)
+        titles = {case.name: case.title for case in cases}
+        if args.svg:
+            args.svg.write_text(charts.document("tsproxy: throughput", str(stage.place), [picture(cases, rows)]))
+        table = report.comparison(rows, lambda row: titles[row.case])
+        return stage.show(rows, iter([("Gbit/s by message size, one stream, one direction", table)]))
+
+
+if __name__ == "__main__":
+    sys.exit(session.run("throughput", work))

@@ -1,0 +1,205 @@
+"""The ledger: rows in shared memory, one writer each, seen by every process that has the descriptor."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import subprocess
+import sys
+from typing import Callable, Dict, FrozenSet, Iterable, Iterator
+
+import pytest
+from _tsproxy.telemetry import counters, histogram, metrics
+from _tsproxy.telemetry.counters import ACCEPTOR_ROW, FIRST_WORKER_ROW, REPORTER_ROW, Counter, Ledger
+from harness import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+@contextlib.contextmanager
+def ledger_for(workers: int) -> Iterator[Ledger]:
+    """A new ledger; at the end its descriptor is closed and its memory unmapped."""
+    ledger = Ledger.create(workers)
+    fd = ledger.fd
+    try:
+        yield ledger
+    finally:
+        vars(ledger).clear()  # the mapping goes with its last view
+        os.close(fd)
+
+
+@pytest.fixture
+def ledger() -> Iterator[Ledger]:
+    with ledger_for(3) as made:
+        yield made
+
+
+def test_a_new_ledger_is_all_zero_with_a_row_for_each_writer(ledger: Ledger) -> None:
+    assert len(ledger.rows) == FIRST_WORKER_ROW + 3
+    assert not any(any(row) for row in ledger.rows)
+    assert len({ACCEPTOR_ROW, REPORTER_ROW, FIRST_WORKER_ROW}) == 3
+
+
+def test_no_two_rows_share_a_page_or_a_word(ledger: Ledger) -> None:
+    for number, row in enumerate(ledger.rows):
+        row[0], row[len(row) - 1] = number + 1, number + 1
+        for index in range(len(row)):
+            row[index] = number + 1
+    assert [set(row) for row in ledger.rows] == [{number + 1} for number in range(len(ledger.rows))]
+    raw = os.pread(ledger.fd, os.fstat(ledger.fd).st_size, 0)
+    pages = [raw[start : start + mmap.PAGESIZE] for start in range(0, len(raw), mmap.PAGESIZE)]
+    words = [set(memoryview(page).cast("Q")) - {0} for page in pages]
+    assert all(len(writers) <= 1 for writers in words)
+    assert sum(len(row) for row in ledger.rows) == sum(word != 0 for word in memoryview(raw).cast("Q"))
+
+
+def test_a_row_has_room_for_every_counter_and_both_histograms(ledger: Ledger) -> None:
+    assert sorted(Counter) == list(range(len(Counter)))
+    assert counters.RELAY == len(Counter)
+    assert counters.CONNECT == counters.RELAY + histogram.SLOTS
+    assert len(ledger.worker(0)) == counters.CONNECT + histogram.SLOTS
+
+
+def test_workers_come_after_the_acceptor_and_the_reporter(ledger: Ledger) -> None:
+    for index in range(3):
+        ledger.worker(index)[Counter.ENDED] = index + 10
+    assert [row[Counter.ENDED] for row in ledger.rows] == [0, 0, 10, 11, 12]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=4, max_size=4), st.sampled_from(Counter))
+def test_a_total_is_the_sum_over_all_rows(values: list[int], counter: Counter) -> None:
+    with ledger_for(2) as ledger:
+        for row, value in zip(ledger.rows, values):
+            row[counter] = value
+        assert ledger.total(counter) == sum(values)
+        assert sum(ledger.total(other) for other in Counter) == sum(values)
+
+
+def test_histograms_are_those_of_the_workers_and_apart_from_each_other(ledger: Ledger) -> None:
+    ledger.worker(0)[counters.RELAY] = 1
+    ledger.worker(2)[counters.RELAY] = 2
+    ledger.worker(1)[counters.RELAY + histogram.SLOTS - 1] = 3
+    ledger.worker(1)[counters.CONNECT] = 4
+    assert ledger.histogram(counters.RELAY) == [(0, 3), (histogram.SLOTS - 1, 3)]
+    assert ledger.histogram(counters.CONNECT) == [(0, 4)]
+
+
+def test_a_second_view_of_the_same_memory_sees_each_write_at_once(ledger: Ledger) -> None:
+    other = Ledger(ledger.fd)
+    other.worker(1)[Counter.ACCEPTED] += 5
+    assert ledger.total(Counter.ACCEPTED) == 5
+    ledger.rows[ACCEPTOR_ROW][Counter.ACCEPTED] += 1
+    assert other.total(Counter.ACCEPTED) == 6
+
+
+WORKER = """
+import sys
+from _tsproxy.telemetry import counters
+from _tsproxy.telemetry.counters import Counter, Ledger
+ledger, index = Ledger(int(sys.argv[1])), int(sys.argv[2])
+row = ledger.worker(index)
+for _ in range(20_000):
+    row[Counter.RECEIVED_UPSTREAM] += index + 1
+row[counters.RELAY + index] = 7
+row[len(row) - 1] = 1
+print(ledger.rows[0][Counter.ACCEPTED])
+"""
+
+
+def test_workers_in_other_processes_count_in_their_own_rows_without_losing_any(ledger: Ledger) -> None:
+    ledger.rows[ACCEPTOR_ROW][Counter.ACCEPTED] = 99
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "lib")}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(ledger.fd), str(index)],
+            pass_fds=(ledger.fd,),
+            stdout=subprocess.PIPE,
+            env=environment,
+        )
+        for index in range(3)
+    ]
+    assert [worker.communicate(timeout=60)[0] for worker in workers] == [b"99\n"] * 3
+    assert [worker.returncode for worker in workers] == [0] * 3
+    assert [ledger.worker(index)[Counter.RECEIVED_UPSTREAM] for index in range(3)] == [20_000, 40_000, 60_000]
+    assert ledger.histogram(counters.RELAY) == [(0, 7), (1, 7), (2, 7)]
+    assert ledger.histogram(counters.CONNECT) == [(histogram.SLOTS - 1, 3)]
+
+
+def test_the_ledger_is_not_inherited_unless_it_is_passed_on(ledger: Ledger) -> None:
+    assert not os.get_inheritable(ledger.fd)
+
+
+# The metrics made of it
+
+
+def test_the_metrics_derive_what_was_sent_and_what_is_active(ledger: Ledger) -> None:
+    row = ledger.worker(0)
+    row[Counter.RECEIVED_DOWNSTREAM], row[Counter.WITHHELD_DOWNSTREAM] = 100, 7
+    row[Counter.RECEIVED_UPSTREAM], row[Counter.WITHHELD_UPSTREAM] = 1000, 70
+    row[Counter.CONNECTS], row[Counter.CONNECTS_ENDED], row[Counter.ENDED] = 9, 4, 3
+    ledger.rows[ACCEPTOR_ROW][Counter.ACCEPTED] = 12
+    fields = metrics.totals(ledger)
+    assert (fields["downstream_cx_rx_bytes_total"], fields["upstream_cx_tx_bytes_total"]) == (100, 93)
+    assert (fields["upstream_cx_rx_bytes_total"], fields["downstream_cx_tx_bytes_total"]) == (1000, 930)
+    assert (fields["downstream_cx_active"], metrics.active(ledger), fields["upstream_cx_active"]) == (9, 9, 5)
+
+
+def test_each_counter_shows_in_the_metrics_of_every_row(ledger: Ledger) -> None:
+    before = metrics.totals(ledger)
+    for counter in Counter:
+        ledger.rows[REPORTER_ROW][counter] += 1
+        after = metrics.totals(ledger)
+        assert after != before, counter
+        before = after
+
+
+class MovingLedger(Ledger):
+    """A ledger on which something happens right after some looks at it, so many times at most."""
+
+    watched: FrozenSet[Counter]
+    happen: Callable[[memoryview], None]
+    times: int
+
+    def total(self, counter: Counter) -> int:
+        value = super().total(counter)
+        if counter in self.watched and self.times:
+            self.times -= 1
+            self.happen(self.worker(0))
+        return value
+
+
+def totals_while(happen: Callable[[memoryview], None], watched: Iterable[Counter], times: int) -> Dict[str, int]:
+    """The metrics of an empty ledger on which that happens meanwhile."""
+    with ledger_for(1) as still:
+        ledger = MovingLedger(still.fd)
+        ledger.happen, ledger.watched, ledger.times = happen, frozenset(watched), times
+        return metrics.totals(ledger)
+
+
+def a_connection_comes_and_goes(row: memoryview) -> None:
+    for counter in (Counter.ACCEPTED, Counter.CONNECTS, Counter.CONNECTS_ENDED, Counter.ENDED):
+        row[counter] += 1
+
+
+def bytes_come_and_are_held(row: memoryview) -> None:
+    for counter in (Counter.WITHHELD_UPSTREAM, Counter.WITHHELD_DOWNSTREAM):  # withheld first, as a half does
+        row[counter] += 100
+    for counter in (Counter.RECEIVED_UPSTREAM, Counter.RECEIVED_DOWNSTREAM):
+        row[counter] += 100
+
+
+@pytest.mark.parametrize("seen", [Counter.ACCEPTED, Counter.ENDED, Counter.CONNECTS, Counter.CONNECTS_ENDED])
+def test_no_gauge_is_negative_when_connections_come_and_go_between_two_looks(seen: Counter) -> None:
+    fields = totals_while(a_connection_comes_and_goes, [seen], times=100)
+    assert fields["downstream_cx_active"] >= 0
+    assert fields["upstream_cx_active"] >= 0
+
+
+@pytest.mark.parametrize("seen", ["WITHHELD", "RECEIVED"])
+def test_bytes_that_are_held_between_two_looks_are_not_sent_ones(seen: str) -> None:
+    watched = [counter for counter in Counter if counter.name.startswith(seen)]
+    fields = totals_while(bytes_come_and_are_held, watched, times=1)
+    assert fields["downstream_cx_tx_bytes_total"] == 0
+    assert fields["upstream_cx_tx_bytes_total"] == 0

@@ -1,0 +1,256 @@
+"""The house's rules: imports run one way and in no circle, nothing foreign is needed, nothing global is kept."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Dict, Iterator, List, Set
+
+import grimp
+import pytest
+from harness import ROOT
+
+LIB = ROOT / "lib"
+SOURCES = sorted((LIB / "_tsproxy").rglob("*.py"))
+LINT = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
+each_source = pytest.mark.parametrize("source", SOURCES, ids=lambda path: str(path.relative_to(LIB)))
+
+
+def lint(root: Path) -> subprocess.CompletedProcess[str]:
+    """lint-imports, run over the setup.cfg and the lib/ of a checkout."""
+    environment = {**os.environ, "PYTHONPATH": str(root / "lib")}
+    return subprocess.run([sys.executable, "-c", LINT], cwd=root, capture_output=True, text=True, check=False, env=environment)
+
+
+# Imports run one way
+
+
+def test_the_contracts_are_kept() -> None:
+    done = lint(ROOT)
+    assert done.returncode == 0, done.stdout
+    assert "0 broken" in done.stdout
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The part of a checkout that the contracts are about, to be spoilt."""
+    shutil.copy(ROOT / "setup.cfg", tmp_path)
+    shutil.copytree(LIB, tmp_path / "lib", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    return tmp_path
+
+
+FORBIDDEN = [
+    ("host/cpus.py", "import _tsproxy.telemetry.metrics"),
+    ("config.py", "from _tsproxy.host import cpus"),
+    ("exits.py", "from _tsproxy import config"),
+    ("cli.py", "from _tsproxy.commands import main"),
+    ("telemetry/outlet.py", "from _tsproxy.dataplane import relay"),
+    ("dataplane/gate.py", "from _tsproxy.timestamps import policy"),
+    ("timestamps/policy.py", "from _tsproxy.dataplane import gate"),
+    ("dataplane/worker.py", "from _tsproxy.server import serve"),
+    ("server/serve.py", "def later() -> None:\n    from _tsproxy.commands import main"),
+    ("dataplane/half.py", "from _tsproxy.dataplane.relay import Relay"),
+    ("dataplane/timers.py", "from _tsproxy.dataplane import poller"),
+]
+
+
+@pytest.mark.parametrize(
+    ("where", "what"), FORBIDDEN, ids=[f"{where}: {what.split('import ')[1]}" for where, what in FORBIDDEN]
+)
+def test_an_import_that_runs_the_other_way_breaks_a_contract(copy: Path, where: str, what: str) -> None:
+    with (copy / "lib" / "_tsproxy" / where).open("a") as source:
+        source.write(f"\n{what}\n")
+    done = lint(copy)
+    assert done.returncode != 0
+    assert "BROKEN" in done.stdout
+    importer = "_tsproxy." + where[:-3].replace("/", ".")
+    assert f" {importer} ->" in done.stdout
+
+
+@pytest.mark.parametrize(("contract", "package"), [("rooms", "_tsproxy"), ("dataplane", "_tsproxy.dataplane")])
+def test_a_contract_leaves_no_module_out(contract: str, package: str) -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    named = {name.strip() for name in config[f"importlinter:contract:{contract}"]["layers"].replace("|", "\n").split("\n")}
+    children = {
+        path for path in (LIB / package.replace(".", "/")).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert named - {""} == {f"{package}.{path.stem}" for path in children if path.stem != "__init__"}
+
+
+def imports() -> Dict[str, Set[str]]:
+    """Each module and those that it imports, be it at the top or in a function."""
+    graph = grimp.build_graph("_tsproxy", cache_dir=None)
+    return {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+
+
+def test_no_import_runs_in_a_circle() -> None:
+    found = imports()
+    assert len(found) == len(list((LIB / "_tsproxy").rglob("*.py")))
+    TopologicalSorter(found).prepare()  # CycleError names the circle
+    with pytest.raises(CycleError):
+        TopologicalSorter({**found, "_tsproxy.config": {"_tsproxy.commands.main"}}).prepare()
+
+
+def test_workers_do_not_load_the_encoder() -> None:
+    code = "import sys, _tsproxy.runtime; print(*sorted({'orjson', 'json', '_tsproxy.telemetry.encoder'} & set(sys.modules)))"
+    environment = {**os.environ, "PYTHONPATH": str(LIB)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == "\n"
+
+
+# Nothing foreign
+
+
+def foreign(tree: ast.AST) -> Set[str]:
+    """The top-level names that a module imports from neither the standard library nor this one."""
+    names: Set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add("_tsproxy" if node.level else (node.module or "").partition(".")[0])
+    return {name for name in names if name != "_tsproxy" and not is_standard(name)}
+
+
+def is_standard(name: str) -> bool:
+    if hasattr(sys, "stdlib_module_names"):
+        return name in sys.stdlib_module_names
+    spec, home = importlib.util.find_spec(name), sysconfig.get_path("stdlib")  # Python 3.9
+    origin = spec.origin if spec and spec.origin else ""
+    return origin in {"built-in", "frozen"} or (origin.startswith(home) and "site-packages" not in origin)
+
+
+@each_source
+def test_only_the_encoder_imports_what_is_not_in_the_standard_library(source: Path) -> None:
+    allowed = {"orjson"} if source == LIB / "_tsproxy/telemetry/encoder.py" else set()
+    assert foreign(ast.parse(source.read_text())) == allowed
+
+
+def test_what_is_foreign_is_seen_wherever_it_is_imported() -> None:
+    assert foreign(ast.parse("import os.path, docopt.x\ndef f():\n    from orjson import dumps")) == {"docopt", "orjson"}
+    assert foreign(ast.parse("from __future__ import annotations\nfrom . import x\nimport _tsproxy.cli, termios")) == set()
+
+
+# Nothing global
+
+MUTATORS = {
+    "add",
+    "append",
+    "clear",
+    "discard",
+    "extend",
+    "insert",
+    "pop",
+    "popitem",
+    "popleft",
+    "remove",
+    "setdefault",
+    "update",
+}
+
+
+def at_module_level(tree: ast.Module) -> Iterator[ast.stmt]:
+    """The statements that run at import, without the insides of functions and classes."""
+    waiting: List[ast.stmt] = list(tree.body)
+    while waiting:
+        node = waiting.pop()
+        yield node
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            waiting += [child for child in ast.walk(node) if isinstance(child, ast.stmt) and child is not node]
+
+
+def assigned(tree: ast.Module) -> Set[str]:
+    """The names that a module binds by assignment, those of comprehensions, which are local, left out."""
+    binding = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.For, ast.With)
+    nodes = [node for statement in at_module_level(tree) if isinstance(statement, binding) for node in ast.walk(statement)]
+    local = {id(name) for node in nodes if isinstance(node, ast.comprehension) for name in ast.walk(node.target)}
+    return {
+        node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and id(node) not in local
+    }
+
+
+def imported(tree: ast.Module) -> Set[str]:
+    return {
+        alias.asname or alias.name for node in at_module_level(tree) if isinstance(node, ast.Import) for alias in node.names
+    }
+
+
+def is_alias(name: str) -> bool:
+    """CapWords: the name of a type."""
+    return name.strip("_")[:1].isupper() and "_" not in name.strip("_")
+
+
+def state(tree: ast.Module) -> List[str]:
+    """What could be changed behind a caller's back: the reasons, with their lines."""
+    constants = {name for name in assigned(tree) if name.isupper() or is_alias(name)}
+    dunders = {name for name in assigned(tree) if name.startswith("__") and name.endswith("__")}
+    # A name that is imported, too, is the None of a guarded import
+    found = [f"{name} is no constant" for name in sorted(assigned(tree) - constants - dunders - imported(tree))]
+    for node in ast.walk(tree):
+        line = getattr(node, "lineno", 0)
+        if isinstance(node, ast.Global):
+            found.append(f"line {line}: global {', '.join(node.names)}")
+        elif isinstance(node, (ast.Attribute, ast.Subscript)) and named(node.value) in constants:
+            if not isinstance(node.ctx, ast.Load):
+                found.append(f"line {line}: {named(node.value)} is changed")
+            elif isinstance(node, ast.Attribute) and node.attr in MUTATORS:
+                found.append(f"line {line}: {named(node.value)}.{node.attr}()")
+        elif isinstance(node, (ast.Name, ast.Attribute)) and (named(node) or getattr(node, "attr", "")) in {
+            "cache",
+            "lru_cache",
+        }:
+            found.append(f"line {line}: a cache is state, too")
+    return found
+
+
+def named(node: ast.AST) -> str:
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+@each_source
+def test_no_module_keeps_state(source: Path) -> None:
+    assert state(ast.parse(source.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "counter = 0",
+        "counter: int = 0",
+        "if True:\n    handlers = {}",
+        "def f():\n    global LIMIT\n    LIMIT = 1",
+        "CACHE = {}\ndef f(x):\n    CACHE[x] = 1",
+        "CACHE = {}\ndef f(x):\n    del CACHE[x]",
+        "SEEN = []\ndef f(x):\n    SEEN.append(x)",
+        "Shared = {}\ndef f(x):\n    Shared.update(x)",
+        "import functools\n@functools.lru_cache\ndef f(): ...",
+        "from functools import cache\n@cache\ndef f(): ...",
+        "squares = [n * n for n in range(3)]",
+        "for number in range(3):\n    pass",
+    ],
+)
+def test_state_is_seen_in_each_of_its_forms(text: str) -> None:
+    assert state(ast.parse(text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "__version__ = '1'",
+        "LIMIT = 3\n_LIMIT: int = LIMIT",
+        "SQUARES = [n * n for n in range(3)]",
+        "Fields = dict\nclass A:\n    x = 1\ndef f():\n    y = 2\n    y += 1",
+        "try:\n    import orjson\nexcept ImportError:\n    orjson = None",
+    ],
+)
+def test_what_is_no_state_is_let_be(text: str) -> None:
+    assert state(ast.parse(text)) == []

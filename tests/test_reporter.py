@@ -1,0 +1,417 @@
+"""The reporter: lines in the order in which things happened, figures that add up, an end that nothing holds up."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import socket
+import threading
+import time
+from typing import Any, Iterator, List, Optional, Tuple
+
+import pytest
+from _tsproxy.host.addresses import pack
+from _tsproxy.telemetry import counters, histogram
+from _tsproxy.telemetry.counters import ACCEPTOR_ROW, FIRST_WORKER_ROW, REPORTER_ROW, Counter, Ledger
+from _tsproxy.telemetry.endings import WORDS, Ending
+from _tsproxy.telemetry.records import NOTICE_LEVELS, Connection, Notice, RecordPipe, RecordWriter
+from _tsproxy.telemetry.reporter import Rates, Reporter
+from harness import Line, wait_until
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+CLIENT = pack(socket.AF_INET, ("192.0.2.1", 50000))
+UPSTREAM = pack(socket.AF_INET6, ("2001:db8::1", 443, 0, 0))
+CLOSED = Connection(
+    worker=0,
+    connection_id=1,
+    closed_at_ns=1_700_000_000_123_456_789,
+    client=CLIENT,
+    upstream=UPSTREAM,
+    duration_us=1500,
+    connect_us=120,
+    rx_bytes=10,
+    tx_bytes=20,
+    discarded_bytes=5,
+    client_timestamps=True,
+    upstream_timestamps=False,
+    client_syn_tsval=7,
+    upstream_rtt_us=40,
+    upstream_retransmits=1,
+    ending=Ending.CLOSED,
+    witness=1,
+)
+
+HEAD = ["timestamp", "level", "event", "pid"]
+CONNECTION_FIELDS = """connection_id worker client_address client_port upstream_address upstream_port duration_us connect_us
+    rx_bytes tx_bytes discarded_bytes client_timestamps client_syn_tsval upstream_timestamps witness upstream_rtt_us
+    upstream_retransmits reason termination_state""".split()
+METRICS_FIELDS = """start_time uptime_s interval_s downstream_cx_total downstream_cx_overflow downstream_cx_denied
+    downstream_cx_rx_bytes_total downstream_cx_tx_bytes_total upstream_cx_total upstream_cx_rx_bytes_total
+    upstream_cx_tx_bytes_total upstream_cx_connect_fail upstream_cx_connect_timeout downstream_cx_timestamps_total
+    upstream_cx_timestamps_total upstream_cx_policy_refused_total downstream_flow_control_paused_reading_total
+    upstream_flow_control_paused_reading_total cx_reset_by_peer_total idle_timeout_total log_lines_dropped_total
+    worker_restarts_total downstream_cx_active upstream_cx_active rx_bytes_per_s tx_bytes_per_s""".split()
+METRICS_FIELDS += [f"{name}_us_{of}" for name in ("connect", "relay") for of in ("p50", "p99", "p999", "max")]
+
+
+class Desk:
+    """A reporter with all that it reads from and a file that it writes to."""
+
+    def __init__(self, fd: Optional[int] = None, workers: int = 2, **options: Any) -> None:
+        self.fd = os.memfd_create("stdout") if fd is None else fd
+        self.ledger, self.pipe = Ledger.create(workers), RecordPipe.create()
+        self.writers = [RecordWriter(self.pipe.writer, self.ledger.worker(index)) for index in range(workers)]
+        options = {"level": "debug", "interval_s": 0.0, "witness_words": ("none", "sysctl"), **options}
+        self.reporter = Reporter(self.fd, self.ledger, self.pipe, **options)
+
+    def lines(self) -> List[Line]:
+        """What was written so far: whole lines, each of them JSON, none too long."""
+        parts = os.pread(self.fd, os.fstat(self.fd).st_size, 0).split(b"\n")
+        assert all(len(part) < 4096 for part in parts)
+        return [json.loads(part) for part in parts[:-1]]
+
+    def events(self) -> List[str]:
+        return [line["event"] for line in self.lines()]
+
+    def metrics(self) -> Line:
+        """A `metrics` line made now."""
+        before = self.events().count("metrics")
+        self.reporter.metrics_now()
+        wait_until(lambda: self.events().count("metrics") > before, "a metrics line")
+        return [line for line in self.lines() if line["event"] == "metrics"][before]
+
+    def dropped(self) -> int:
+        return self.ledger.total(Counter.LINES_DROPPED)
+
+
+@contextlib.contextmanager
+def desk_with(fd: Optional[int] = None, **options: Any) -> Iterator[Desk]:
+    """A desk whose reporter runs; the reporter is closed at the end if the test has not done so."""
+    desk = Desk(fd, **options)
+    desk.reporter.start()
+    try:
+        yield desk
+    finally:
+        desk.reporter.close()
+        desk.reporter._wakeup.close()
+        fds = [desk.ledger.fd, *desk.pipe, *([desk.fd] if fd is None else [])]
+        desk.writers.clear()
+        vars(desk.reporter).clear()
+        vars(desk.ledger).clear()  # the mapping goes with its last view
+        for each in fds:
+            os.close(each)
+
+
+@pytest.fixture
+def desk() -> Iterator[Desk]:
+    with desk_with() as made:
+        yield made
+
+
+# Order
+
+
+def test_records_come_before_the_last_metrics_and_stop_comes_last(desk: Desk) -> None:
+    for number in range(1000):
+        desk.writers[number % 2].put(CLOSED._replace(connection_id=number))
+    desk.reporter.metrics_now()
+    desk.reporter.say("stop")
+    desk.reporter.close()
+    lines = desk.lines()
+    assert [line["event"] for line in lines] == ["connection"] * 1000 + ["metrics", "stop"]
+    assert [line["connection_id"] for line in lines[:1000]] == list(range(1000))
+
+
+STEPS = st.lists(st.sampled_from(["say", "metrics", "record", "notice"]), max_size=40)
+
+
+@settings(deadline=None, max_examples=60)
+@given(STEPS)
+def test_nothing_is_said_before_what_was_recorded_before_it(steps: List[str]) -> None:
+    with desk_with() as desk:
+        for number, step in enumerate(steps):
+            if step == "say":
+                desk.reporter.say("said", number=number)
+            elif step == "metrics":
+                desk.reporter.metrics_now()
+            elif step == "record":
+                desk.writers[0].put(CLOSED._replace(connection_id=number))
+            else:
+                desk.writers[1].put(Notice(1, 0, "error", str(number)))
+        desk.reporter.close()
+        lines = desk.lines()
+    said = [line["number"] for line in lines if line["event"] == "said"]
+    recorded = [line["connection_id"] if line["event"] == "connection" else int(line["message"]) for line in recorded_of(lines)]
+    assert said == [number for number, step in enumerate(steps) if step == "say"]
+    assert recorded == [number for number, step in enumerate(steps) if step in {"record", "notice"}]
+    assert sum(line["event"] == "metrics" for line in lines) == steps.count("metrics")
+    for place, line in enumerate(lines):
+        if line["event"] == "said":
+            earlier = [number for number in recorded if number < line["number"]]
+            assert len(recorded_of(lines[:place])) >= len(earlier)
+
+
+def recorded_of(lines: List[Line]) -> List[Line]:
+    return [line for line in lines if line["event"] in {"connection", "error"}]
+
+
+def test_what_many_threads_say_is_all_there_in_the_order_of_each(desk: Desk) -> None:
+    def speak(who: int) -> None:
+        for number in range(200):
+            desk.reporter.say("said", who=who, number=number)
+
+    threads = [threading.Thread(target=speak, args=(who,)) for who in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    desk.reporter.close()
+    for who in range(5):
+        assert [line["number"] for line in desk.lines() if line["who"] == who] == list(range(200))
+
+
+def test_what_was_recorded_just_before_the_end_is_written_though_nothing_is_said(desk: Desk) -> None:
+    for _ in range(500):
+        desk.writers[0].put(CLOSED)
+    desk.reporter.close()
+    assert desk.events() == ["connection"] * 500
+
+
+# Lines
+
+
+def test_each_line_begins_with_when_how_bad_what_and_who(desk: Desk) -> None:
+    before = time.time()
+    desk.reporter.say("drain", "warning", active_connections=3)
+    desk.reporter.close()
+    (line,) = desk.lines()
+    assert list(line) == [*HEAD, "active_connections"]
+    assert (line["level"], line["event"], line["pid"]) == ("warning", "drain", os.getpid())
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", line["timestamp"])
+    assert line["timestamp"] >= time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(before))
+
+
+def test_a_connection_line_has_its_fields_and_no_other(desk: Desk) -> None:
+    desk.writers[1].put(CLOSED._replace(worker=1))
+    desk.reporter.close()
+    (line,) = desk.lines()
+    assert sorted(line) == sorted([*HEAD, *CONNECTION_FIELDS])
+    assert list(line)[:4] == HEAD
+    assert line["timestamp"] == "2023-11-14T22:13:20.123456Z"  # when it closed, not when it was written
+    assert (line["client_address"], line["client_port"]) == ("192.0.2.1", 50000)
+    assert (line["upstream_address"], line["upstream_port"]) == ("2001:db8::1", 443)
+    assert (line["witness"], line["worker"], line["reason"], line["termination_state"]) == ("sysctl", 1, "closed", "--")
+
+
+@pytest.mark.parametrize("ending", list(Ending))
+def test_how_bad_an_ending_is_shows_as_the_level_of_its_line(desk: Desk, ending: Ending) -> None:
+    desk.writers[0].put(CLOSED._replace(ending=ending, upstream=None, witness=0))
+    desk.reporter.close()
+    (line,) = desk.lines()
+    assert (line["reason"], line["termination_state"], line["level"]) == WORDS[ending]
+    assert (line["upstream_address"], line["upstream_port"], line["witness"]) == (None, None, "none")
+
+
+@pytest.mark.parametrize("level", ["warning", "error"])
+def test_what_a_worker_complains_of_is_a_line_of_that_level(desk: Desk, level: str) -> None:
+    desk.writers[1].put(Notice(1, 0, level, "Traceback\n  \udcff" + "x" * 9000))
+    desk.reporter.close()
+    (line,) = desk.lines()
+    assert list(line) == [*HEAD, "worker", "message"]
+    assert (line["level"], line["event"], line["worker"]) == (level, level, 1)
+    assert line["message"].startswith("Traceback\n  \\udcffxxx")
+
+
+@pytest.mark.parametrize("threshold", NOTICE_LEVELS)
+def test_lines_below_the_level_are_left_out_and_not_counted_as_dropped(threshold: str) -> None:
+    allowed = NOTICE_LEVELS[NOTICE_LEVELS.index(threshold) :]
+    with desk_with(level=threshold) as desk:
+        desk.writers[0].put(CLOSED)
+        for level in NOTICE_LEVELS:
+            desk.writers[0].put(Notice(0, 0, level, level))
+            desk.reporter.say("said", level)
+        desk.reporter.metrics_now()
+        desk.reporter.close()
+        seen = [(line["event"], line["level"]) for line in desk.lines()]
+        assert [level for event, level in seen if event == "said"] == list(allowed)
+        assert len([event for event, _ in seen if event in NOTICE_LEVELS]) == len(allowed)
+        assert (("metrics", "info") in seen) is (("connection", "info") in seen) is ("info" in allowed)
+        assert desk.dropped() == 0
+
+
+# Metrics
+
+
+def test_a_metrics_line_has_every_field_of_the_design(desk: Desk) -> None:
+    line = desk.metrics()
+    assert list(line)[:7] == [*HEAD, "start_time", "uptime_s", "interval_s"]
+    assert set(METRICS_FIELDS) <= set(line)
+    buckets = [f"{name}_us_le_{2**power}" for name in ("connect", "relay") for power in range(21)]
+    more = {*buckets, "connect_us_count", "relay_us_count", "internal_errors_total"}
+    assert set(line) == {*HEAD, *METRICS_FIELDS, *more}
+
+
+def test_the_figures_are_those_of_the_moment_the_line_is_asked_for(desk: Desk) -> None:
+    assert desk.metrics()["downstream_cx_total"] == 0
+    desk.ledger.rows[ACCEPTOR_ROW][Counter.ACCEPTED] = 5
+    desk.ledger.worker(1)[Counter.ENDED] = 2
+    desk.ledger.worker(0)[counters.RELAY] = 9
+    line = desk.metrics()
+    assert (line["downstream_cx_total"], line["downstream_cx_active"]) == (5, 3)
+    assert (line["relay_us_p50"], line["relay_us_max"], line["relay_us_le_1"], line["relay_us_count"]) == (0.25, 0.25, 9, 9)
+    assert (line["connect_us_p50"], line["connect_us_count"]) == (None, 0)
+
+
+def test_rates_are_what_came_since_the_line_before_over_the_time_between(desk: Desk) -> None:
+    now = 100.0
+    rates, row = Rates(desk.ledger, lambda: now), desk.ledger.worker(0)
+    row[Counter.RECEIVED_DOWNSTREAM], row[Counter.RECEIVED_UPSTREAM], now = 1000, 3001, 102.0
+    first = rates.fields()
+    assert (first["rx_bytes_per_s"], first["tx_bytes_per_s"]) == (500, 1500)
+    assert (first["uptime_s"], first["interval_s"]) == (2.0, 2.0)
+    now = 102.25
+    second = rates.fields()
+    assert (second["rx_bytes_per_s"], second["tx_bytes_per_s"]) == (0, 0)
+    assert (second["uptime_s"], second["interval_s"], second["start_time"]) == (2.25, 0.25, first["start_time"])
+    row[Counter.RECEIVED_DOWNSTREAM] += 1  # no time has passed: no division by it
+    assert rates.fields()["rx_bytes_per_s"] == 1_000_000
+
+
+def fill(ledger: Ledger, rows: slice, value: int) -> None:
+    for row in ledger.rows[rows]:
+        for index in range(len(row)):
+            row[index] = value
+
+
+@pytest.mark.parametrize(
+    ("rows", "value"),
+    [(slice(FIRST_WORKER_ROW, FIRST_WORKER_ROW + 1), 2**63 - 1), (slice(None), 2**63 - 1), (slice(None), 2**64 - 1)],
+    ids=["one row at 2**63 - 1", "all rows at 2**63 - 1", "all rows at 2**64 - 1"],
+)
+def test_a_metrics_line_fits_and_is_whole_however_high_the_counters_are(desk: Desk, rows: slice, value: int) -> None:
+    fill(desk.ledger, rows, value)
+    line = desk.metrics()  # lines() holds that none is too long
+    assert set(METRICS_FIELDS) <= set(line)
+    assert line["relay_us_max"] == histogram.upper_ns(histogram.SLOTS - 1) / 1000
+    writers = len(desk.ledger.rows[rows])
+    workers = len(desk.ledger.rows[FIRST_WORKER_ROW:][rows if rows.start is None else slice(0, 1)])
+    assert line["upstream_cx_connect_fail"] == value * writers
+    assert line["relay_us_count"] == value * workers * histogram.SLOTS
+
+
+def test_metrics_come_each_interval_without_being_asked_for() -> None:
+    with desk_with(interval_s=0.02) as desk:
+        wait_until(lambda: desk.events().count("metrics") >= 5, "five intervals")
+        lines = desk.lines()
+        assert sum(line["interval_s"] for line in lines) == pytest.approx(lines[-1]["uptime_s"], abs=0.001 * len(lines))
+
+
+def test_an_interval_of_zero_is_no_metrics_but_those_asked_for(desk: Desk) -> None:
+    desk.reporter.say("one")
+    wait_until(lambda: desk.events() == ["one"], "the line")
+    desk.metrics()
+    desk.reporter.say("two")
+    desk.reporter.close()
+    assert desk.events() == ["one", "metrics", "two"]
+
+
+def test_what_was_dropped_shows_in_the_metrics(desk: Desk) -> None:
+    desk.ledger.worker(0)[Counter.LINES_DROPPED] = 3
+    desk.ledger.rows[REPORTER_ROW][Counter.LINES_DROPPED] = 4
+    assert desk.metrics()["log_lines_dropped_total"] == 7
+
+
+# Readers that keep up, stall, or die
+
+
+@contextlib.contextmanager
+def small_pipe() -> Iterator[Tuple[int, int]]:
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, 1031, 4096)  # F_SETPIPE_SZ
+    try:
+        yield reader, writer
+    finally:
+        for fd in (reader, writer):
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+
+def test_a_burst_is_written_and_not_dropped_where_there_is_always_room() -> None:
+    with desk_with(workers=4) as desk:
+
+        def work(worker: int) -> None:
+            for number in range(5000):
+                desk.writers[worker].put(CLOSED._replace(worker=worker, connection_id=number))
+
+        threads = [threading.Thread(target=work, args=(worker,)) for worker in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        desk.reporter.say("stop")
+        desk.reporter.close()
+        assert desk.ledger.rows[REPORTER_ROW][Counter.LINES_DROPPED] == 0
+        assert len(desk.lines()) + desk.dropped() == 4 * 5000 + 1
+        assert desk.events()[-1] == "stop"
+
+
+def test_a_stalled_reader_holds_nobody_up_and_each_line_is_counted() -> None:
+    with small_pipe() as (reader, writer):
+        with desk_with(writer) as desk:
+            for number in range(6000):
+                desk.reporter.say("said", number=number)
+            wait_until(desk.dropped, "the first dropped line")
+            desk.reporter.close()  # it gives up by itself: nobody reads
+            dropped = desk.dropped()
+        os.close(writer)
+        with open(reader, "rb", closefd=False) as rest:
+            lines = [json.loads(line) for line in rest]
+    assert [line["number"] for line in lines] == list(range(len(lines)))
+    assert len(lines) + dropped == 6000
+
+
+def test_a_reader_that_comes_back_gets_the_backlog_and_the_end() -> None:
+    with small_pipe() as (reader, writer):
+        with desk_with(writer) as desk:
+            for number in range(300):
+                desk.writers[0].put(CLOSED._replace(connection_id=number))
+            with open(reader, "rb", closefd=False) as stream:
+                first = json.loads(stream.readline())
+                desk.reporter.say("stop")
+                closing = threading.Thread(target=desk.reporter.close)
+                closing.start()
+                lines = [first]
+                while lines[-1]["event"] != "stop":
+                    lines.append(json.loads(stream.readline()))
+                closing.join()
+            assert desk.dropped() == 0
+    assert [line["connection_id"] for line in lines[:-1]] == list(range(300))
+
+
+def test_a_dead_reader_costs_the_lines_and_the_reporter_goes_on() -> None:
+    with small_pipe() as (reader, writer):
+        with desk_with(writer) as desk:
+            os.close(reader)
+            for _ in range(50):
+                desk.reporter.say("said")
+            wait_until(lambda: desk.dropped() == 50, "all counted")
+            desk.writers[0].put(CLOSED)
+            wait_until(lambda: desk.dropped() == 51, "the record, too")
+            desk.reporter.close()
+            assert desk.dropped() == 51
+
+
+def test_a_full_disk_is_no_end_and_closing_does_not_wait_for_it() -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    try:
+        with desk_with(full) as desk:
+            for _ in range(50):
+                desk.reporter.say("said")
+            desk.reporter.close()
+            assert desk.dropped() == 50
+    finally:
+        os.close(full)
