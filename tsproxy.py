@@ -39,7 +39,8 @@ Timestamps:
 
 Relaying:
   --workers=<n>                Event loops. Default: one for each usable CPU.
-  --runtime=<kind>             How they are started: auto or threads [default: auto].
+  --runtime=<kind>             How they are started: interpreters (3.13+), processes, threads, or auto, which takes the best
+                               that works here [default: auto].
   --cpus=<list>                Pin worker i to the i-th CPU of e.g. 2-5,8; sets --workers.
   --busy-poll=<us>             Spin that long after the last event before sleeping [default: 0].
   --buffer-size=<bytes>        Relay buffer [default: 65536].

@@ -127,6 +127,11 @@ class Proxy:
             return
         raise AssertionError(f"no reset, but {data!r}")
 
+    def expect_end(self) -> None:
+        """A new client is reset or sees the end of file, and gets nothing."""
+        with contextlib.suppress(ConnectionResetError), self.connect() as client:
+            assert client.recv(1) == b""
+
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Signal it, wait for its end and its last lines; the exit code."""
         if self.process.poll() is None:

@@ -194,7 +194,7 @@ BAD = [
     ("--on-full", ["", "REJECT", "drop", "queue\r\n"]),
     ("--buffer-size", [*NO_NUMBERS, "1023", "0", "16777217", "17m", "1g", "64kb", "64KiB", "64 k", "64\u212a", "k", "-64k"]),
     ("--workers", [*NO_NUMBERS, "0", "257"]),
-    ("--runtime", ["", "auto\n", "fibers", "interpreters", "Threads"]),
+    ("--runtime", ["", "auto\n", "fibers", "thread", "Threads"]),
     ("--cpus", ["", ",", "-", f"{CPU},", f"{CPU},{CPU}", f"{CPU}-{CPU},{CPU}", f"{CPU + 1}-{CPU}", f"{CPU}-", f"{CPU}\n"]),
     ("--cpus", ["9999", "0-9999", "99999", "a", "-1", "0x0", "\u0660", f"{CPU} ", "1e0", "all"]),
     ("--busy-poll", [*NO_NUMBERS, "0.5", "1001s", "1us2", "1 us", "1US", "5\u03bcs"]),

@@ -146,9 +146,9 @@ def test_the_metrics_derive_what_was_sent_and_what_is_active(ledger: Ledger) -> 
     assert (fields["downstream_cx_active"], metrics.active(ledger), fields["upstream_cx_active"]) == (9, 9, 5)
 
 
-def test_each_counter_shows_in_the_metrics_of_every_row(ledger: Ledger) -> None:
+def test_each_counter_shows_in_the_metrics_but_those_of_the_inbox(ledger: Ledger) -> None:
     before = metrics.totals(ledger)
-    for counter in Counter:
+    for counter in (counter for counter in Counter if counter.name not in {"TAKEN", "BEGUN"}):
         ledger.rows[REPORTER_ROW][counter] += 1
         after = metrics.totals(ledger)
         assert after != before, counter

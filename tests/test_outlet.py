@@ -215,6 +215,12 @@ def test_a_closed_descriptor_is_a_reader_that_is_gone() -> None:
         station.say(*lines_of(0, 3))
         assert station.dropped == 3
         assert not station.outlet.wants_room
+        other = os.memfd_create("what gets the same number later")
+        os.dup2(other, writer)
+        station.say(*lines_of(3, 3))
+        assert os.fstat(other).st_size == 0
+        assert station.dropped == 6
+        os.close(other)
 
 
 def test_a_socket_whose_other_end_is_closed_is_a_reader_that_is_gone() -> None:

@@ -96,7 +96,8 @@ def test_lines_are_whole_when_standard_output_is_a_file(start: Any, echoing: Exc
     proxy.process.send_signal(signal.SIGTERM)
     assert proxy.process.wait(20) == 0
     events = [json.loads(line)["event"] for line in path.read_text().splitlines()]
-    assert events == ["start", *["connection"] * 100, "drain", "metrics", "stop"]
+    assert (events[0], events[-2:]) == ("start", ["metrics", "stop"])
+    assert sorted(events[1:-2]) == [*["connection"] * 100, "drain"]  # the last client's end and the signal may cross
 
 
 def test_the_connection_log_can_be_switched_off(start: Any, echoing: Exchange) -> None:

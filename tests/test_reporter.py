@@ -10,7 +10,7 @@ import re
 import socket
 import threading
 import time
-from typing import Any, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import pytest
 from _tsproxy.host.addresses import pack
@@ -19,7 +19,7 @@ from _tsproxy.telemetry.counters import ACCEPTOR_ROW, FIRST_WORKER_ROW, REPORTER
 from _tsproxy.telemetry.endings import WORDS, Ending
 from _tsproxy.telemetry.records import NOTICE_LEVELS, Connection, Notice, RecordPipe, RecordWriter
 from _tsproxy.telemetry.reporter import Rates, Reporter
-from harness import Line, wait_until
+from harness import PATIENCE, Line, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -89,9 +89,10 @@ class Desk:
 
 
 @contextlib.contextmanager
-def desk_with(fd: Optional[int] = None, **options: Any) -> Iterator[Desk]:
-    """A desk whose reporter runs; the reporter is closed at the end if the test has not done so."""
+def desk_with(fd: Optional[int] = None, prepare: Callable[[Desk], None] = lambda _: None, **options: Any) -> Iterator[Desk]:
+    """A desk whose reporter runs, once it is prepared; the reporter is closed at the end if the test has not done so."""
     desk = Desk(fd, **options)
+    prepare(desk)
     desk.reporter.start()
     try:
         yield desk
@@ -179,6 +180,38 @@ def test_what_was_recorded_just_before_the_end_is_written_though_nothing_is_said
         desk.writers[0].put(CLOSED)
     desk.reporter.close()
     assert desk.events() == ["connection"] * 500
+
+
+class LateBell:
+    """The reporter's wake-up, which is rung by close() just when the reporter is about to collect an earlier ring."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.inner, self.rung = reporter._wakeup, threading.Event()
+        self.closing = threading.Thread(target=reporter.close)
+
+    def ring(self) -> None:
+        self.inner.ring()
+        self.rung.set()
+
+    def collect(self) -> int:
+        if not self.rung.is_set():
+            self.closing.start()
+            assert self.rung.wait(PATIENCE)
+        return self.inner.collect()
+
+    def close(self) -> None:
+        self.closing.join()
+        self.inner.close()
+
+
+def test_a_ring_of_close_that_is_taken_with_an_earlier_one_is_not_lost() -> None:
+    def prepare(desk: Desk) -> None:
+        desk.writers[0].put(CLOSED)
+        desk.reporter._wakeup = LateBell(desk.reporter)
+
+    with desk_with(prepare=prepare) as desk:
+        wait_until(lambda: not desk.reporter._thread.is_alive(), "the end of the reporter")
+        assert desk.events() == ["connection"]
 
 
 # Lines

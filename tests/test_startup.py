@@ -133,7 +133,7 @@ def test_root_is_dropped_for_good_after_binding(start: Any, echoing: Exchange) -
 
 def test_descriptors_that_run_out_pause_accepting_and_come_back(start: Any, echoing: Exchange) -> None:
     """EMFILE under load: the listener rests, nothing spins, all is well when there is room again."""
-    proxy = start(echoing, "--workers=1", "--max-connections=100")
+    proxy = start(echoing, "--runtime=threads", "--workers=1", "--max-connections=100")
     with proxy.connect() as first:
         first.sendall(b"x")
         assert first.recv(1) == b"x"
@@ -154,6 +154,29 @@ def test_descriptors_that_run_out_pause_accepting_and_come_back(start: Any, echo
     for client in clients:
         client.close()
     wait_until(lambda: proxy.metrics()["downstream_cx_active"] == 0)
+    with proxy.connect() as later:
+        later.sendall(b"x")
+        assert later.recv(1) == b"x"
+
+
+def test_a_worker_process_without_descriptors_loses_clients_not_itself(start: Any, echoing: Exchange) -> None:
+    proxy = start(echoing, "--runtime=processes", "--workers=1", "--max-connections=100")
+    with proxy.connect() as first:
+        first.sendall(b"x")
+        assert first.recv(1) == b"x"
+    proxy.line("connection")
+    (zygote,) = Path(f"/proc/{proxy.process.pid}/task/{proxy.process.pid}/children").read_text().split()
+    worker = int(Path(f"/proc/{zygote}/task/{zygote}/children").read_text())
+    fds = Path(f"/proc/{worker}/fd")
+    wait_until(lambda: sum("socket:" in os.readlink(fd) for fd in fds.iterdir()) == 1, "only the inbox is left")
+    used = {int(fd.name) for fd in fds.iterdir()}
+    free = next(number for number in range(1000) if number not in used)
+    for room in (0, 1):  # none for the client's descriptor; one for it, and none for the upstream socket
+        old = resource.prlimit(worker, resource.RLIMIT_NOFILE, (free + room, 20000))
+        proxy.expect_end()
+        assert "LimitNOFILE" in proxy.line("error", after=len(proxy.lines))["message"]
+        resource.prlimit(worker, resource.RLIMIT_NOFILE, old)
+    proxy.wait_metrics(lambda line: line["downstream_cx_active"] == 0)
     with proxy.connect() as later:
         later.sendall(b"x")
         assert later.recv(1) == b"x"

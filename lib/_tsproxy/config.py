@@ -15,7 +15,7 @@ IPNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
 MODES = ("strip", "rewrite", "preserve")
 FULL_ACTIONS = ("reject", "queue")
-RUNTIMES = ("auto", "threads")
+RUNTIMES = ("auto", "interpreters", "processes", "threads")
 SWITCH = ("on", "off")
 LEVELS = ("debug", "info", "warning", "error")
 

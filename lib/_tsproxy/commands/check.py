@@ -20,7 +20,7 @@ from _tsproxy.config import Config
 from _tsproxy.host import facts, linux, netfilter, sockets
 from _tsproxy.host.addresses import Address
 from _tsproxy.host.capture import Capture, Seen
-from _tsproxy.runtime import tuning_of
+from _tsproxy.runtime.spec import tuning_of
 from _tsproxy.server.startup import resolve, wanted_of
 from _tsproxy.timestamps import advice, syn
 from _tsproxy.timestamps.policy import Finding, Gate, Inspector, Lever, Wanted, gate_for

@@ -1,27 +1,30 @@
-"""What the acceptor hands to a worker: accepted descriptors and orders, through a lock-free ring in shared memory.
+"""What the acceptor hands to a worker: accepted descriptors and orders, in order, without a lock.
 
-One producer, one consumer. The wake-up counts the entries that were put, and the kernel's own locking of that
-counter is the memory barrier between writing an entry and reading it: the consumer never looks at an entry that
-it was not told of. Put, then always wake; the reader clears the wake-up, then takes as many as it counted.
+Within one process: a lock-free ring in shared memory, one producer, one consumer. Its wake-up counts the entries that
+were put, and the kernel's own locking of that counter is the memory barrier between writing an entry and reading it:
+the consumer never looks at an entry that it was not told of. Put, then always wake; the reader clears the wake-up,
+then takes as many as it counted. Between processes: a socket pair that carries the entry with the descriptor itself
+(SCM_RIGHTS, unix(7)). How many were taken stands in the worker's row of the ledger, so that a successor goes on there.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+import socket
 import struct
-from typing import List, NamedTuple
+from typing import Iterator, NamedTuple, Protocol, Union
 
 from _tsproxy.host import wakeup
 from _tsproxy.host.addresses import PACKED_SIZE
 from _tsproxy.host.wakeup import Wakeup
+from _tsproxy.telemetry.counters import Counter
 
 CAPACITY = 1024
 _SLOT = 512
-_TAKEN = 0  # the header's only word: how many entries the consumer has taken, ever
-_HEADER = mmap.PAGESIZE
 _ENTRY = struct.Struct(f"=BiQqH{PACKED_SIZE}s")
 MOST_UPSTREAMS = (_SLOT - _ENTRY.size) // PACKED_SIZE
+_BURST = 64  # messages taken in one turn
 
 ACCEPTED, DRAIN, KILL, DRIFTED_CONNECTING, DRIFTED_ALL, PING = range(6)
 
@@ -49,6 +52,16 @@ class Entry(NamedTuple):
         return cls(kind, fd, connection_id, accepted_ns, client, upstreams)
 
 
+class Consumer(Protocol):
+    """The worker's side of either kind."""
+
+    fileno: int  # readable when there is something to take
+
+    def take(self) -> Iterator[Entry]:
+        """The entries put so far, in order. Each counts as taken when it is handed out."""
+        ...
+
+
 class Ring(NamedTuple):
     """What both sides need to map the ring: plain numbers, so it can be handed to another interpreter."""
 
@@ -56,21 +69,39 @@ class Ring(NamedTuple):
     bell: Wakeup
 
 
-class Producer:
-    """The acceptor's side."""
+class Channel(NamedTuple):
+    """The worker's end of the socket pair."""
 
-    def __init__(self, ring: Ring) -> None:
-        self._bell = ring.bell
+    fd: int
+
+
+def create_ring() -> Ring:
+    """A new, empty ring."""
+    memory = os.memfd_create("tsproxy-inbox")
+    os.ftruncate(memory, CAPACITY * _SLOT)
+    return Ring(memory, wakeup.create())
+
+
+def consumer(inbox: Union[Ring, Channel], row: memoryview) -> Consumer:
+    """The worker's side; `row` is the worker's own."""
+    return RingConsumer(inbox, row) if isinstance(inbox, Ring) else ChannelConsumer(inbox, row)
+
+
+class RingProducer:
+    """The acceptor's side of a ring."""
+
+    def __init__(self, ring: Ring, row: memoryview) -> None:
+        """`row` is that of the worker that takes; it is only read here."""
+        self._bell, self._row = ring.bell, row
         self._map = mmap.mmap(ring.memory, 0)
-        self._words = memoryview(self._map)[:_HEADER].cast("Q")
         self._put = 0
 
     def put(self, entry: Entry) -> bool:
         """Hand over one entry and wake the worker; False, with nothing done, if the ring is full."""
-        if self._put - self._words[_TAKEN] >= CAPACITY:
+        if self._put - self._row[Counter.TAKEN] >= CAPACITY:
             return False
         data = entry.encode()
-        start = _HEADER + (self._put % CAPACITY) * _SLOT
+        start = (self._put % CAPACITY) * _SLOT
         self._map[start : start + len(data)] = data
         self._put += 1
         self._bell.ring()
@@ -79,32 +110,78 @@ class Producer:
     @property
     def is_empty(self) -> bool:
         """Whether the worker has taken all that was put."""
-        return self._put == self._words[_TAKEN]
+        return bool(self._put == self._row[Counter.TAKEN])
+
+    def offer_again(self) -> None:
+        """The worker is gone: announce to its successor what it was told of but has not taken."""
+        self._bell.collect()
+        for _ in range(self._put - self._row[Counter.TAKEN]):
+            self._bell.ring()
 
 
-class Consumer:
-    """The worker's side."""
+class RingConsumer:
+    """The worker's side of a ring."""
 
-    def __init__(self, ring: Ring) -> None:
-        self._bell = ring.bell
+    def __init__(self, ring: Ring, row: memoryview) -> None:
+        self._bell, self._row = ring.bell, row
         self._map = mmap.mmap(ring.memory, 0)
-        self._words = memoryview(self._map)[:_HEADER].cast("Q")
         self.fileno = ring.bell.reader
 
-    def take(self) -> List[Entry]:
-        """All entries put so far, in order; empty if the wake-up was for nothing."""
-        first = self._words[_TAKEN]
-        entries = [self._at(first + offset) for offset in range(self._bell.collect())]
-        self._words[_TAKEN] = first + len(entries)
-        return entries
-
-    def _at(self, number: int) -> Entry:
-        start = _HEADER + (number % CAPACITY) * _SLOT
-        return Entry.decode(self._map[start : start + _SLOT])
+    def take(self) -> Iterator[Entry]:
+        """See Consumer."""
+        for _ in range(self._bell.collect()):
+            start = (self._row[Counter.TAKEN] % CAPACITY) * _SLOT
+            entry = Entry.decode(self._map[start : start + _SLOT])
+            self._row[Counter.TAKEN] += 1
+            yield entry
 
 
-def create() -> Ring:
-    """A new, empty ring."""
-    memory = os.memfd_create("tsproxy-inbox")
-    os.ftruncate(memory, _HEADER + CAPACITY * _SLOT)
-    return Ring(memory, wakeup.create())
+class ChannelProducer:
+    """The acceptor's side of a socket pair. What was sent and not taken waits in the socket for the next worker, too."""
+
+    def __init__(self, row: memoryview) -> None:
+        """`theirs` is the worker's end: pass it on; keep it open for a successor."""
+        self._row, self._put = row, 0
+        self._ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+
+    def put(self, entry: Entry) -> bool:
+        """Send one entry with its descriptor, which is closed here then; False, with nothing done, if there is no room."""
+        try:
+            socket.send_fds(self._ours, [entry.encode()], [entry.fd] if entry.fd >= 0 else [])
+        except (BlockingIOError, BrokenPipeError, ConnectionResetError):
+            return False
+        if entry.fd >= 0:
+            os.close(entry.fd)
+        self._put += 1
+        return True
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the worker has taken all that was put."""
+        return bool(self._put == self._row[Counter.TAKEN])
+
+    def offer_again(self) -> None:
+        """Nothing to do: the socket keeps what was not taken."""
+
+
+class ChannelConsumer:
+    """The worker's side of a socket pair. Its end of file means that the acceptor's process is gone: KILL."""
+
+    def __init__(self, channel: Channel, row: memoryview) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=channel.fd)
+        self._socket.setblocking(False)
+        self._row = row
+        self.fileno = channel.fd
+
+    def take(self) -> Iterator[Entry]:
+        """See Consumer. An entry whose descriptor the kernel could not give (EMFILE) has -1 for it."""
+        for _ in range(_BURST):
+            try:
+                data, fds, _, _ = socket.recv_fds(self._socket, _SLOT, 1, socket.MSG_CMSG_CLOEXEC)
+            except BlockingIOError:
+                return
+            if not data:
+                yield Entry(KILL)
+                return
+            self._row[Counter.TAKEN] += 1
+            yield Entry.decode(data)._replace(fd=fds[0] if fds else -1)

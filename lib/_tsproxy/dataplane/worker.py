@@ -52,7 +52,12 @@ class Worker:
                     self._contain(handler, bug)
             self._expire()
             bench.close_buried()
-        bench.close()
+
+    def close(self) -> None:
+        """End what there is (after a bug outside any connection, there may be some) and close the poller."""
+        for relay in list(self._bench.relays.values()):
+            relay.end(Ending.BUG)
+        self._bench.close()
 
     def _patience_s(self) -> float:
         """How long to sleep at most; -1 is for ever."""
@@ -80,6 +85,11 @@ class Worker:
         self.readable()
 
     def _begin(self, entry: Entry) -> None:
+        self._bench.count(Counter.BEGUN)
+        if entry.fd < 0:
+            self._bench.count(Counter.ENDED)
+            self._bench.complain("error", "no fd", "a client was lost: out of file descriptors: raise LimitNOFILE (ulimit -n)")
+            return
         relay = Relay(self._bench, entry)
         try:
             relay.start()

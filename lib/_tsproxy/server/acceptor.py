@@ -16,7 +16,7 @@ from _tsproxy.config import Config
 from _tsproxy.dataplane.inbox import ACCEPTED, Entry
 from _tsproxy.host import linux, sockets
 from _tsproxy.host.addresses import pack, raw_ip
-from _tsproxy.runtime import Crew
+from _tsproxy.runtime.crew import Crew
 from _tsproxy.telemetry import metrics
 from _tsproxy.telemetry.counters import ACCEPTOR_ROW, Counter, Ledger
 

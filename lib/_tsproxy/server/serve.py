@@ -14,7 +14,7 @@ from _tsproxy import exits
 from _tsproxy.config import Config
 from _tsproxy.dataplane.inbox import DRAIN, DRIFTED_ALL, DRIFTED_CONNECTING, KILL
 from _tsproxy.host.systemd import Notifier
-from _tsproxy.runtime import Crew
+from _tsproxy.runtime.crew import Crew, Death
 from _tsproxy.server import start_line, startup
 from _tsproxy.server.acceptor import Acceptor
 from _tsproxy.server.drift import DriftWatch
@@ -126,9 +126,16 @@ class Server:
                     self._ended_by.append(number.name)
                 else:
                     self._reporter.metrics_now()
-        elif self._crew.gone.collect() and not self._ended_by:
-            self._died = True
-            self._say("error", "error", "a worker died: draining what the others have, then ending")
+        else:
+            for death in self._crew.replace_the_dead():
+                self._on_death(death)
+
+    def _on_death(self, death: Death) -> None:
+        """Its connections are closed, the others are untouched; one that dies again and again ends the whole."""
+        self._died = not death.replaced
+        then = "a successor took its place" if death.replaced else "and its successors die at once: draining, then ending"
+        about = f"worker {death.number} died ({death.fate}); {death.connections} connections closed; {then}"
+        self._say("error", "error", about)
 
     def _on_drift(self, evidence: str) -> None:
         """The policy does not hold any more: what would leak from now on ends, and people are told once."""

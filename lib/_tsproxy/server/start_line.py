@@ -28,7 +28,7 @@ def fields(ready: Ready) -> Dict[str, Any]:
         "static_timestamp": config.static_timestamp,
         "witness": ready.plan.lever.word,
         "workers": config.workers,
-        "runtime": "threads",
+        "runtime": config.runtime,
         "python": platform.python_version(),
         "json_encoder": encoder.ENCODER,
         "knobs": _knobs(config),

@@ -10,6 +10,7 @@ import errno
 import os
 import pwd
 import socket
+from dataclasses import replace
 from typing import List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from _tsproxy import exits
@@ -17,7 +18,8 @@ from _tsproxy.config import Config
 from _tsproxy.exits import Exit
 from _tsproxy.host import limits, privileges, sockets, systemd
 from _tsproxy.host.addresses import Address
-from _tsproxy.runtime import Plan, tuning_of
+from _tsproxy.runtime import seats
+from _tsproxy.runtime.spec import Plan, tuning_of
 from _tsproxy.server.resolver import Resolver
 from _tsproxy.timestamps import advice
 from _tsproxy.timestamps.policy import Inspector, Lever, Wanted
@@ -50,6 +52,7 @@ def prepare(config: Config, environment: Mapping[str, str]) -> Ready:
     listeners = _listeners(config, resolver, environment)
     if account:
         privileges.drop(account)
+    config = replace(config, runtime=_runtime(config))
     return Ready(Plan(config, sources, inspector.wanted, lever), listeners, resolver, inspector, nofile)
 
 
@@ -65,6 +68,15 @@ def _require_policy(config: Config, wanted: Wanted) -> Tuple[Inspector, Lever]:
     if finding.lever is None:
         raise Exit(exits.POLICY, advice.unattainable(finding, wanted, [str(target) for target in config.targets]))
     return inspector, finding.lever
+
+
+def _runtime(config: Config) -> str:
+    """The runtime to use; auto is the best that works here, tried."""
+    if config.runtime == "interpreters" and not seats.have_interpreters():
+        raise Exit(
+            exits.USAGE, "--runtime: given 'interpreters'; allowed: threads or processes (interpreters needs Python 3.13)"
+        )
+    return seats.best() if config.runtime == "auto" else config.runtime
 
 
 def _account(config: Config) -> Optional[pwd.struct_passwd]:

@@ -6,7 +6,7 @@ import time
 from typing import Optional
 
 from _tsproxy.host.systemd import Notifier
-from _tsproxy.runtime import Crew
+from _tsproxy.runtime.crew import Crew
 
 
 class Watchdog:

@@ -36,6 +36,8 @@ class Counter(IntEnum):
     RESET_BY_PEER = auto()
     IDLE_TIMEOUT = auto()
     BUGS = auto()
+    TAKEN = auto()  # entries of the inbox
+    BEGUN = auto()  # connections that the worker has begun
     LINES_DROPPED = auto()
     WORKER_RESTARTS = auto()
 

@@ -1,0 +1,1 @@
+"""How workers are started, watched and replaced: threads, interpreters or processes, behind one kind of seat."""

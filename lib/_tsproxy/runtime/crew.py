@@ -1,0 +1,122 @@
+"""All workers, as the main thread sees them: a round-robin of inboxes, orders for all, and a successor for each that dies."""
+
+from __future__ import annotations
+
+import time
+from typing import List, NamedTuple
+
+from _tsproxy.dataplane import inbox
+from _tsproxy.host import wakeup
+from _tsproxy.runtime.seats import InterpreterSeat, ProcessSeat, Seat, ThreadSeat
+from _tsproxy.runtime.spec import Plan, Spec
+from _tsproxy.runtime.zygote import Zygote
+from _tsproxy.telemetry.counters import ACCEPTOR_ROW, Counter, Ledger
+
+_QUICK_S = 1.0  # a worker that lives no longer than this ...
+_TRIES = 3  # ... so often in a row will not live at all
+
+
+class Death(NamedTuple):
+    """A worker that ended without being told to."""
+
+    number: int
+    fate: str
+    connections: int  # that it had
+    replaced: bool
+
+
+class Crew:
+    """Make it before any thread is started: under `processes` it forks."""
+
+    def __init__(self, plan: Plan, ledger: Ledger, records_fd: int) -> None:
+        self.gone = wakeup.create()
+        self._ledger = ledger
+        self._next = 0
+        self._seats = _seats(plan, ledger, records_fd, self.gone)
+        self._started = [0.0] * len(self._seats)
+        self._quick = [0] * len(self._seats)
+        self._ending = False
+
+    def start(self) -> None:
+        """Start them all."""
+        for number, seat in enumerate(self._seats):
+            self._started[number] = time.monotonic()
+            seat.start()
+
+    def hand(self, entry: inbox.Entry) -> bool:
+        """Give an entry to the next worker that is there and has room; False if none has."""
+        for _ in self._seats:
+            turn, self._next = self._next, (self._next + 1) % len(self._seats)
+            if self._seats[turn].box.put(entry):
+                return True
+        return False
+
+    def order(self, kind: int) -> None:
+        """Send an order to all. After DRAIN or KILL a worker that ends has done as it was told."""
+        self._ending = self._ending or kind in (inbox.DRAIN, inbox.KILL)
+        for seat in self._seats:
+            seat.box.put(inbox.Entry(kind))
+
+    def ping(self) -> None:
+        """Put a do-nothing order into each inbox that is empty, for all_answered() to ask about."""
+        for seat in self._seats:
+            if seat.box.is_empty:
+                seat.box.put(inbox.Entry(inbox.PING))
+
+    def all_answered(self) -> bool:
+        """Whether each worker has emptied its inbox since the last ping."""
+        return all(seat.box.is_empty for seat in self._seats)
+
+    def replace_the_dead(self) -> List[Death]:
+        """After `gone` was rung: a successor for each worker that should still be there. Its inbox and row go on."""
+        self.gone.collect()
+        if self._ending:
+            return []
+        return [self._replace(number, seat) for number, seat in enumerate(self._seats) if not seat.is_alive]
+
+    def _replace(self, number: int, seat: Seat) -> Death:
+        lost = self._write_off(number)
+        now = time.monotonic()
+        self._quick[number] = self._quick[number] + 1 if now - self._started[number] < _QUICK_S else 0
+        replaced = self._quick[number] < _TRIES
+        if replaced:
+            self._started[number] = now
+            seat.box.offer_again()
+            seat.start()
+            self._ledger.rows[ACCEPTOR_ROW][Counter.WORKER_RESTARTS] += 1
+        return Death(number, seat.fate, lost, replaced)
+
+    def _write_off(self, number: int) -> int:
+        """A dead worker's connections are closed: count them as ended. Its row has no other writer now."""
+        row = self._ledger.worker(number)
+        lost = int(row[Counter.BEGUN] - row[Counter.ENDED])
+        row[Counter.ENDED] = row[Counter.BEGUN]
+        row[Counter.CONNECTS_ENDED] = row[Counter.CONNECTS]
+        return lost
+
+    @property
+    def alive(self) -> bool:
+        """Whether any worker still runs."""
+        return any(seat.is_alive for seat in self._seats)
+
+    def wait(self, patience_s: float) -> None:
+        """Wait until all have ended, but no longer than that."""
+        deadline = time.monotonic() + patience_s
+        while self.alive and time.monotonic() < deadline:
+            time.sleep(0.002)
+
+
+def _seats(plan: Plan, ledger: Ledger, records_fd: int, gone: wakeup.Wakeup) -> List[Seat]:
+    numbers = range(plan.config.workers)
+    if plan.config.runtime == "processes":
+        zygote = Zygote({ledger.fd, records_fd}, gone)
+        channels = [inbox.ChannelProducer(ledger.worker(number)) for number in numbers]
+        nowhere = inbox.Channel(-1)  # the zygote puts the number in under which it got the worker's end
+        return [
+            ProcessSeat(Spec(number, *plan, ledger.fd, nowhere, records_fd, gone), channels[number], zygote)
+            for number in numbers
+        ]
+    kind = InterpreterSeat if plan.config.runtime == "interpreters" else ThreadSeat
+    rings = [inbox.create_ring() for _ in numbers]
+    boxes = [inbox.RingProducer(ring, ledger.worker(number)) for number, ring in enumerate(rings)]
+    return [kind(Spec(number, *plan, ledger.fd, rings[number], records_fd, gone), boxes[number]) for number in numbers]

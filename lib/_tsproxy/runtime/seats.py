@@ -1,0 +1,151 @@
+"""A worker's place: its inbox and its row stay, whoever sits there. One kind of seat for each way to start a worker.
+
+Knows how to start a worker and to see that it is gone. Knows nothing of what to do then.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import threading
+from typing import Any, Dict, Protocol, Union
+
+from _tsproxy.dataplane import inbox
+from _tsproxy.runtime import origin
+from _tsproxy.runtime.spec import Spec, run_worker
+from _tsproxy.runtime.zygote import Zygote
+
+Producer = Union[inbox.RingProducer, inbox.ChannelProducer]
+
+
+class Seat(Protocol):
+    """What the crew does with a worker."""
+
+    @property
+    def box(self) -> Producer:
+        """Where entries for the worker are put."""
+        ...
+
+    def start(self) -> None:
+        """Start a worker here; the one before must be gone."""
+        ...
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the worker runs."""
+        ...
+
+    @property
+    def fate(self) -> str:
+        """How the last worker ended, for people."""
+        ...
+
+
+class ThreadSeat:
+    """A thread of this interpreter. Free-threaded builds run them side by side; others take turns (the GIL)."""
+
+    def __init__(self, spec: Spec, box: Producer) -> None:
+        self._spec, self.box = spec, box
+        self._thread = self._new()
+
+    def _new(self) -> threading.Thread:
+        return threading.Thread(target=self._work, name=f"worker-{self._spec.number}", daemon=True)
+
+    def _work(self) -> None:
+        run_worker(self._spec)
+
+    def start(self) -> None:
+        """See Seat."""
+        self._thread = self._new()
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """See Seat."""
+        return self._thread.is_alive()
+
+    @property
+    def fate(self) -> str:
+        """See Seat."""
+        return "its thread ended"
+
+
+class InterpreterSeat(ThreadSeat):
+    """A thread with an interpreter, and so a GIL, of its own (PEP 684; Python 3.13 and later)."""
+
+    def _work(self) -> None:
+        interpreters: Any = __import__("_interpreters")
+        own = interpreters.create("isolated")
+        try:
+            interpreters.exec(own, _IN_INTERPRETER, self._shared())
+        finally:
+            interpreters.destroy(own)
+
+    def _shared(self) -> Dict[str, object]:
+        return {"origin": origin.find(), "bundled": origin.is_bundle(), "spec": pickle.dumps(self._spec)}
+
+    @property
+    def fate(self) -> str:
+        """See Seat."""
+        return "its interpreter ended"
+
+
+_IN_INTERPRETER = """
+import runpy, sys
+if bundled:
+    runpy.run_path(origin)
+else:
+    sys.path.insert(0, origin)
+import pickle
+from _tsproxy.runtime.spec import run_worker
+run_worker(pickle.loads(spec))
+"""
+
+
+class ProcessSeat:
+    """A process, forked by the zygote. Any Python can; the descriptors travel by SCM_RIGHTS."""
+
+    def __init__(self, spec: Spec, box: inbox.ChannelProducer, zygote: Zygote) -> None:
+        self._spec, self.box, self._zygote = spec, box, zygote
+
+    def start(self) -> None:
+        """See Seat."""
+        self._zygote.start(self._spec, self.box)
+
+    @property
+    def is_alive(self) -> bool:
+        """See Seat."""
+        return self._zygote.is_alive(self._spec.number)
+
+    @property
+    def fate(self) -> str:
+        """See Seat."""
+        return self._zygote.fate(self._spec.number)
+
+
+def have_interpreters() -> bool:
+    """Whether this Python can run a worker in an interpreter of its own: tried, not guessed from the version."""
+    if sys.version_info < (3, 13):
+        return False
+    try:
+        interpreters: Any = __import__("_interpreters")
+        own = interpreters.create("isolated")
+    except (ImportError, RuntimeError):
+        return False
+    try:
+        return interpreters.exec(own, "import mmap, select, socket, selectors, pickle") is None
+    finally:
+        interpreters.destroy(own)
+
+
+def is_free_threaded() -> bool:
+    """Whether threads of this interpreter run side by side (PEP 703)."""
+    enabled = getattr(sys, "_is_gil_enabled", None)
+    return enabled is not None and not enabled()
+
+
+def best() -> str:
+    """What --runtime=auto takes here."""
+    if is_free_threaded():
+        return "threads"
+    return "interpreters" if have_interpreters() else "processes"

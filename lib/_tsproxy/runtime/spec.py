@@ -1,0 +1,93 @@
+"""What a worker is told, and the one function that runs it, whatever started it.
+
+A worker is written once, against descriptors and shared memory. A Spec is plain data: it can be pickled into another
+interpreter or process.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+import traceback
+from typing import NamedTuple, Tuple, Union
+
+from _tsproxy.config import Config
+from _tsproxy.dataplane import inbox
+from _tsproxy.dataplane.workbench import Rules, Workbench
+from _tsproxy.dataplane.worker import Worker
+from _tsproxy.host import cpus, wakeup
+from _tsproxy.host.addresses import Address
+from _tsproxy.host.sockets import Tuning
+from _tsproxy.telemetry.counters import Ledger
+from _tsproxy.telemetry.records import Notice, RecordWriter
+from _tsproxy.timestamps import policy, syn
+
+
+class Plan(NamedTuple):
+    """What all workers are told alike."""
+
+    config: Config
+    sources: Tuple[Address, ...]
+    wanted: policy.Wanted
+    lever: policy.Lever
+
+
+class Spec(NamedTuple):
+    """All that a worker is told: its number, the Plan, and its ends of the shared memory and pipes."""
+
+    number: int
+    config: Config
+    sources: Tuple[Address, ...]
+    wanted: policy.Wanted
+    lever: policy.Lever
+    ledger_fd: int
+    inbox: Union[inbox.Ring, inbox.Channel]
+    records_fd: int
+    gone: wakeup.Wakeup  # rung when the worker has ended
+
+
+def run_worker(spec: Spec) -> None:
+    """Build a worker and run it to its end. A bug that ends it is reported; `gone` is rung in any case."""
+    row = Ledger(spec.ledger_fd).worker(spec.number)
+    records = RecordWriter(spec.records_fd, row)
+    try:
+        worker = _build(spec, row, records)
+        try:
+            worker.run()
+        finally:
+            worker.close()
+    except Exception:
+        records.put(Notice(spec.number, time.time_ns(), "error", f"worker {spec.number} died: {traceback.format_exc()}"))
+        raise SystemExit(1) from None
+    finally:
+        spec.gone.ring()
+
+
+def _build(spec: Spec, row: memoryview, records: RecordWriter) -> Worker:
+    config = spec.config
+    if config.cpus:
+        cpus.pin_this_thread(config.cpus[spec.number])
+    # Nothing on the hot path makes a cycle, so there is nothing to collect, and a collection is a pause.
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    gate = policy.gate_for(spec.lever, spec.wanted)
+    bench = Workbench(spec.number, rules_of(config), gate, syn.offered_tsval, row, records, spec.sources, config.buffer_size)
+    return Worker(bench, inbox.consumer(spec.inbox, row), config.busy_poll_us)
+
+
+def rules_of(config: Config) -> Rules:
+    """What a connection needs of the Config."""
+    return Rules(
+        tuning=tuning_of(config),
+        connect_timeout_ns=round(config.connect_timeout_s * 1e9),
+        idle_timeout_ns=round(config.idle_timeout_s * 1e9),
+        half_close_timeout_ns=round(config.half_close_timeout_s * 1e9),
+        log_connections=config.connection_log,
+        log_debug=config.log_level == "debug",
+    )
+
+
+def tuning_of(config: Config) -> Tuning:
+    """The socket options of both legs."""
+    return Tuning(config.keepalive_s, config.user_timeout_ms)

@@ -1,0 +1,152 @@
+"""A small process that forks workers on demand: made before there is any thread, so that its forks are safe for ever.
+
+The main process has a reporter thread when a dead worker must be replaced, and to fork then would copy whatever lock
+that thread holds. To start Python anew would need its files and rights, which are gone after --user. The zygote has
+one thread, the imports done and the memory shared; it starts workers, reaps them, tells how they ended, and ends with
+the main process (its control socket is closed then).
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import select
+import signal
+import socket
+import struct
+from typing import Dict, List, Set
+
+from _tsproxy.dataplane import inbox
+from _tsproxy.host.wakeup import Wakeup
+from _tsproxy.runtime.spec import Spec, run_worker
+
+_STATUS = struct.Struct("=Hi")  # worker's number, wait status
+_MOST = 65536
+
+
+class Zygote:
+    """The main process's handle on it."""
+
+    def __init__(self, kept: Set[int], gone: Wakeup) -> None:
+        """Fork it now: no thread may have been started. `kept` are the descriptors that workers need; others are closed."""
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._alive: Set[int] = set()
+        self._fates: Dict[int, str] = {}
+        if os.fork() == 0:
+            _be_zygote(theirs, kept | {*gone, theirs.fileno()}, gone)
+        theirs.close()
+        self._control.setblocking(False)
+
+    def start(self, spec: Spec, box: inbox.ChannelProducer) -> None:
+        """Fork a worker. Its end of the inbox goes along."""
+        self._alive.add(spec.number)
+        self._control.setblocking(True)
+        socket.send_fds(self._control, [pickle.dumps(spec)], [box.theirs.fileno()])
+        self._control.setblocking(False)
+
+    def is_alive(self, number: int) -> bool:
+        """Whether that worker runs, as far as has been heard."""
+        self._listen()
+        return number in self._alive
+
+    def fate(self, number: int) -> str:
+        """How that worker ended."""
+        return self._fates.get(number, "it has not ended")
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                message = self._control.recv(_STATUS.size)
+            except BlockingIOError:
+                return
+            if not message:
+                self._fates.update(dict.fromkeys(self._alive, "the zygote is gone"))
+                self._alive.clear()
+                return
+            number, status = _STATUS.unpack(message)
+            self._alive.discard(number)
+            self._fates[number] = _fate(status)
+
+
+def _fate(status: int) -> str:
+    if os.WIFSIGNALED(status):
+        return f"killed by {signal.Signals(os.WTERMSIG(status)).name}"
+    return f"exit code {os.WEXITSTATUS(status)}"
+
+
+def _be_zygote(control: socket.socket, kept: Set[int], gone: Wakeup) -> None:
+    """The child's life. Never returns."""
+    code = 1
+    try:
+        _settle(kept)
+        _serve(control, gone)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def _settle(kept: Set[int]) -> None:
+    """Of what the main process has open only what workers need stays: a listener kept here would never close."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process tells us what it means
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd > 2 and fd not in kept:
+            try:
+                os.close(fd)
+            except OSError:
+                pass  # the one that listed the directory
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1):
+        os.dup2(nowhere, fd)  # the reader of standard output must see its end when the main process ends
+    os.close(nowhere)
+
+
+def _serve(control: socket.socket, gone: Wakeup) -> None:
+    """Fork what is asked for, report what has ended, until the main process is gone."""
+    deaths, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    asked = control.fileno()
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    workers: Dict[int, int] = {}
+    while True:
+        ready, _, _ = select.select([asked, deaths], [], [])
+        if deaths in ready:
+            os.read(deaths, 4096)
+            _reap(workers, control, gone)
+        if asked in ready:
+            request, fds, _, _ = socket.recv_fds(control, _MOST, 1)
+            if not request:
+                return
+            _fork(pickle.loads(request), fds, workers, {asked, deaths, wake})  # noqa: S301 -- from our own parent, by a socket pair
+
+
+def _fork(spec: Spec, fds: List[int], workers: Dict[int, int], private: Set[int]) -> None:
+    """`private` is what the worker must not keep: with the zygote's own ends its death would go unnoticed."""
+    pid = os.fork()
+    if pid == 0:
+        signal.set_wakeup_fd(-1)
+        for fd in private:
+            os.close(fd)
+        _be_worker(spec._replace(inbox=inbox.Channel(fds[0])))
+    workers[pid] = spec.number
+    os.close(fds[0])
+
+
+def _be_worker(spec: Spec) -> None:
+    code = 1
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        run_worker(spec)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def _reap(workers: Dict[int, int], control: socket.socket, gone: Wakeup) -> None:
+    while workers:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if not pid:
+            return
+        control.send(_STATUS.pack(workers.pop(pid), status))
+        gone.ring()

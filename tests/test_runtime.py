@@ -1,0 +1,244 @@
+"""The three ways to start a worker: the same work from each, and a successor for a worker that dies."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any, Iterator, List
+
+import pytest
+from conftest import _starter
+from harness import ROOT, Exchange, Proxy, pythons, receive_exactly, wait_until
+
+PYTHON = dict(pythons())
+KINDS = ["threads", "processes", *(["interpreters"] if "3.13" in PYTHON else [])]
+
+
+@pytest.fixture(params=[f"{kind} from {form}" for kind in KINDS for form in ("checkout", "bundle")])
+def begin(request: pytest.FixtureRequest, bundle: Path) -> Iterator[Any]:
+    """Start the proxy under one runtime, on a Python that has it, from the checkout and from the bundle."""
+    kind, _, form = request.param.split(" ")
+    python = PYTHON["3.13"] if kind == "interpreters" else next(iter(PYTHON.values()))
+    script = str(bundle) if form == "bundle" else str(_checkout(python, bundle))
+    for start in _starter([python, "-I", "-S", script], None):
+        yield functools.partial(_under, start, kind)
+
+
+def _under(start: Any, kind: str, far: Exchange, *options: str, **popen: Any) -> Proxy:
+    return start(far, f"--runtime={kind}", *options, **popen)
+
+
+def _checkout(python: str, bundle: Path) -> Path:
+    """The checkout with docopt-ng beside it, for a Python that has nothing installed."""
+    place = bundle.parent / "checkout"
+    if not place.exists():
+        place.mkdir()
+        (place / "tsproxy.py").symlink_to(ROOT / "tsproxy.py")
+        (place / "run.py").write_text(_RUN.format(root=str(ROOT), docopt=os.path.dirname(os.path.dirname(_docopt()))))
+    return place / "run.py"
+
+
+def _docopt() -> str:
+    import docopt
+
+    return docopt.__file__
+
+
+_RUN = """
+import importlib.util, sys
+place = {docopt!r} + "/docopt"
+spec = importlib.util.spec_from_file_location("docopt", place + "/__init__.py", submodule_search_locations=[place])
+sys.modules["docopt"] = docopt = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(docopt)
+import runpy
+runpy.run_path({root!r} + "/tsproxy.py", run_name="__main__")
+"""
+
+
+def ask(proxy: Proxy, what: bytes = b"order") -> None:
+    with proxy.connect() as client:
+        client.sendall(what)
+        assert receive_exactly(client, len(what)) == what
+
+
+def workers_of(proxy: Proxy) -> List[int]:
+    """The worker processes: the zygote's children."""
+    (zygote,) = children(proxy.process.pid)
+    return children(zygote)
+
+
+def children(pid: int) -> List[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_all_workers_serve_and_the_start_line_names_the_runtime(begin: Any, echoing: Exchange, request: Any) -> None:
+    proxy = begin(echoing, "--workers=3")
+    assert proxy.line("start")["runtime"] in request.node.name
+    for _ in range(30):
+        ask(proxy)
+    wait_until(lambda: proxy.metrics()["downstream_cx_active"] == 0)
+    assert {line["worker"] for line in proxy.lines if line["event"] == "connection"} == {0, 1, 2}
+    assert proxy.metrics()["downstream_cx_rx_bytes_total"] == 150
+    assert proxy.stop() == 0
+    assert proxy.stderr() == ""
+
+
+def test_held_connections_of_all_workers_drain(begin: Any, echoing: Exchange) -> None:
+    proxy = begin(echoing, "--workers=2")
+    clients = [proxy.connect() for _ in range(4)]
+    for client in clients:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+    proxy.process.send_signal(signal.SIGTERM)
+    assert proxy.line("drain")["active_connections"] == 4
+    with pytest.raises(ConnectionRefusedError):
+        proxy.connect()
+    for client in clients:
+        client.sendall(b"y")
+        assert client.recv(1) == b"y"
+        client.close()
+    assert proxy.wait() == 0
+    assert proxy.count("connection") == 4
+
+
+def test_auto_takes_processes_or_better(start: Any, echoing: Exchange) -> None:
+    assert start(echoing).line("start")["runtime"] in ("processes", "interpreters", "threads")
+
+
+@pytest.mark.skipif("3.12" not in PYTHON, reason="LOUD: no Python 3.12 here")
+def test_interpreters_on_a_python_without_them_are_refused_in_one_line(bundle: Path) -> None:
+    proxy = Proxy([PYTHON["3.12"], "-I", "-S", str(bundle)], "-t127.0.0.1:9", "--timestamps=preserve", "--runtime=interpreters")
+    assert proxy.wait() == 2
+    assert "--runtime: given 'interpreters'" in proxy.stderr()
+    proxy.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_killed_worker_is_reported_counted_and_replaced_and_the_others_go_on(
+    start: Any, echoing: Exchange, number: int
+) -> None:
+    proxy = start(echoing, "--runtime=processes", "--workers=2")
+    clients = [proxy.connect() for _ in range(4)]
+    for client in clients:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+    fds = proxy.fds()
+    os.kill(workers_of(proxy)[0], number)
+    error = proxy.line("error")
+    assert f"killed by {signal.Signals(number).name}); 2 connections closed" in error["message"]
+    ended = [client for client in clients if not _answers(client)]
+    assert len(ended) == 2
+    for _ in range(4):
+        ask(proxy)
+    metrics = proxy.wait_metrics(lambda line: line["downstream_cx_active"] == 2)
+    assert metrics["worker_restarts_total"] == 1
+    assert metrics["upstream_cx_active"] == 2
+    assert len(workers_of(proxy)) == 2
+    assert proxy.fds() == fds
+    for client in clients:
+        client.close()
+    assert proxy.stop() == 0
+
+
+def _answers(client: socket.socket) -> bool:
+    try:
+        client.sendall(b"y")
+        return client.recv(1) == b"y"
+    except OSError:
+        return False
+
+
+def test_clients_that_wait_in_a_dead_workers_inbox_are_served_by_its_successor(start: Any, echoing: Exchange) -> None:
+    proxy = start(echoing, "--runtime=processes", "--workers=1")
+    ask(proxy)
+    (worker,) = workers_of(proxy)
+    os.kill(worker, signal.SIGSTOP)
+    waiting = [proxy.connect() for _ in range(5)]
+    for client in waiting:
+        client.sendall(b"z")
+    proxy.wait_metrics(lambda line: line["downstream_cx_total"] == 6)
+    os.kill(worker, signal.SIGKILL)
+    for client in waiting:
+        assert receive_exactly(client, 1) == b"z"
+        client.close()
+    proxy.wait_metrics(lambda line: line["downstream_cx_active"] == 0)
+
+
+def test_workers_that_die_at_once_again_and_again_end_the_whole(start: Any, echoing: Exchange) -> None:
+    proxy = start(echoing, "--runtime=processes", "--workers=1")
+    ask(proxy)
+
+    def killed_for_good() -> bool:
+        with contextlib.suppress(ValueError, OSError):  # between two of them
+            for worker in workers_of(proxy):
+                os.kill(worker, signal.SIGKILL)
+        return proxy.process.poll() is not None
+
+    wait_until(killed_for_good)
+    assert proxy.wait() == 1
+    assert proxy.line("stop")["reason"] == "worker_died"
+
+
+def test_nothing_is_left_when_the_main_process_is_killed(start: Any, echoing: Exchange) -> None:
+    proxy = start(echoing, "--runtime=processes", "--workers=2")
+    with proxy.connect() as client:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+        family = [*children(proxy.process.pid), *workers_of(proxy)]
+        proxy.process.kill()
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+    wait_until(lambda: not any(_lives(pid) for pid in family), "zygote and workers end")
+    proxy.process.wait()
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_ctrl_c_for_the_whole_group_drains(start: Any, echoing: Exchange) -> None:
+    proxy = start(echoing, "--runtime=processes", "--workers=2", start_new_session=True)
+    with proxy.connect() as client:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+        os.killpg(proxy.process.pid, signal.SIGINT)
+        proxy.line("drain")
+        client.sendall(b"y")
+        assert client.recv(1) == b"y"
+    assert proxy.wait() == 0
+    assert proxy.line("connection")["reason"] == "closed"
+
+
+def test_a_reader_of_standard_output_sees_its_end_with_the_main_process(start: Any, echoing: Exchange) -> None:
+    proxy = start(echoing, "--runtime=processes", "--workers=1")
+    client = proxy.connect()
+    client.sendall(b"x")
+    assert client.recv(1) == b"x"
+    os.kill(workers_of(proxy)[0], signal.SIGSTOP)  # it can't end, and must not hold the pipe open
+    worker = workers_of(proxy)[0]
+    proxy.process.kill()
+    proxy.process.wait()
+    assert proxy.wait() == -signal.SIGKILL  # reads up to the end of the pipe
+    os.kill(worker, signal.SIGCONT)
+    client.close()
+    wait_until(lambda: not _lives(worker))
+
+
+def test_workers_keep_to_their_cpus(start: Any, echoing: Exchange) -> None:
+    cpus = sorted(os.sched_getaffinity(0))[:2]
+    proxy = start(echoing, "--runtime=processes", f"--cpus={','.join(map(str, cpus))}")
+    ask(proxy)
+    assert proxy.line("start")["workers"] == len(cpus)
+    wait_until(
+        lambda: sorted(os.sched_getaffinity(pid) == {cpu} for pid, cpu in zip(workers_of(proxy), cpus)) == [True] * len(cpus)
+    )
+    done = subprocess.run(["taskset", "-p", str(proxy.process.pid)], capture_output=True, check=False)
+    assert done.returncode == 0
