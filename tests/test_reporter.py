@@ -314,6 +314,18 @@ def test_rates_are_what_came_since_the_line_before_over_the_time_between(desk: D
     assert rates.fields()["rx_bytes_per_s"] == 1_000_000
 
 
+def test_what_was_sent_never_goes_down_though_it_is_looked_at_between_two_counts(desk: Desk) -> None:
+    rates, row = Rates(desk.ledger), desk.ledger.worker(0)
+    row[Counter.WITHHELD_UPSTREAM] = row[Counter.WITHHELD_DOWNSTREAM] = 100  # and not yet received
+    assert rates.fields()["downstream_cx_tx_bytes_total"] == 0
+    row[Counter.RECEIVED_UPSTREAM] = row[Counter.RECEIVED_DOWNSTREAM] = 1100
+    assert rates.fields()["downstream_cx_tx_bytes_total"] == 1000
+    row[Counter.WITHHELD_UPSTREAM] = row[Counter.WITHHELD_DOWNSTREAM] = 300
+    fields = rates.fields()
+    assert (fields["downstream_cx_tx_bytes_total"], fields["upstream_cx_tx_bytes_total"]) == (1000, 1000)
+    assert fields["tx_bytes_per_s"] == 0
+
+
 def fill(ledger: Ledger, rows: slice, value: int) -> None:
     for row in ledger.rows[rows]:
         for index in range(len(row)):

@@ -32,13 +32,13 @@ _PLAIN = {
 def totals(ledger: Ledger) -> Dict[str, int]:
     """Each counter since the start, and the two gauges derived from pairs of them."""
     total = ledger.total
-    # Withheld before received: a relay between two of these reads can only make "sent" look smaller than it is.
-    withheld_up, withheld_down = total(Counter.WITHHELD_UPSTREAM), total(Counter.WITHHELD_DOWNSTREAM)
     fields = {name: total(counter) for name, counter in _PLAIN.items()}
-    fields["downstream_cx_tx_bytes_total"] = fields["upstream_cx_rx_bytes_total"] - withheld_up
-    fields["upstream_cx_tx_bytes_total"] = fields["downstream_cx_rx_bytes_total"] - withheld_down
+    # Received was read before withheld, which is counted first: what is only held never looks sent.
+    fields["downstream_cx_tx_bytes_total"] = fields["upstream_cx_rx_bytes_total"] - total(Counter.WITHHELD_UPSTREAM)
+    fields["upstream_cx_tx_bytes_total"] = fields["downstream_cx_rx_bytes_total"] - total(Counter.WITHHELD_DOWNSTREAM)
     fields["downstream_cx_active"] = active(ledger)
-    fields["upstream_cx_active"] = total(Counter.CONNECTS) - total(Counter.CONNECTS_ENDED)
+    ended = total(Counter.CONNECTS_ENDED)  # before what has begun, or a gauge could be negative
+    fields["upstream_cx_active"] = total(Counter.CONNECTS) - ended
     return fields
 
 

@@ -20,6 +20,10 @@ from _tsproxy.telemetry.outlet import Outlet
 from _tsproxy.telemetry.records import NOTICE_LEVELS, Connection, Record, RecordPipe, decode
 
 Fields = Dict[str, Any]
+_PACE_MS = 10.0
+_LONGEST_MS = 60_000.0
+# Received less withheld, which a worker counts one after the other: a look between the two must not take any back.
+_DERIVED = ("downstream_cx_tx_bytes_total", "upstream_cx_tx_bytes_total")
 _LINGER_S = 1.0  # how long the last lines may wait for a reader that has stalled
 
 
@@ -41,15 +45,15 @@ class Reporter:
         self._witness_words = witness_words
         self._threshold = NOTICE_LEVELS.index(level)
         self._outlet = Outlet(fd, time.monotonic, self._count_dropped)
-        self._said: Deque[Optional[Tuple[int, str, str, Fields]]] = deque()
+        self._said: Deque[Tuple[int, str, str, Fields]] = deque()
         self._wakeup = wakeup.create()
         self._closing_until: Optional[float] = None
         self._rest = b""
         self._rates = Rates(ledger)
         self._next_metrics = time.monotonic() + interval_s if interval_s else float("inf")
         self._poller = select.poll()
-        self._poller.register(pipe.reader, select.POLLIN)
         self._poller.register(self._wakeup.reader, select.POLLIN)
+        self._records_come = False
         self._thread = threading.Thread(target=self.run, name="reporter", daemon=True)
 
     def start(self) -> None:
@@ -63,7 +67,7 @@ class Reporter:
 
     def metrics_now(self) -> None:
         """Queue a `metrics` line; its figures are those of the moment it is written."""
-        self._said.append(None)
+        self._said.append((time.time_ns(), "info", "metrics", {}))
         self._wakeup.ring()
 
     def close(self) -> None:
@@ -82,21 +86,27 @@ class Reporter:
             self._outlet.write()
             if closing_until is not None and (self._outlet.is_empty or time.monotonic() > closing_until):
                 break
-            self._wait()
+            if closing_until is self._closing_until:
+                self._wait()
         self._outlet.give_up()
 
     def _wait(self) -> None:
-        """Sleep until there is something to gather, room to write, or a metrics line is due."""
-        wants_room = self._outlet.wants_room
-        if wants_room:
-            self._poller.register(self._outlet.fd, select.POLLOUT)
-        self._poller.poll(self._patience_ms())
-        if wants_room:
-            self._poller.unregister(self._outlet.fd)
+        """Sleep until there is something to gather, room to write, or a metrics line is due.
+
+        While records come, they are looked for by the clock: to wake for each one would take the CPU from the relays.
+        """
+        waiting = {} if self._records_come else {self._pipe.reader: select.POLLIN}
+        if self._outlet.wants_room:
+            waiting[self._outlet.fd] = select.POLLOUT
+        for fd, events in waiting.items():
+            self._poller.register(fd, events)
+        self._poller.poll(min(self._patience_ms(), _PACE_MS if self._records_come else _LONGEST_MS))
+        for fd in waiting:
+            self._poller.unregister(fd)
 
     def _patience_ms(self) -> float:
         """How long to sleep: to the next metrics line, or a look at a stalled outlet."""
-        wait = min(self._next_metrics - time.monotonic(), 60.0)
+        wait = self._next_metrics - time.monotonic()
         if not self._outlet.is_empty:
             wait = min(wait, 0.25)
         return max(0.0, wait) * 1000
@@ -104,20 +114,22 @@ class Reporter:
     def _gather(self) -> None:
         """Turn all that is waiting into lines; records first, so that a last `metrics` or `stop` line comes after them."""
         waiting = len(self._said)
+        self._records_come = False
         for data in self._pipe.read():
+            self._records_come = True
             records, self._rest = decode(self._rest + data)
             for record in records:
                 self._record(record)
             self._outlet.write()  # a burst may be more than the outlet keeps
         if time.monotonic() >= self._next_metrics:
             self._next_metrics = time.monotonic() + self._interval_s
-            self._metrics()
+            self._metrics(time.time_ns())
         for _ in range(waiting):
-            said = self._said.popleft()
-            if said is None:
-                self._metrics()
+            at_ns, level, event, fields = self._said.popleft()
+            if event == "metrics":
+                self._metrics(at_ns)
             else:
-                self._line(*said)
+                self._line(at_ns, level, event, fields)
 
     def _record(self, record: Record) -> None:
         if isinstance(record, Connection):
@@ -128,10 +140,10 @@ class Reporter:
             event = record.level if record.level in ("warning", "error") else "debug"
             self._line(record.at_ns, record.level, event, {"worker": record.worker, "message": record.message})
 
-    def _metrics(self) -> None:
+    def _metrics(self, at_ns: int) -> None:
         fields = self._rates.fields()
         fields.update(metrics.latencies(self._ledger))
-        self._line(time.time_ns(), "info", "metrics", fields)
+        self._line(at_ns, "info", "metrics", fields)
 
     def _line(self, at_ns: int, level: str, event: str, fields: Fields) -> None:
         if NOTICE_LEVELS.index(level) < self._threshold:
@@ -155,6 +167,8 @@ class Rates:
     def fields(self) -> Fields:
         """The head and the counters of a metrics line."""
         now, totals, before = self._clock(), metrics.totals(self._ledger), self._totals
+        for name in _DERIVED:
+            totals[name] = max(totals[name], before[name])
         interval = max(now - self._last, 1e-6)
         fields: Fields = {
             "start_time": self._start_time,
