@@ -159,18 +159,30 @@ class Proxy:
             if stream:
                 stream.close()
 
-    # What it holds, for tests that look for leaks
+    # What it and its worker processes hold and use, for tests that look for leaks and for loops that spin
+
+    def family(self) -> List[int]:
+        """The main process and all that came from it."""
+        found = [self.process.pid]
+        for pid in found:
+            found += children(pid)
+        return found
 
     def fds(self) -> int:
-        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+        return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in self.family())
 
     def rss_kib(self) -> int:
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(status.split("VmRSS:")[1].split()[0])
+        statuses = [Path(f"/proc/{pid}/status").read_text() for pid in self.family()]
+        return sum(int(status.split("VmRSS:")[1].split()[0]) for status in statuses)
 
     def cpu_seconds(self) -> float:
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        stats = [Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split() for pid in self.family()]
+        return sum(int(fields[11]) + int(fields[12]) for fields in stats) / os.sysconf("SC_CLK_TCK")
+
+
+def children(pid: int) -> List[int]:
+    """The processes that a process has started and not yet reaped."""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 class Exchange:

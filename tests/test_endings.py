@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
+import signal
 import socket
+import subprocess
+from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
@@ -120,24 +124,56 @@ def test_the_last_words_of_a_server_that_closes_on_unread_data_arrive(start: Any
     client.close()
 
 
+def test_a_server_that_broke_is_heard_out_even_if_we_learn_of_it_by_sending(start: Any, exchange: Exchange) -> None:
+    """The client's order and the server's reset come in one turn, the order first: the send fails before the receive."""
+    proxy = start(exchange, "--runtime=threads", "--workers=1")
+    client = proxy.connect()
+    server = exchange.accept()
+    client.sendall(b"x")
+    assert server.recv(1) == b"x"
+    proxy.process.send_signal(signal.SIGSTOP)
+    client.sendall(b"too late")
+    server.sendall(b"logout")
+    reset(server)
+    proxy.process.send_signal(signal.SIGCONT)
+    assert receive_exactly(client, 6) == b"logout"
+    with pytest.raises(ConnectionResetError):
+        client.recv(1)
+    line = proxy.line("connection")
+    assert (line["reason"], line["tx_bytes"], line["discarded_bytes"]) == ("server_reset", 6, 8)
+    client.close()
+
+
 def test_hung_up_peers_do_not_spin_the_loop(start: Any, exchange: Exchange) -> None:
-    """Half-closed both ways but for held bytes: the hung-up descriptor must not wake the loop for ever."""
+    """FIN both ways on the client's side while its bytes are held: the descriptor is hung up, and nothing waits for it."""
     proxy = start(exchange)
     client = proxy.connect()
     server = exchange.accept()
     server.shutdown(socket.SHUT_WR)
     assert client.recv(1) == b""
-    fill(client)
+    sent = 0
+    while not proxy.metrics()["downstream_flow_control_paused_reading_total"]:
+        sent += client.send(bytes(1 << 16))
     client.shutdown(socket.SHUT_WR)
+    inode = str(os.fstat(client.fileno()).st_ino)
+    wait_until(lambda: is_fin_acknowledged(inode), "the proxy's kernel has the FIN")
     before = proxy.cpu_seconds()
-    client.settimeout(0.5)
-    with contextlib.suppress(socket.timeout):
-        client.recv(1)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        proxy.process.wait(0.5)
     assert proxy.cpu_seconds() - before < 0.1
-    receive_all(server)
+    assert len(receive_all(server)) == sent
     server.close()
     client.close()
     assert proxy.line("connection")["reason"] == "closed"
+
+
+def is_fin_acknowledged(inode: str) -> bool:
+    """Whether this process's socket is in TIME_WAIT or CLOSE by /proc/net/tcp, or gone from it: both FINs are through."""
+    for line in Path("/proc/self/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[9] == inode:
+            return fields[3] in ("06", "07")
+    return True
 
 
 def test_the_drain_timeout_cuts_what_does_not_end(start: Any, exchange: Exchange) -> None:
@@ -208,7 +244,7 @@ def test_an_upstream_that_is_unplugged_is_dead_after_the_user_timeout(unplugged:
 
 
 def test_many_connections_leave_no_descriptor_and_no_memory_behind(start: Any, echoing: Exchange) -> None:
-    proxy = start(echoing, "--connection-log=off")
+    proxy = start(echoing, "--connection-log=off", "--runtime=threads")  # forked memory is shared, and hard to attribute
 
     def churn(count: int) -> None:
         for number in range(count):
@@ -223,5 +259,5 @@ def test_many_connections_leave_no_descriptor_and_no_memory_behind(start: Any, e
     fds, rss = proxy.fds(), proxy.rss_kib()
     churn(1000)
     assert proxy.fds() == fds
-    assert proxy.rss_kib() - rss < 200, "1,000 connections left 200 bytes each behind"
+    assert proxy.rss_kib() - rss < 400, "1,000 connections left 400 bytes each behind"
     assert proxy.count("connection") == 0

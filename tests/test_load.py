@@ -68,7 +68,7 @@ def test_five_thousand_connections_are_held_and_each_is_served(start: Any, echoe
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if hard < 2 * CONNECTIONS + 200:
         pytest.fail(f"LOUD: the hard limit of {hard} descriptors is too low for this test")
-    proxy = start(echoes.target, f"--max-connections={CONNECTIONS}", "--connection-log=off", "--workers=1")
+    proxy = start(echoes.target, f"--max-connections={CONNECTIONS}", "--connection-log=off", "--workers=1", "--runtime=threads")
     clients = [ask(proxy.connect(), b"warm")]
     before = proxy.rss_kib()
     try:
@@ -94,7 +94,7 @@ def ask(client: socket.socket, what: bytes) -> socket.socket:
 
 
 def test_a_reader_that_stops_for_ten_seconds_while_a_gibibyte_comes_gets_every_byte(start: Any, exchange: Exchange) -> None:
-    proxy = start(exchange)
+    proxy = start(exchange, "--runtime=threads")  # forked memory is shared, and hard to attribute
     client, server = proxy.connect(), exchange.accept()
     sent = threading.Thread(target=push, args=(client, 1024))
     base = proxy.rss_kib()

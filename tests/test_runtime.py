@@ -13,7 +13,7 @@ from typing import Any, Iterator, List
 
 import pytest
 from conftest import _starter
-from harness import ROOT, Exchange, Proxy, pythons, receive_exactly, wait_until
+from harness import ROOT, Exchange, Proxy, children, pythons, receive_exactly, wait_until
 
 PYTHON = dict(pythons())
 KINDS = ["threads", "processes", *(["interpreters"] if "3.13" in PYTHON else [])]
@@ -70,10 +70,6 @@ def workers_of(proxy: Proxy) -> List[int]:
     """The worker processes: the zygote's children."""
     (zygote,) = children(proxy.process.pid)
     return children(zygote)
-
-
-def children(pid: int) -> List[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_all_workers_serve_and_the_start_line_names_the_runtime(begin: Any, echoing: Exchange, request: Any) -> None:

@@ -189,7 +189,7 @@ class Half:
 
     def _shut_if_drained(self) -> None:
         """Half-close: FIN goes on only after the bytes before it. The second one is left to the close() that follows."""
-        if self.flow is Flow.DRAINING and self.held is None:
+        if self.flow is Flow.DRAINING:
             try:
                 if self.twin.flow is not Flow.SHUT:
                     self.sink.shutdown(socket.SHUT_WR)

@@ -1,0 +1,121 @@
+"""The inbox: each entry exactly once and in order, whatever the order of events, and whoever takes over."""
+
+from __future__ import annotations
+
+import os
+import socket
+from itertools import islice
+from typing import Iterator, List
+
+import pytest
+from _tsproxy.dataplane import inbox
+from _tsproxy.dataplane.inbox import ACCEPTED, CAPACITY, KILL, Entry
+from _tsproxy.telemetry.counters import Ledger
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+class Pair:
+    """Both sides of an inbox; a consumer may be replaced, as a worker is."""
+
+    def __init__(self, kind: str) -> None:
+        self._ledger = Ledger.create(1)
+        row = self._ledger.worker(0)
+        if kind == "ring":
+            self.place = inbox.create_ring()
+            self.producer: inbox.RingProducer | inbox.ChannelProducer = inbox.RingProducer(self.place, row)
+        else:
+            self.producer = inbox.ChannelProducer(row)
+            self.place = None
+        self.replace()
+
+    def replace(self) -> None:
+        """The consumer is gone, perhaps in the middle of taking; another begins."""
+        self._drop_consumer()
+        self.producer.offer_again()
+        place = self.place or inbox.Channel(os.dup(self.producer.theirs.fileno()))
+        self.consumer = inbox.consumer(place, self._ledger.worker(0))
+
+    def _drop_consumer(self) -> None:
+        if isinstance(getattr(self, "consumer", None), inbox.ChannelConsumer):
+            self.consumer._socket.close()
+
+    def close(self) -> None:
+        self._drop_consumer()
+        if self.place:
+            self.place.bell.close()
+            os.close(self.place.memory)
+        else:
+            self.producer.theirs.close()
+            self.producer._ours.close()
+        os.close(self._ledger.fd)
+        vars(self).clear()  # the maps go with their last reference, and their descriptors with them
+
+
+@pytest.fixture(params=["ring", "channel"])
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    made = Pair(request.param)
+    yield made
+    made.close()
+
+
+def order(number: int) -> Entry:
+    return Entry(ACCEPTED, -1, number, number * 7, bytes(24), b"u" * 24 * (number % 5))
+
+
+def test_entries_come_out_as_they_went_in(pair: Pair) -> None:
+    for number in range(10):
+        assert pair.producer.put(order(number))
+    assert not pair.producer.is_empty
+    assert list(pair.consumer.take()) == [order(number) for number in range(10)]
+    assert pair.producer.is_empty
+    assert list(pair.consumer.take()) == []
+
+
+def test_a_full_inbox_says_so_and_takes_again_when_there_is_room(pair: Pair) -> None:
+    count = 0
+    while pair.producer.put(order(count)):
+        count += 1
+    assert 16 < count <= CAPACITY
+    taken: List[Entry] = []
+    while more := list(pair.consumer.take()):
+        taken += more
+    assert [entry.connection_id for entry in taken] == list(range(count))
+    assert pair.producer.put(order(count))
+
+
+def test_a_descriptor_goes_over_and_is_the_same_socket(pair: Pair) -> None:
+    ours, theirs = socket.socketpair()
+    pair.producer.put(Entry(ACCEPTED, theirs.detach(), 1))
+    (entry,) = pair.consumer.take()
+    with socket.socket(fileno=entry.fd) as received, ours:
+        ours.sendall(b"over")
+        assert received.recv(4) == b"over"
+
+
+steps = st.lists(st.one_of(st.just("put"), st.integers(1, 5), st.just("replace")), max_size=60)
+
+
+@given(st.sampled_from(["ring", "channel"]), steps)
+def test_each_entry_comes_once_and_in_order_even_if_the_taker_dies_in_between(kind: str, script: List[object]) -> None:
+    pair = Pair(kind)
+    put, taken = 0, []
+    for step in script:
+        if step == "put":
+            put += pair.producer.put(order(put))
+        elif step == "replace":
+            pair.replace()
+        else:
+            taken += [entry.connection_id for entry in islice(pair.consumer.take(), int(str(step)))]
+            pair.replace()  # what it was told of and has not taken is not lost
+    while not pair.producer.is_empty:
+        taken += [entry.connection_id for entry in pair.consumer.take()]
+    assert taken == list(range(put))
+    pair.close()
+
+
+def test_a_producer_that_is_gone_means_kill() -> None:
+    pair = Pair("channel")
+    pair.producer._ours.close()
+    assert [entry.kind for entry in pair.consumer.take()] == [KILL]
+    pair.close()
