@@ -422,7 +422,7 @@ for time in range(2):
 {"".join(f"    {line}" for line in WAYS[way].strip().splitlines(keepends=True))}
     assert sys.meta_path[1:] == before and len(sys.meta_path) == len(before) + 1
     assert not any(name.split(".")[0] in ("_tsproxy", "docopt") for name in sys.modules)
-from _tsproxy.runtime import run_worker
+from _tsproxy.runtime.spec import run_worker
 import _tsproxy, docopt, _tsproxy.host.sockets
 {"".join(f"{line}" for line in WAYS[way].strip().splitlines(keepends=True))}
 import _tsproxy.config
@@ -483,7 +483,7 @@ def test_a_second_interpreter_has_the_same_modules_from_it(python: str, bundle: 
     if not module:
         pytest.skip("this Python has no subinterpreters")
     inside = f"import runpy; runpy.run_path({str(bundle)!r})\n"
-    inside += "from _tsproxy import runtime; open('seen', 'w').write(runtime.run_worker.__code__.co_filename)"
+    inside += "from _tsproxy.runtime import spec; open('seen', 'w').write(spec.run_worker.__code__.co_filename)"
     code = f"import {module} as them; them.run_string(them.create(), {inside!r})"
     run(python, "-I", "-S", "-W", "ignore", "-c", code, cwd=empty)
     assert (empty / "seen").read_text() == str(bundle)

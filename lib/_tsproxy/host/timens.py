@@ -8,7 +8,7 @@ PATH = "/proc/self/timens_offsets"
 def monotonic_shift_ns() -> int:
     """The shift in nanoseconds; 0 outside a time namespace and on kernels that have none."""
     try:
-        with open(PATH, encoding="ascii") as offsets:
+        with open(PATH, encoding="utf-8") as offsets:
             for line in offsets:
                 clock, seconds, nanoseconds = line.split()
                 if clock == "monotonic":

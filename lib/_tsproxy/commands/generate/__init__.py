@@ -1,0 +1,46 @@
+"""`generate KIND`: the one-time set-up that makes the policy hold, as text to read, to load and to undo."""
+
+from __future__ import annotations
+
+from typing import Callable, Mapping
+
+from _tsproxy import exits
+from _tsproxy.commands.generate import docker, kubernetes, netns, nftables, systemd
+from _tsproxy.config import Config
+from _tsproxy.exits import Exit
+
+KINDS: Mapping[str, Callable[[Config], str]] = {
+    "nftables": nftables.text,
+    "netns": netns.text,
+    "systemd": systemd.text,
+    "docker": docker.text,
+    "kubernetes": kubernetes.text,
+}
+REWRITING = "nftables"  # the only kind that can: the others turn the option off where it is made
+
+
+def run(kind: str, config: Config) -> int:
+    """Print the set-up of that kind for what `config` asks. Exit 2 for a kind that is none or can't do it."""
+    if kind not in KINDS:
+        raise Exit(exits.USAGE, f"KIND: given {kind!r}; allowed: {' or '.join(KINDS)}")
+    _require_mode(kind, config.timestamps)
+    if kind != REWRITING:
+        _require_port(kind, config.port)
+    print(KINDS[kind](config), end="")
+    return exits.DRAINED
+
+
+def _require_mode(kind: str, mode: str) -> None:
+    if mode == "preserve":
+        raise Exit(exits.USAGE, "--timestamps: given 'preserve'; allowed with generate: strip or rewrite (it needs no set-up)")
+    if mode == "rewrite" and kind != REWRITING:
+        raise Exit(
+            exits.USAGE,
+            f"--timestamps: given 'rewrite'; allowed with generate {kind}: strip (generate {REWRITING} can rewrite)",
+        )
+
+
+def _require_port(kind: str, port: int) -> None:
+    """The set-up names the port, so it can't be left to the kernel."""
+    if port == 0:
+        raise Exit(exits.USAGE, f"--port: given '0'; allowed with generate {kind}: a port from 1 to 65535")

@@ -1,0 +1,165 @@
+"""`generate systemd`: the listener in the host's namespace, the service in the clean one, the one-shot that makes that."""
+
+from __future__ import annotations
+
+import math
+
+from _tsproxy.commands.generate import netns
+from _tsproxy.commands.generate.text import command, fill, targets, words
+from _tsproxy.config import Config
+from _tsproxy.host.limits import descriptors_for
+
+_LISTENING = ("--port", "--bind", "--reuse-port")  # the socket unit does these
+_GRACE_S = 5  # beyond the drain, for the last lines
+
+_UNITS = """\
+# tsproxy @VERSION@ under systemd: clients connect in the host's network namespace, tsproxy relays from a clean one.
+# Asked for: @TARGETS@.
+#
+# Make:   1. tsproxy.py bundle /usr/local/bin/tsproxy
+#         2. put each part below in the file that its heading names, which this does:
+#            @COMMAND@ |
+#                awk '$1 == "#" && NF == 2 && $2 ~ "^/" { file = $2; next } file { print > file }'
+#         3. systemctl daemon-reload && systemctl enable --now tsproxy.socket tsproxy.service
+# Undo:   systemctl disable --now tsproxy.socket tsproxy.service; systemctl stop tsproxy-netns.service
+#         rm /etc/systemd/system/tsproxy.s* /etc/systemd/system/tsproxy-netns.service /usr/local/sbin/tsproxy-netns
+#         systemctl daemon-reload
+# Look:   systemctl status tsproxy; journalctl -u tsproxy -f -o cat; systemd-analyze security tsproxy.service
+
+# /usr/local/sbin/tsproxy-netns
+@SCRIPT@
+# /etc/systemd/system/tsproxy-netns.service
+# Makes the clean namespace before tsproxy starts, and takes it away when stopped.
+# Undo: systemctl stop tsproxy-netns.service
+[Unit]
+Description=The network namespace tsproxy, whose TCP sends no timestamps
+Wants=network-online.target
+After=network-online.target
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+# MODE, UPLINK, ADDRESS and GATEWAY, if the defaults won't do: the script says what they mean.
+EnvironmentFile=-/etc/default/tsproxy-netns
+ExecStart=/bin/sh /usr/local/sbin/tsproxy-netns up
+ExecStop=/bin/sh /usr/local/sbin/tsproxy-netns down
+
+# /etc/systemd/system/tsproxy.socket
+# The listener. No NetworkNamespacePath= here: it stays in the host's namespace, where the clients are.
+# Undo: systemctl disable --now tsproxy.socket
+[Unit]
+Description=tsproxy: where clients connect
+
+[Socket]
+ListenStream=@LISTEN@
+FileDescriptorName=tsproxy
+# The address may come up later than this does.
+FreeBind=yes
+NoDelay=yes
+Backlog=4096
+@REUSE@
+
+[Install]
+WantedBy=sockets.target
+
+# /etc/systemd/system/tsproxy.service
+# The proxy, in the clean namespace: no privilege, nothing to write to, no system call that it has no use for.
+# Undo: systemctl disable --now tsproxy.service
+[Unit]
+Description=tsproxy: relays without TCP timestamps
+# The namespace goes away: so does tsproxy.
+BindsTo=tsproxy-netns.service
+Requires=tsproxy.socket
+After=tsproxy-netns.service tsproxy.socket
+
+[Service]
+Type=notify
+NotifyAccess=main
+NetworkNamespacePath=/run/netns/tsproxy
+# The host's name server may be on its loopback, which is not in there.
+BindReadOnlyPaths=-/etc/netns/tsproxy/resolv.conf:/etc/resolv.conf
+ExecStart=/usr/bin/python3 -I -S /usr/local/bin/tsproxy @OPTIONS@
+@USER@
+StandardOutput=journal
+StandardError=journal
+# One line for each connection: none shall be held back.
+LogRateLimitIntervalSec=0
+
+# It sends WATCHDOG=1; one that hangs is replaced. One that was told wrongly (2), or whose policy can't be had (78), would
+# only fail again.
+WatchdogSec=10
+Restart=on-failure
+RestartSec=1
+RestartPreventExitStatus=2 78
+# SIGTERM drains: the drain timeout, and a little more.
+KillMode=mixed
+TimeoutStopSec=@STOP_S@
+# Two sockets for each connection, and some.
+LimitNOFILE=@NOFILE@
+
+CapabilityBoundingSet=
+AmbientCapabilities=
+NoNewPrivileges=yes
+PrivateUsers=yes
+PrivateTmp=yes
+PrivateDevices=yes
+PrivateIPC=yes
+PrivateMounts=yes
+ProtectSystem=strict
+ProtectHome=yes
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectKernelLogs=yes
+ProtectControlGroups=yes
+ProtectClock=yes
+ProtectHostname=yes
+# Not ProcSubset=pid: tsproxy reads /proc/sys/net/ipv4/tcp_timestamps before it connects.
+ProtectProc=invisible
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+RemoveIPC=yes
+KeyringMode=private
+UMask=0077
+SystemCallArchitectures=native
+SystemCallErrorNumber=EPERM
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+@PIN@
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+_DYNAMIC = """\
+# A user that exists only while it runs, unlike nobody, which others may be too; generate --user=NAME for one of yours.
+DynamicUser=yes"""
+
+_PIN = """\
+# For --cpus, which pins the workers.
+SystemCallFilter=sched_setaffinity"""
+
+
+def text(config: Config) -> str:
+    """The units and the script, each under a heading that names its file."""
+    return fill(
+        _UNITS,
+        COMMAND=command("systemd", config),
+        TARGETS=targets(config),
+        SCRIPT=netns.text(config),
+        LISTEN=_escaped(netns.listen_address(config)),
+        REUSE="# Another instance may have the port at the same time.\nReusePort=yes" if config.reuse_port else "",
+        OPTIONS=" ".join(map(_escaped, words(config, without=(*_LISTENING, "--user")))),
+        USER=_DYNAMIC if config.user in (None, "nobody") else f"User={_escaped(str(config.user))}",
+        STOP_S=math.ceil(config.drain_timeout_s) + _GRACE_S,
+        NOFILE=descriptors_for(config.max_connections, config.workers),
+        PIN=_PIN if config.cpus else "",
+    )
+
+
+def _escaped(word: str) -> str:
+    """A word of ours in a unit file: there are neither blanks nor quotes in it, but systemd reads % and $ (systemd.unit(5))."""
+    return word.replace("%", "%%").replace("$", "$$")
