@@ -123,7 +123,8 @@ def test_a_killed_worker_is_reported_counted_and_replaced_and_the_others_go_on(
     for client in clients:
         client.sendall(b"x")
         assert client.recv(1) == b"x"
-    fds = proxy.fds()
+    fds = Path(f"/proc/{proxy.process.pid}/fd")
+    before = len(list(fds.iterdir()))
     os.kill(workers_of(proxy)[0], number)
     error = proxy.line("error")
     assert f"killed by {signal.Signals(number).name}); 2 connections closed" in error["message"]
@@ -135,7 +136,7 @@ def test_a_killed_worker_is_reported_counted_and_replaced_and_the_others_go_on(
     assert metrics["worker_restarts_total"] == 1
     assert metrics["upstream_cx_active"] == 2
     assert len(workers_of(proxy)) == 2
-    assert proxy.fds() == fds
+    assert len(list(fds.iterdir())) == before
     for client in clients:
         client.close()
     assert proxy.stop() == 0

@@ -20,13 +20,18 @@ def run(manual: str, words: List[str], docopt: Docopt) -> int:
     if not sys.platform.startswith("linux"):
         return _fail(exits.FAILED, f"needs Linux; this is {sys.platform}")
     try:
-        return _dispatch(cli.read(manual, words, docopt), manual)
+        code = _dispatch(cli.read(manual, words, docopt), manual)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # now, where a failure can still be told
+        return code
     except UsageError as problem:
         return _fail(exits.USAGE, str(problem))
     except Exit as end:
         return _fail(end.code, str(end))
-    except BrokenPipeError:
-        return exits.FAILED  # who read our output is gone: nobody to tell
+    except OSError as problem:
+        _forget_output()
+        gone = isinstance(problem, BrokenPipeError)  # who read our output: nobody to tell
+        return exits.FAILED if gone else _fail(exits.FAILED, str(problem))
     except KeyboardInterrupt:
         return 130
 
@@ -39,6 +44,11 @@ def _open_standard_descriptors() -> None:
             os.close(fd)
             return
         os.set_inheritable(fd, True)
+
+
+def _forget_output() -> None:
+    """What could not be written would be tried again when the interpreter ends, and its exit code would be 120."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _dispatch(options: Dict[str, Any], manual: str) -> int:
