@@ -58,6 +58,7 @@ def _be_child(work: Callable[[], Any], cpus: FrozenSet[int], writer: int) -> Non
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _hear_signals()
         gc.disable()
         gc.freeze()
         os.sched_setaffinity(0, cpus)
@@ -75,13 +76,31 @@ def _be_child(work: Callable[[], Any], cpus: FrozenSet[int], writer: int) -> Non
         os._exit(0)
 
 
+_ENDING = {signal.SIGINT, signal.SIGTERM}
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """SIGINT and SIGTERM wait: between a child's start and our knowing of it they would leave it behind."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        yield
+    finally:
+        _hear_signals()
+
+
+def _hear_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+
+
 @contextlib.contextmanager
 def tasks(works: Sequence[Callable[[], Any]], cpus: FrozenSet[int]) -> Iterator[Sequence[Task]]:
     """All of them, side by side."""
     running = []
     try:
         for work in works:
-            running.append(Task(work, cpus))
+            with undisturbed():
+                running.append(Task(work, cpus))
         yield running
     finally:
         for task in running:
@@ -98,16 +117,21 @@ def run(works: Sequence[Callable[[], Any]], cpus: FrozenSet[int], patience_s: fl
 def program(command: Sequence[str], cpus: FrozenSet[int], output: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A program on its own CPUs, writing to `output` and `output`.err. At the end it and its children are killed."""
     errors = output.with_suffix(".err")
-    with open(output, "wb") as out, open(errors, "wb") as err, pinned(cpus):
-        try:
-            child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True, cwd=output.parent
-            )
-        except OSError as problem:
-            raise Failed(f"can't start {command[0]}: {problem.strerror}") from None
+    child: Optional[subprocess.Popen[bytes]] = None
     try:
+        with open(output, "wb") as out, open(errors, "wb") as err, pinned(cpus), undisturbed():
+            child = _start(command, output.parent, stdout=out, stderr=err)
         yield child
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+        if child is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
+
+def _start(command: Sequence[str], place: Path, **streams: Any) -> subprocess.Popen[bytes]:
+    options = {"stdin": subprocess.DEVNULL, "start_new_session": True, "preexec_fn": _hear_signals, **streams}
+    try:
+        return subprocess.Popen(command, cwd=place, **options)
+    except OSError as problem:
+        raise Failed(f"can't start {command[0]}: {problem.strerror}") from None
