@@ -350,3 +350,11 @@ def test_where_standard_error_is_closed_the_line_does_not_go_to_standard_output(
     shell = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, str(ROOT / "tsproxy.py"), "--max=5"]
     done = subprocess.run(shell, stdout=subprocess.PIPE, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (2, b"")
+
+
+@pytest.mark.parametrize(
+    "words", [["-t", "a:1", "--zero-copy=auto"], ["-t", "a:1", "--zero-copy"], ["top"], ["top", "lines.json"]]
+)
+def test_what_is_planned_says_that_it_is_not_in_this_version(words: List[str]) -> None:
+    with pytest.raises(UsageError, match="not in this version"):
+        normalize(MANUAL, words)

@@ -14,6 +14,9 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Se
 from _tsproxy.config import UsageError
 
 
+_LATER = ("--zero-copy", "top")
+
+
 class Known(NamedTuple):
     """One option of the manual."""
 
@@ -130,6 +133,8 @@ def _value(known: Known, words: List[str]) -> str:
 
 
 def _did_you_mean(name: str, candidates: Dict[str, Known] | Tuple[str, ...]) -> str:
+    if name in _LATER:
+        return ": it is planned, and not in this version"
     longer = [other for other in candidates if name.strip("-") and other.startswith(name)]
     close = longer or difflib.get_close_matches(name, list(candidates), 1, 0.7)
     return f"; did you mean {' or '.join(close)}?" if close else "; see --help"
