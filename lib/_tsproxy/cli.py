@@ -13,7 +13,6 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Se
 
 from _tsproxy.config import UsageError
 
-
 _LATER = ("--zero-copy", "top")
 
 
