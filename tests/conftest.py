@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any, Callable, Iterator, List, Tuple
 
 import pytest
 from harness import ROOT, Exchange, Proxy, echo, pythons, wait_until
+from wire import Wire
 
 CHECKOUT = [sys.executable, str(ROOT / "tsproxy.py")]
 FORMS = ["checkout", *(f"bundle-{version}" for version, _ in pythons())]
@@ -92,3 +94,10 @@ def echoing() -> Iterator[Exchange]:
     far = Exchange(echo)
     yield far
     far.close()
+
+
+@pytest.fixture
+def make_wire() -> Iterator[Callable[..., Wire]]:
+    """Make client, proxy and exchange in namespaces of their own: make_wire(split=...) -> Wire."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *args, **options: stack.enter_context(contextlib.closing(Wire(*args, **options)))

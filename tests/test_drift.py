@@ -66,12 +66,6 @@ def load(wire: Wire, proxy: Proxy) -> Iterator[List[bool]]:
             thread.join()
 
 
-@pytest.fixture
-def make_wire() -> Iterator[Callable[..., Wire]]:
-    with contextlib.ExitStack() as stack:
-        yield lambda *args, **options: stack.enter_context(contextlib.closing(Wire(*args, **options)))
-
-
 def by_sysctl(make_wire: Any) -> Tuple[Wire, Callable[[], None], Callable[[], None]]:
     wire = make_wire(split=True, sysctl="0")
     return wire, lambda: wire.clean.sysctl("tcp_timestamps", "1"), lambda: wire.clean.sysctl("tcp_timestamps", "0")

@@ -3,46 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
 import socket
 import threading
 import time
-from typing import Any, Callable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Iterator, List, Optional
 
 import pytest
 from _tsproxy.host.addresses import pack
 from _tsproxy.telemetry import counters, histogram
 from _tsproxy.telemetry.counters import ACCEPTOR_ROW, FIRST_WORKER_ROW, REPORTER_ROW, Counter, Ledger
 from _tsproxy.telemetry.endings import WORDS, Ending
-from _tsproxy.telemetry.records import NOTICE_LEVELS, Connection, Notice, RecordPipe, RecordWriter
+from _tsproxy.telemetry.records import NOTICE_LEVELS, Notice, RecordPipe, RecordWriter
 from _tsproxy.telemetry.reporter import Rates, Reporter
 from harness import PATIENCE, Line, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_outlet import pipe
+from test_records import FULL
 
 CLIENT = pack(socket.AF_INET, ("192.0.2.1", 50000))
 UPSTREAM = pack(socket.AF_INET6, ("2001:db8::1", 443, 0, 0))
-CLOSED = Connection(
-    worker=0,
-    connection_id=1,
-    closed_at_ns=1_700_000_000_123_456_789,
-    client=CLIENT,
-    upstream=UPSTREAM,
-    duration_us=1500,
-    connect_us=120,
-    rx_bytes=10,
-    tx_bytes=20,
-    discarded_bytes=5,
-    client_timestamps=True,
-    upstream_timestamps=False,
-    client_syn_tsval=7,
-    upstream_rtt_us=40,
-    upstream_retransmits=1,
-    ending=Ending.CLOSED,
-    witness=1,
+CLOSED = FULL._replace(
+    worker=0, connection_id=1, client=CLIENT, upstream=UPSTREAM, discarded_bytes=5, client_syn_tsval=7, ending=Ending.CLOSED
 )
 
 HEAD = ["timestamp", "level", "event", "pid"]
@@ -373,18 +358,6 @@ def test_what_was_dropped_shows_in_the_metrics(desk: Desk) -> None:
 # Readers that keep up, stall, or die
 
 
-@contextlib.contextmanager
-def small_pipe() -> Iterator[Tuple[int, int]]:
-    reader, writer = os.pipe()
-    fcntl.fcntl(writer, 1031, 4096)  # F_SETPIPE_SZ
-    try:
-        yield reader, writer
-    finally:
-        for fd in (reader, writer):
-            with contextlib.suppress(OSError):
-                os.close(fd)
-
-
 def test_a_burst_is_written_and_not_dropped_where_there_is_always_room() -> None:
     with desk_with(workers=4) as desk:
 
@@ -405,7 +378,7 @@ def test_a_burst_is_written_and_not_dropped_where_there_is_always_room() -> None
 
 
 def test_a_stalled_reader_holds_nobody_up_and_each_line_is_counted() -> None:
-    with small_pipe() as (reader, writer):
+    with pipe(4096) as (reader, writer):
         with desk_with(writer) as desk:
             for number in range(6000):
                 desk.reporter.say("said", number=number)
@@ -420,7 +393,7 @@ def test_a_stalled_reader_holds_nobody_up_and_each_line_is_counted() -> None:
 
 
 def test_a_reader_that_comes_back_gets_the_backlog_and_the_end() -> None:
-    with small_pipe() as (reader, writer):
+    with pipe(4096) as (reader, writer):
         with desk_with(writer) as desk:
             for number in range(300):
                 desk.writers[0].put(CLOSED._replace(connection_id=number))
@@ -438,7 +411,7 @@ def test_a_reader_that_comes_back_gets_the_backlog_and_the_end() -> None:
 
 
 def test_a_dead_reader_costs_the_lines_and_the_reporter_goes_on() -> None:
-    with small_pipe() as (reader, writer):
+    with pipe(4096) as (reader, writer):
         with desk_with(writer) as desk:
             os.close(reader)
             for _ in range(50):

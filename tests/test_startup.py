@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import pwd
 import resource
-import shutil
 import socket
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any, Iterator, List, Sequence
 
 import pytest
 from conftest import CHECKOUT
-from harness import Exchange, children, pythons, receive_exactly, wait_until
+from harness import Exchange, children, receive_exactly, wait_until
+from unprivileged import as_nobody
 
 
 def refuse(*options: str, command: Sequence[str] = CHECKOUT, **run: Any) -> subprocess.CompletedProcess[str]:
@@ -66,21 +65,9 @@ def test_a_target_that_is_tsproxy_itself_is_refused(bind: str) -> None:
 
 @pytest.fixture
 def unprivileged(bundle: Path) -> Iterator[List[str]]:
-    """The program as user 65534 runs it: the bundle, on a Python that this user may execute."""
-    if os.geteuid() != 0:
-        pytest.skip("LOUD: needs root to become somebody else first")
-    with tempfile.TemporaryDirectory() as readable:
-        Path(readable).chmod(0o755)
-        shutil.copy(bundle, readable)
-        yield [*_python_for_all(), str(Path(readable) / bundle.name)]
-
-
-def _python_for_all() -> List[str]:
-    for _, python in pythons():
-        command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", python, "-I", "-S"]
-        if subprocess.run([*command, "-c", ""], capture_output=True, check=False).returncode == 0:
-            return command
-    pytest.fail("no Python that an unprivileged user may run")
+    """The program as user 65534 runs it."""
+    with as_nobody(bundle) as words:
+        yield words
 
 
 def test_too_few_descriptors_are_said_before_the_first_connection(unprivileged: List[str]) -> None:

@@ -30,12 +30,6 @@ def generated(*options: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-@pytest.fixture
-def make_wire() -> Iterator[Callable[..., Wire]]:
-    with contextlib.ExitStack() as stack:
-        yield lambda *args, **options: stack.enter_context(contextlib.closing(Wire(*args, **options)))
-
-
 LEVERS = ("sysctl with an inherited listener", "nftables")
 
 

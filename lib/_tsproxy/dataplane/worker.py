@@ -102,6 +102,8 @@ class Worker:
         The policy has drifted: those that still connect end (a SYN sent again would leak), or all of them do.
         """
         self._draining = self._draining or order in (DRAIN, KILL)
+        if order not in (KILL, DRIFTED_ALL, DRIFTED_CONNECTING):
+            return
         for relay in list(self._bench.relays.values()):
             if order == KILL:
                 relay.end(Ending.DRAIN)

@@ -132,7 +132,7 @@ class Server:
 
     def _on_death(self, death: Death) -> None:
         """Its connections are closed, the others are untouched; one that dies again and again ends the whole."""
-        self._died = not death.replaced
+        self._died = self._died or not death.replaced
         then = "a successor took its place" if death.replaced else "and its successors die at once: draining, then ending"
         about = f"worker {death.number} died ({death.fate}); {death.connections} connections closed; {then}"
         self._say("error", "error", about)
