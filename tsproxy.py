@@ -5,15 +5,20 @@ Usage:
   tsproxy.py --target=<host:port>... [--source=<address>]... [--allow=<cidr>]... [options]
   tsproxy.py check --target=<host:port>... [--source=<address>]... [--allow=<cidr>]... [--json] [options]
   tsproxy.py generate KIND --target=<host:port>... [--source=<address>]... [--allow=<cidr>]... [options]
+  tsproxy.py generate (rsyslog|syslog-ng|vector|fluent-bit|filebeat|promtail|alloy|journald|logrotate|fields)
   tsproxy.py demo
+  tsproxy.py top [FILE]
   tsproxy.py bundle OUT
   tsproxy.py (-h | --help)
   tsproxy.py (-V | --version)
 
 Without a command it relays: clients connect to it, it connects to the target.
 check     would the timestamp policy hold here? Each lever, each witness, what is missing, the fix. Exit 0 only if so.
-generate  print the one-time set-up, with its undo: nftables, netns, systemd, docker or kubernetes.
+generate  print the one-time set-up, with its undo: nftables, netns, systemd, docker or kubernetes; or what ships the
+          lines: a log shipper's configuration, or fields, their names in ECS and OpenTelemetry. Those need no option.
 demo      show it: a private namespace, an embedded exchange, a client, and the SYN options of both legs. No root.
+top       watch it: a live screen of the JSON lines from standard input, or from FILE, which is followed; q quits.
+          Where standard output is no terminal, each line becomes one that people can read.
 bundle    write OUT, the whole program as one plain-text script to copy onto a host that has nothing but Python.
 
 Where to:
@@ -27,6 +32,9 @@ Where from:
   --allow=<cidr>               Clients that may connect; repeat it; others are reset and counted. Default: any.
   --max-connections=<n>        Concurrent client connections [default: 1000].
   --on-full=<action>           Beyond that: reject (reset at once) or queue (stay in the backlog) [default: reject].
+  --max-connections-per-client=<n>
+                               The same for each client address, IPv6 too; beyond that always reset at once; 0 is no
+                               limit [default: 0].
   --reuse-port                 Share the port with another instance (overlapping restart).
   --user=<name>                Started as root: bind, then become this user for good.
 
@@ -44,6 +52,7 @@ Relaying:
   --cpus=<list>                Pin worker i to the i-th CPU of e.g. 2-5,8; sets --workers.
   --busy-poll=<us>             Spin that long after the last event before sleeping [default: 0].
   --buffer-size=<bytes>        Relay buffer [default: 65536].
+  --zero-copy=<when>           auto: long streams go through pipes by splice(2) (Python 3.10+); never [default: auto].
   --idle-timeout=<s>           End a connection that moved no byte for so long; 0 is off [default: 0].
   --half-close-timeout=<s>     The same after one side's FIN [default: 300].
   --user-timeout=<ms>          Unacknowledged for so long: dead (TCP_USER_TIMEOUT); 0 is off [default: 10000].
@@ -85,7 +94,9 @@ def main() -> int:
         if missing.name not in _ABSENT:
             raise
         return _say(_ABSENT[missing.name])
-    code: int = commands.run(__doc__ or "", sys.argv[1:], docopt)
+    if not __doc__:
+        return _say("the manual, which the options are read from, is missing: leave out Python's -OO (PYTHONOPTIMIZE=2)")
+    code: int = commands.run(__doc__, sys.argv[1:], docopt)
     return code
 
 

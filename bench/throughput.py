@@ -7,6 +7,8 @@ byte. The far end drops what it gets without copying it.
 How to read it: with small messages the client's own system calls are the limit, in direct too; the kernel then joins
 many of them before a relay receives. With large ones the relay's copying is the limit. "0.80x" beside a figure is its
 ratio to direct (no relay); "tsproxy : best peer" above 1.00x means faster than the best of haproxy, nginx and socat.
+The second table is the processor time of the relay for each GiB: what is left for others on its core. There, below
+1.00x is better. tsproxy-copy is tsproxy with --zero-copy=never: what splice(2) brings is the difference.
 """
 
 from __future__ import annotations
@@ -17,13 +19,15 @@ import sys
 from functools import partial
 from typing import Dict, List
 
-from common import charts, far_end, figures, layout, load, options, relays, report, session
+from common import charts, far_end, figures, layout, load, memory, options, relays, report, session
 from common.figures import Figure
 from common.session import Case
 
 SIZES = [64 << (2 * step) for step in range(8)]  # 64 B to 1 MiB
 GBIT = Figure("gbit_per_s", "Gbit/s", True)
-RELAYS = [name for name in relays.NAMES if name != relays.SPIN]
+CPU = Figure("cpu_s_per_gib", "CPU s/GiB", False)
+COPY, COPY_OPTION = f"{figures.OURS}-copy", "--zero-copy=never"
+RELAYS = [*(name for name in relays.NAMES if name != relays.SPIN), COPY]
 
 
 def parse() -> argparse.Namespace:
@@ -45,16 +49,23 @@ def readable(size: int) -> str:
 
 def cases_of(stage: session.Stage) -> List[Case]:
     """One for each size."""
-    chosen = [relay for relay in stage.bed.all(stage.args.only) if relay.name in RELAYS]
+    only = stage.args.only
+    chosen = [relay for relay in stage.bed.all([name for name in only if name != COPY]) if relay.name in RELAYS]
+    if COPY in only or not only:
+        chosen.append(stage.bed.ours(COPY, COPY_OPTION))
     return [
-        Case(f"size-{size}", readable(size), [GBIT], far_end.sink, partial(measure, stage, size), chosen)
+        Case(f"size-{size}", readable(size), [GBIT, CPU], far_end.sink, partial(measure, stage, size), chosen)
         for size in stage.args.sizes
     ]
 
 
 def measure(stage: session.Stage, size: int, relay: relays.Running) -> load.Sample:
-    """One stream."""
-    return stage.load(partial(load.bulk, relay.port, size, stage.args.seconds))[0]
+    """One stream, and what the relay worked for it."""
+    before = relay.pid and memory.cpu_seconds(relay.pid)
+    sample = stage.load(partial(load.bulk, relay.port, size, stage.args.seconds))[0]
+    if relay.pid and before is not None:
+        sample["cpu_s_per_gib"] = (memory.cpu_seconds(relay.pid) - before) / (sample["sent_bytes"] / 2**30)
+    return sample
 
 
 def picture(cases: List[Case], rows: List[figures.Row]) -> charts.Lines:
@@ -62,7 +73,8 @@ def picture(cases: List[Case], rows: List[figures.Row]) -> charts.Lines:
     sizes = {case.name: float(math.log2(int(case.name.split("-")[1]))) for case in cases}
     series: Dict[str, List[charts.Point]] = {}
     for row in rows:
-        series.setdefault(row.relay, []).append((sizes[row.case], row.value))
+        if row.figure is GBIT:
+            series.setdefault(row.relay, []).append((sizes[row.case], row.value))
     ticks = sorted((sizes[case.name], case.title) for case in cases)
     return charts.Lines("one stream, one direction", "message size", "Gbit/s", ticks, series)
 
@@ -76,8 +88,11 @@ def work() -> int:
         titles = {case.name: case.title for case in cases}
         if args.svg:
             args.svg.write_text(charts.document("tsproxy: throughput", str(stage.place), [picture(cases, rows)]))
-        table = report.comparison(rows, lambda row: titles[row.case])
-        return stage.show(rows, iter([("Gbit/s by message size, one stream, one direction", table)]))
+        heading = {GBIT: "Gbit/s by message size, one stream, one direction", CPU: "processor time of the relay, s/GiB"}
+        tables = {title: [row for row in rows if row.figure is figure] for figure, title in heading.items()}
+        return stage.show(
+            rows, ((title, report.comparison(chosen, lambda row: titles[row.case])) for title, chosen in tables.items())
+        )
 
 
 if __name__ == "__main__":

@@ -193,9 +193,10 @@ class Exchange:
         handler: Optional[Callable[[socket.socket], None]] = None,
         host: str = "127.0.0.1",
         backlog: int = 128,
+        port: int = 0,
     ) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.listener = socket.create_server((host, 0), family=family, backlog=backlog)
+        self.listener = socket.create_server((host, port), family=family, backlog=backlog)
         self.host, self.port = host, self.listener.getsockname()[1]
         self.target = f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
         self._handler = handler

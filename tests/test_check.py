@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pty
 import re
 import subprocess
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from conftest import CHECKOUT
 from harness import Exchange
 from namespaces import Namespace
+from pty_session import PtySession
 from unprivileged import as_nobody
 
 STRIP = "meta priority 0:4 tcp flags & (fin|syn|rst|ack) == syn reset tcp option timestamp"
@@ -359,19 +359,11 @@ def test_output_that_can_not_show_marks_gets_plain_ascii(spaces: Any) -> None:
 
 @pytest.mark.parametrize(("no_colour", "coloured"), [("", True), ("1", False)])
 def test_a_terminal_gets_colours_unless_no_color_says_no(spaces: Any, no_colour: str, coloured: bool) -> None:
-    master, slave = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "NO_COLOR": no_colour, "PYTHONIOENCODING": "utf-8"}
     command = [*spaces(tcp_timestamps="0").enter, *CHECKOUT, "check", "-t", "127.0.0.1:9"]
-    with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment) as process:
-        os.close(slave)
-        shown = b""
-        with contextlib.suppress(OSError):  # EIO: the last one that had the terminal open is gone
-            while part := os.read(master, 65536):
-                shown += part
-        os.close(master)
-    assert process.returncode == 0
-    assert (b"\x1b[32m" in shown) == coloured
-    assert "✓ ok" in shown.decode()
+    with PtySession(command, env={"NO_COLOR": no_colour}) as session:
+        assert session.wait() == 0
+    assert (b"\x1b[32m" in session.output) == coloured
+    assert "✓ ok" in session.output.decode()
 
 
 def test_who_stops_reading_is_no_traceback(spaces: Any) -> None:

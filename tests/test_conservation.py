@@ -86,11 +86,14 @@ def narrow() -> Iterator[Namespace]:
         yield namespace
 
 
-@pytest.fixture(scope="module")
-def running(narrow: Namespace) -> Iterator[Tuple[Proxy, Exchange]]:
+COPYING, SPLICING = ("--buffer-size=4096", "--zero-copy=never"), ("--buffer-size=1024",)  # so that each order fills it
+
+
+@pytest.fixture(scope="module", params=[COPYING, SPLICING], ids=["copying", "splicing"])
+def running(narrow: Namespace, request: pytest.FixtureRequest) -> Iterator[Tuple[Proxy, Exchange]]:
     with narrow:
         exchange = Exchange()
-    options = ["-t", exchange.target, "-p0", "--metrics-interval=0", "--buffer-size=4096", "--workers=2"]
+    options = ["-t", exchange.target, "-p0", "--metrics-interval=0", "--workers=2", *request.param]
     proxy = Proxy([*narrow.enter, *CHECKOUT], *options)
     yield proxy, exchange
     assert proxy.stop() == 0

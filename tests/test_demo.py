@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pty
 import re
 import signal
 import subprocess
@@ -16,6 +15,7 @@ import pytest
 from conftest import CHECKOUT
 from harness import wait_until
 from namespaces import require_root
+from pty_session import PtySession
 from unprivileged import BECOME, as_nobody
 
 MARK = "TSPROXY_TEST_MARK"
@@ -215,16 +215,8 @@ def test_a_child_that_is_killed_takes_tsproxy_along_and_the_demo_says_so(running
 @pytest.mark.parametrize(("no_colour", "coloured"), [("", True), ("1", False)])
 def test_a_terminal_gets_colours_unless_no_color_says_no(no_colour: str, coloured: bool) -> None:
     require_root()
-    master, slave = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "NO_COLOR": no_colour, "PYTHONIOENCODING": "utf-8"}
-    process = subprocess.Popen([*CHECKOUT, "demo"], stdin=slave, stdout=slave, stderr=slave, env=environment)
-    os.close(slave)
-    shown = b""
-    with contextlib.suppress(OSError):  # EIO: the last one that had the terminal open is gone
-        while part := os.read(master, 65536):
-            shown += part
-    os.close(master)
-    assert process.wait(30) == 0
-    assert (b"\x1b[" in shown) == coloured
-    plain = re.sub(r"\x1b\[[0-9]*m", "", shown.decode())
+    with PtySession([*CHECKOUT, "demo"], env={"NO_COLOR": no_colour}) as session:
+        assert session.wait() == 0
+    assert (b"\x1b[" in session.output) == coloured
+    plain = re.sub(r"\x1b\[[0-9]*m", "", session.output.decode())
     assert all(len(line) <= 80 for line in plain.splitlines())

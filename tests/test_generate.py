@@ -73,7 +73,10 @@ def require(tool: str, why: str) -> None:
 def test_an_unknown_kind_is_refused_with_what_was_given_and_what_is_allowed() -> None:
     done = command_line("iptables", T)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "tsproxy: KIND: given 'iptables'; allowed: nftables or netns or systemd or docker or kubernetes\n"
+    assert done.stderr == (
+        "tsproxy: KIND: given 'iptables'; allowed: nftables or netns or systemd or docker or kubernetes; "
+        f"{' or '.join(generate.SHIPPERS)} alone\n"
+    )
 
 
 @pytest.mark.parametrize("kind", OTHERS)
@@ -141,6 +144,7 @@ FIELDS: Dict[str, st.SearchStrategy[Any]] = {
     "--port": st.integers(1, 65535),
     "--bind": st.sampled_from(["0.0.0.0", "::", "192.0.2.1"]),
     "--max-connections": st.integers(1, 1_000_000),
+    "--max-connections-per-client": st.integers(0, 1_000_000),
     "--on-full": st.sampled_from(config.FULL_ACTIONS),
     "--buffer-size": st.integers(1024, 1 << 24),
     "--workers": st.integers(1, 256),

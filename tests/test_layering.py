@@ -59,6 +59,7 @@ FORBIDDEN = [
     ("server/serve.py", "def later() -> None:\n    from _tsproxy.commands import main"),
     ("dataplane/half.py", "from _tsproxy.dataplane.relay import Relay"),
     ("dataplane/timers.py", "from _tsproxy.dataplane import poller"),
+    ("commands/top/model.py", "from _tsproxy.commands.top import picture"),
 ]
 
 
@@ -75,7 +76,10 @@ def test_an_import_that_runs_the_other_way_breaks_a_contract(copy: Path, where: 
     assert f" {importer} ->" in done.stdout
 
 
-@pytest.mark.parametrize(("contract", "package"), [("rooms", "_tsproxy"), ("dataplane", "_tsproxy.dataplane")])
+@pytest.mark.parametrize(
+    ("contract", "package"),
+    [("rooms", "_tsproxy"), ("dataplane", "_tsproxy.dataplane"), ("top", "_tsproxy.commands.top")],
+)
 def test_a_contract_leaves_no_module_out(contract: str, package: str) -> None:
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Iterator
+import socket
+import time
+from typing import Any, Iterator
 
 import pytest
+from _tsproxy.timestamps import policy
 from conftest import CHECKOUT
 from harness import Exchange, Proxy, echo, receive_exactly, wait_until
 from namespaces import Namespace
@@ -56,6 +59,23 @@ def test_a_sysctl_switched_on_later_lets_no_syn_out(clean: Namespace, proxy: Pro
     assert (metrics["upstream_cx_policy_refused_total"], metrics["upstream_cx_total"]) == (1, 1)
     clean.sysctl("tcp_timestamps", "0")
     ask(clean, proxy)
+
+
+class Preempted(socket.socket):
+    """A connection whose reader is off the CPU for a while, just before the kernel answers."""
+
+    def getsockopt(self, *args: Any) -> Any:
+        time.sleep(0.01)
+        return super().getsockopt(*args)
+
+
+def test_a_worker_that_is_preempted_while_it_looks_refuses_no_good_connection(clean: Namespace) -> None:
+    with clean:
+        gate = policy.gate_for(policy.Lever.SYSCTL, policy.Wanted("strip"))
+        with socket.create_server(("127.0.0.1", 0)) as listener, Preempted() as client:
+            client.connect(listener.getsockname())
+            assert gate.may_relay(client, timestamps=False)
+    gate._sysctl.close()
 
 
 def test_preserve_relays_and_counts_the_legs_with_timestamps() -> None:

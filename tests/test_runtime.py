@@ -9,9 +9,15 @@ import signal
 import socket
 import subprocess
 from pathlib import Path
-from typing import Any, Iterator, List
+from typing import Any, Iterator, List, cast
 
 import pytest
+from _tsproxy.dataplane import inbox
+from _tsproxy.host import wakeup
+from _tsproxy.runtime.seats import ThreadSeat
+from _tsproxy.runtime.spec import Spec
+from _tsproxy.telemetry.counters import Ledger
+from _tsproxy.telemetry.records import Notice, RecordPipe, decode
 from conftest import _starter
 from harness import ROOT, Exchange, Proxy, children, pythons, receive_exactly, wait_until
 
@@ -239,3 +245,26 @@ def test_workers_keep_to_their_cpus(start: Any, echoing: Exchange) -> None:
     )
     done = subprocess.run(["taskset", "-p", str(proxy.process.pid)], capture_output=True, check=False)
     assert done.returncode == 0
+
+
+class Stillborn(ThreadSeat):
+    """A worker that can't begin: an interpreter that can't be had, a module that can't be imported."""
+
+    def _work(self) -> None:
+        raise RuntimeError("no interpreter to be had")
+
+
+def test_a_worker_that_can_not_even_begin_is_told_and_seen_to_be_gone() -> None:
+    """Its end must be visible when the bell rings: nobody would look a second time."""
+    ledger, pipe, gone = Ledger.create(1), RecordPipe.create(), wakeup.create()
+    plan: Any = (None, (), None, None)
+    seat = Stillborn(Spec(0, *plan, ledger.fd, inbox.Channel(-1), pipe.writer, gone), cast("Any", None))
+    seat.start()
+    wait_until(gone.collect, "the bell")
+    assert not seat.is_alive
+    (record,), _ = decode(b"".join(pipe.read()))
+    assert isinstance(record, Notice)
+    assert "no interpreter to be had" in record.message
+    gone.close()
+    for fd in (ledger.fd, *pipe):
+        os.close(fd)

@@ -74,7 +74,7 @@ def test_too_few_descriptors_are_said_before_the_first_connection(unprivileged: 
     options = ["-t", "127.0.0.1:9", *PRESERVE, "--max-connections=1000", "--workers=1"]
     done = refuse(*options, command=["prlimit", "--nofile=256:256", *unprivileged])
     assert done.returncode == 2
-    assert "--max-connections: given 1000; allowed: up to 92" in one_line(done)
+    assert "--max-connections: given 1000; allowed: up to 76" in one_line(done)
 
 
 def test_the_soft_limit_is_raised_as_far_as_needed(start: Any, echoing: Exchange) -> None:

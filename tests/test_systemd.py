@@ -78,7 +78,7 @@ def test_an_inherited_listener_and_an_address_of_our_own_contradict(option: str)
         proxy.close()
 
 
-@pytest.mark.parametrize("given", ["0", "-1", "x", "", "99999999999", "1.5"])
+@pytest.mark.parametrize("given", ["0", "-1", "x", "", "99999999999", "1.5", "000001999999999"])
 def test_words_that_make_no_sense_end_with_2_and_one_line(given: str) -> None:
     with listeners(1) as socks:
         proxy = hand_over(socks, *WORDS, LISTEN_FDS=given)

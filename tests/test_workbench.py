@@ -12,8 +12,9 @@ from _tsproxy.dataplane.buffers import Buffers
 from _tsproxy.dataplane.poller import READ, WRITE, Poller
 from _tsproxy.dataplane.states import Event, Flow, IllegalTransition, Phase, flow_after, phase_after
 from _tsproxy.dataplane.timers import TICK_NS, Timers
-from _tsproxy.dataplane.workbench import Workbench
+from _tsproxy.dataplane.workbench import Rules, Workbench
 from _tsproxy.host.addresses import Address
+from _tsproxy.host.sockets import Tuning
 from _tsproxy.telemetry.counters import Ledger
 from _tsproxy.telemetry.records import RecordWriter
 from hypothesis import given
@@ -26,7 +27,8 @@ def bench() -> Iterator[Workbench]:
     row, nobody = ledger.worker(0), None
     sources = [Address(socket.AF_INET, f"127.0.0.{last}", 0) for last in (2, 3, 4)]
     made: Any = nobody
-    bench = Workbench(0, made, made, made, row, RecordWriter(-1, row), sources, 4096)
+    rules = Rules(Tuning(), 0, 0, 0, log_connections=True, log_debug=False, zero_copy=True)
+    bench = Workbench(0, rules, made, made, row, RecordWriter(-1, row), sources, 4096)
     os.close(ledger.fd)
     yield bench
     bench.close()

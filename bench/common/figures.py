@@ -45,8 +45,13 @@ def rows(results: Results, figures: Mapping[str, Sequence[Figure]], peers: Colle
     """Every figure (by case) of every relay. What is neither direct nor among the peers is tsproxy."""
     for case, by_relay in results.items():
         for figure in figures[case]:
-            rounds = {relay: [sample[figure.key] for sample in samples] for relay, samples in by_relay.items() if samples}
-            yield from _compared(case, figure, rounds, peers)
+            rounds = {relay: _taken(samples, figure) for relay, samples in by_relay.items()}
+            yield from _compared(case, figure, {relay: taken for relay, taken in rounds.items() if taken}, peers)
+
+
+def _taken(samples: Samples, figure: Figure) -> List[float]:
+    """Not every relay has every figure: direct has no process whose time could be taken."""
+    return [sample[figure.key] for sample in samples if figure.key in sample]
 
 
 def _compared(case: str, figure: Figure, rounds: Mapping[str, List[float]], peers: Collection[str]) -> Iterator[Row]:

@@ -154,7 +154,7 @@ def bulk(port: int, size: int, seconds: float) -> Sample:
         sock.shutdown(socket.SHUT_WR)
         if sock.recv(1):
             raise Failed("the sink answered")
-        return {"gbit_per_s": sent * 8 / (monotonic_ns() - began)}
+        return {"gbit_per_s": sent * 8 / (monotonic_ns() - began), "sent_bytes": sent}
 
 
 def connects(port: int, seconds: float) -> Sample:

@@ -1,4 +1,4 @@
-"""How much memory a relay holds: resident, with all its children."""
+"""What a relay uses, with all its children: resident memory, processor time."""
 
 from __future__ import annotations
 
@@ -9,13 +9,28 @@ from typing import Dict, List
 
 def resident_kib(pid: int) -> int:
     """RSS of the process and its descendants. Pages that a child shares count in each."""
-    children = _children()
-    family, left = 0, [pid]
-    while left:
-        member = left.pop()
-        family += _rss_kib(member)
-        left += children.get(member, [])
-    return family
+    return sum(map(_rss_kib, family(pid)))
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time so far, user and system, of the process and its descendants, those that have ended included."""
+    return sum(map(_cpu_ticks, family(pid))) / os.sysconf("SC_CLK_TCK")
+
+
+def family(pid: int) -> List[int]:
+    """The process and its descendants."""
+    children, found = _children(), [pid]
+    for member in found:
+        found += children.get(member, [])
+    return found
+
+
+def _cpu_ticks(pid: int) -> int:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return 0  # it has just ended
+    return sum(map(int, fields[11:15]))  # utime, stime, and both of the children it has waited for (proc(5))
 
 
 def _children() -> Dict[int, List[int]]:

@@ -57,7 +57,8 @@ def wholes(low: int, high: int) -> Callable[[str], List[int]]:
     return parse
 
 
-def _cpus(text: str) -> List[int]:
+def cpus(text: str) -> List[int]:
+    """A type for CPUs that this process may use, in the order given."""
     usable = os.sched_getaffinity(0)
     found = wholes(0, 1 << 16)(text)
     if not usable.issuperset(found):
@@ -99,7 +100,7 @@ def parser(manual: Optional[str], names: Sequence[str], rounds: int, seconds: fl
     made.add_argument("--only", type=_names(names), default=[], metavar="NAMES", help=f"comma-separated: {', '.join(names)}")
     made.add_argument("--json", action="store_true", help="JSON lines instead of tables")
     made.add_argument("--svg", type=_new_file, metavar="FILE", help="also write a picture")
-    made.add_argument("--cpus", type=_cpus, help="the first for load and far end, the rest for the relay, e.g. 2,3")
+    made.add_argument("--cpus", type=cpus, help="the first for load and far end, the rest for the relay, e.g. 2,3")
     return made
 
 

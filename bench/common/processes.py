@@ -29,6 +29,11 @@ class Task:
             _be_child(work, cpus, writer)
         os.close(writer)
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether result() would not wait for its beginning."""
+        return bool(select.select([self._reader], [], [], 0)[0])
+
     def result(self, patience_s: float) -> Any:
         """What the function returned. Failed if it raised, or took longer than that."""
         data = b""

@@ -14,8 +14,9 @@ from typing import Any, Callable, Dict, Iterator, Tuple
 
 from _tsproxy.dataplane.half import FROM_DOWNSTREAM, Half
 from _tsproxy.dataplane.poller import READ, Poller
-from _tsproxy.dataplane.workbench import Workbench
+from _tsproxy.dataplane.workbench import Rules, Workbench
 from _tsproxy.host import sockets
+from _tsproxy.host.sockets import Tuning
 from _tsproxy.telemetry.counters import Counter, Ledger
 from _tsproxy.telemetry.histogram import slot
 from _tsproxy.telemetry.records import RecordWriter
@@ -72,8 +73,9 @@ class Route:
         self.message, self.drained = bytes(size), bytearray(size)
         self.ledger = Ledger.create(1)
         row = self.ledger.worker(0)
-        beside: Any = None  # rules and gate: a forward asks neither
-        self.bench = Workbench(0, beside, beside, beside, row, RecordWriter(-1, row), (), 65536)
+        beside: Any = None  # the gate and the client's SYN: a forward asks neither
+        rules = Rules(Tuning(), 0, 0, 0, log_connections=True, log_debug=False, zero_copy=True)
+        self.bench = Workbench(0, rules, beside, beside, row, RecordWriter(-1, row), (), 65536)
         self.half = Half(self, self.bench, self.downstream, FROM_DOWNSTREAM)  # type: ignore[arg-type]
         self.half.sink = self.upstream
 

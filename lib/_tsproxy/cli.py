@@ -13,8 +13,6 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Se
 
 from _tsproxy.config import UsageError
 
-_LATER = ("--zero-copy", "top")
-
 
 class Known(NamedTuple):
     """One option of the manual."""
@@ -132,8 +130,6 @@ def _value(known: Known, words: List[str]) -> str:
 
 
 def _did_you_mean(name: str, candidates: Dict[str, Known] | Tuple[str, ...]) -> str:
-    if name in _LATER:
-        return ": it is planned, and not in this version"
     longer = [other for other in candidates if name.strip("-") and other.startswith(name)]
     close = longer or difflib.get_close_matches(name, list(candidates), 1, 0.7)
     return f"; did you mean {' or '.join(close)}?" if close else "; see --help"
@@ -144,13 +140,19 @@ def _command(manual: str, table: Dict[str, Known], words: List[str]) -> None:
     commands, plain = commands_of(manual), [word for word in words if not word.startswith("--")]
     if plain and plain[0] not in commands:
         raise UsageError(f"unknown command {plain[0]!r}{_did_you_mean(plain[0], commands)}")
-    usage = next(line for line in _usages(manual) if (plain[0] if plain else "--target") in line.split()[1])
+    usage = _usage(manual, plain)
     given = [word.partition("=")[0] for word in words if word.partition("=")[0] in table]
     for name in given:
         if name not in _taken(manual, table, usage):
             raise UsageError(f"{name}: not an option of {plain[0] if plain else 'relaying'!r}; usage: {usage}")
     if "--target" in usage and "--target" not in given:
         raise UsageError("--target: given nothing; allowed: at least one, e.g. --target=exchange.example:443")
+
+
+def _usage(manual: str, plain: Sequence[str]) -> str:
+    """The usage line that is meant: the command's, or the one of those that names its second word too."""
+    lines = [line for line in _usages(manual) if (plain[0] if plain else "--target") in line.split()[1]]
+    return next((line for line in lines if plain[1:] and plain[1] in re.findall(r"[(|]([a-z-]+)", line)), lines[0])
 
 
 def _taken(manual: str, table: Dict[str, Known], usage: str) -> Set[str]:
@@ -168,5 +170,4 @@ def _usages(manual: str) -> List[str]:
 def unfit(manual: str, words: Sequence[str]) -> str:
     """The one line for what docopt refused all the same."""
     plain = [word for word in words if not word.startswith("--")]
-    usage = [line for line in _usages(manual) if plain and line.split()[1] == plain[0]] or _usages(manual)[:1]
-    return f"can't take {' '.join(plain) or 'these options'!r}; usage: {usage[0]}"
+    return f"can't take {' '.join(plain) or 'these options'!r}; usage: {_usage(manual, plain)}"

@@ -15,6 +15,7 @@ IPNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
 MODES = ("strip", "rewrite", "preserve")
 FULL_ACTIONS = ("reject", "queue")
+ZERO_COPY = ("auto", "never")
 RUNTIMES = ("auto", "interpreters", "processes", "threads")
 SWITCH = ("on", "off")
 LEVELS = ("debug", "info", "warning", "error")
@@ -66,8 +67,10 @@ class Config:
     static_timestamp: int = 0
     trust_host: bool = False
     max_connections: int = 1000
+    max_connections_per_client: int = 0
     on_full: str = "reject"
     buffer_size: int = 65536
+    zero_copy: str = "auto"
     workers: int = 1
     runtime: str = "auto"
     cpus: Tuple[int, ...] = ()
@@ -202,14 +205,15 @@ def target(option: str, given: str) -> Target:
     allowed = "HOST:PORT with a port from 1 to 65535, e.g. exchange.example:443, 192.0.2.1:443 or [2001:db8::1]:443"
     match = re.fullmatch(r"(?:\[([^\]%]*)(?:%([\w.-]{1,15}))?\]|([^:\[\]]*)):([0-9]{1,5})", given, re.ASCII)
     bracketed, scope, bare, port = match.groups() if match else (None, None, "", "0")
-    sound = is_address(bare) or host_name(bare) if bracketed is None else _is_ipv6(bracketed)
+    sound = is_address(bare) or host_name(bare) if bracketed is None else _is_ipv6(bracketed, scope)
     if not sound or not 1 <= int(port) <= 65535:
         raise BadValue(option, given, allowed)
     return Target(bare if bracketed is None else _plain(bracketed), int(port), scope or "")
 
 
-def _is_ipv6(text: str) -> bool:
-    return ":" in text and is_address(text)
+def _is_ipv6(text: str, scope: Optional[str]) -> bool:
+    """An IPv4-mapped one counts too, but is the IPv4 address that it holds, which has no zone."""
+    return ":" in text and is_address(text) and (scope is None or ":" in _plain(text))
 
 
 def cpu_list(option: str, given: str) -> Tuple[int, ...]:
@@ -257,8 +261,10 @@ OPTIONS: Mapping[str, _Option] = {
     "--timestamps": _Option("timestamps", one_of(MODES)),
     "--static-timestamp": _Option("static_timestamp", whole(0, 2**32 - 1, "a TSval")),
     "--max-connections": _Option("max_connections", whole(1, 1_000_000)),
+    "--max-connections-per-client": _Option("max_connections_per_client", whole(0, 1_000_000)),
     "--on-full": _Option("on_full", one_of(FULL_ACTIONS)),
     "--buffer-size": _Option("buffer_size", size(1024, 16 << 20)),
+    "--zero-copy": _Option("zero_copy", one_of(ZERO_COPY)),
     "--workers": _Option("workers", whole(1, 256)),
     "--runtime": _Option("runtime", one_of(RUNTIMES)),
     "--cpus": _Option("cpus", cpu_list),

@@ -71,7 +71,19 @@ def _command(options: Dict[str, Any]) -> int:
         from _tsproxy.commands import demo
 
         return demo.run()
-    settings = config.parse(options)
+    if options["top"]:
+        from _tsproxy.commands import top
+
+        return top.run(options["FILE"])
+    if options["generate"] and options["KIND"] is None:
+        from _tsproxy.commands import generate
+
+        return generate.ship(next(kind for kind in generate.SHIPPERS if options[kind]))
+    return _for_targets(options, config.parse(options))
+
+
+def _for_targets(options: Dict[str, Any], settings: config.Config) -> int:
+    """The commands that are told how to relay, and relaying itself."""
     if options["check"]:
         from _tsproxy.commands import check
 

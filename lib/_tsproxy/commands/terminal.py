@@ -8,9 +8,7 @@ from typing import Iterator, List, Mapping, NamedTuple, TextIO
 
 WIDTH = 80
 GREEN, RED, YELLOW, BOLD, DIM = "32", "31", "33", "1", "2"
-_PLAIN = str.maketrans(
-    {"┌": "+", "┐": "+", "└": "+", "┘": "+", "─": "-", "│": "|", "├": "+", "┤": "+", "▶": ">", "█": "#", "▏": "."}
-)
+_PLAIN = str.maketrans("┌┐└┘─│├┤▶→█▏▁▂▃▄▅▆▇≤…", "++++-|++>>#._.:-=+*<~")
 
 
 class Style(NamedTuple):
@@ -29,10 +27,14 @@ class Style(NamedTuple):
 
 
 def style_of(stream: TextIO, environment: Mapping[str, str] = os.environ) -> Style:
-    """Wide characters on UTF-8; colours on a terminal unless NO_COLOR (https://no-color.org) or a dumb one says no."""
+    """Wide characters on UTF-8; colours on a terminal unless NO_COLOR (https://no-color.org) or a dumb one says no.
+
+    LC_ALL=C means ASCII, though Python takes it for UTF-8 (PEP 540).
+    """
     encoding = (stream.encoding or "").lower().replace("-", "").replace("_", "")
+    ascii_only = environment.get("LC_ALL") in ("C", "POSIX") and "PYTHONIOENCODING" not in environment
     plain = environment.get("NO_COLOR") or environment.get("TERM") == "dumb"
-    return Style(encoding == "utf8", stream.isatty() and not plain)
+    return Style(encoding == "utf8" and not ascii_only, stream.isatty() and not plain)
 
 
 def wrapped(text: str, width: int) -> List[str]:

@@ -12,7 +12,7 @@ class Gate(Protocol):
     witness: int  # what the answers rest on, as a number for the record
 
     def may_connect(self) -> bool:
-        """Whether a SYN may leave now. False: none is sent, and the client is reset."""
+        """Whether a SYN may leave now. False: none is sent, and the client is reset. OSError: no room to find out."""
         ...
 
     def may_relay(self, upstream: socket.socket, timestamps: bool) -> bool:

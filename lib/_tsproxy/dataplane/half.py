@@ -1,17 +1,19 @@
 """One direction of a connection: bytes from a source to a sink, in order, none lost, none kept longer than needed.
 
 Knows two sockets and the worker's buffer. Knows nothing of how the connection came to be or why it ends: that it
-tells its owner. Both directions run this same code.
+tells its owner. Both directions run this same code. A source that keeps filling the buffer is handed to a Stream.
 """
 
 from __future__ import annotations
 
 import socket
 from time import monotonic_ns
-from typing import NamedTuple, Optional, Protocol
+from typing import NamedTuple, Optional, Protocol, Union
 
+from _tsproxy.dataplane.held import Held, InBuffer
 from _tsproxy.dataplane.poller import READ, WRITE
 from _tsproxy.dataplane.states import Event, Flow, flow_after
+from _tsproxy.dataplane.stream import Stream
 from _tsproxy.dataplane.workbench import Workbench
 from _tsproxy.host import linux
 from _tsproxy.telemetry.counters import RELAY, Counter
@@ -25,6 +27,8 @@ class Tally(NamedTuple):
     withheld: int
     paused: int
 
+
+_STREAM_AFTER = 4  # full buffers in a row
 
 FROM_DOWNSTREAM = Tally(Counter.RECEIVED_DOWNSTREAM, Counter.WITHHELD_DOWNSTREAM, Counter.PAUSED_DOWNSTREAM)
 FROM_UPSTREAM = Tally(Counter.RECEIVED_UPSTREAM, Counter.WITHHELD_UPSTREAM, Counter.PAUSED_UPSTREAM)
@@ -50,12 +54,15 @@ class Half:
     """source -> sink.
 
     On EOF of the source, FIN is passed on after the bytes before it. When the sink takes less than it is given, the
-    rest is held in the buffer it arrived in, and the source is not read until the rest is gone (backpressure): one
-    buffer is the most a direction ever holds. An error of either socket goes to the owner, which resets both.
+    rest is held where it arrived, and the source is not read until the rest is gone (backpressure): one buffer, or one
+    pipe, is the most a direction ever holds. An error of either socket goes to the owner, which resets both.
     """
 
     __slots__ = (
         "bench",
+        "fd",
+        "filled_at",
+        "fills",
         "flow",
         "held",
         "moved_at",
@@ -63,24 +70,26 @@ class Half:
         "received",
         "sink",
         "source",
+        "stream",
         "tally",
         "twin",
-        "unsent",
         "withheld",
         "woke",
     )
     twin: Half
     sink: socket.socket
-    unsent: memoryview
     woke: int
 
     def __init__(self, owner: Owner, bench: Workbench, source: socket.socket, tally: Tally) -> None:
         """`sink` and `twin` are set once the other side is there."""
         self.owner, self.bench, self.source, self.tally = owner, bench, source, tally
+        self.fd = source.fileno()
         self.flow = Flow.OPEN
         self.received = 0
         self.withheld = 0  # received but not sent: held now, or discarded in the end
-        self.held: Optional[memoryview] = None  # the whole buffer; `unsent` is the part of it to send
+        self.held: Optional[Held] = None
+        self.stream: Optional[Stream] = None
+        self.fills = self.filled_at = 0  # full buffers in a row, and `received` as of the last one
         self.moved_at = 0
 
     def readable(self) -> None:
@@ -89,18 +98,18 @@ class Half:
         try:
             received = self.source.recv_into(bench.buffer)
         except OSError as error:
-            self._receive_failed(error)
+            self.receive_failed(error)
             return
         if not received:
-            self._end_of_file()
+            self.end_of_file()
             return
         try:
             sent = self.sink.send(bench.buffer[:received])
         except OSError as error:
             self._send_failed(received, error)
             return
-        if sent != received:
-            self._hold(received, sent)
+        if sent != received or received == bench.full:
+            self._moved_much(received, sent)
             return
         self.received += received
         counters = bench.counters
@@ -116,57 +125,98 @@ class Half:
         """Any event of the source's descriptor that is not just "readable"."""
         self.owner.on_event(self, mask)
 
-    def _receive_failed(self, error: OSError) -> None:
+    def receive_failed(self, error: OSError) -> None:
+        """Nothing was there after all, or never will be again."""
         if error.errno not in linux.RETRY:
             self.owner.on_broken_source(self, error)
 
     def _send_failed(self, received: int, error: OSError) -> None:
         """Nothing of what was received could be sent: hold it if the sink is only full, else it is lost."""
         if error.errno in linux.RETRY:
-            self._hold(received, 0)
-            return
-        self._account(received, 0)
+            self._moved_much(received, 0)
+        else:
+            self.lose(received, error)
+
+    def lose(self, received: int, error: OSError) -> None:
+        """The sink failed with all of this unsent: count it, and tell the owner."""
+        self.account(received, 0)
         self.owner.on_broken_sink(self, error)
 
-    def _account(self, received: int, sent: int) -> None:
+    def _moved_much(self, received: int, sent: int) -> None:
+        """The buffer was full, or the sink is."""
+        self.account(received, sent)
+        if received == self.bench.full:
+            self._filled()
+        if sent != received:
+            self.hold(InBuffer(self.bench.buffers, self.bench.swap_buffer(), sent, received))
+        else:
+            self.delivered(self.bench.woke)
+
+    def _filled(self) -> None:
+        """One more full buffer: begin a stream when there were several in a row and a pipe is to be had."""
+        in_a_row = self.received - self.filled_at == self.bench.full
+        self.fills = self.fills + 1 if in_a_row else 1
+        self.filled_at = self.received
+        pipe = self.bench.pipes.take() if self.fills >= _STREAM_AFTER else None
+        if pipe:
+            self.stream = Stream(self, pipe)
+            self.bench.handlers[self.fd] = self.stream
+
+    def end_stream(self) -> None:
+        """Back to copying."""
+        if self.stream:
+            self.stream.close()
+            self.stream = None
+
+    @property
+    def reader(self) -> Union[Half, Stream]:
+        """What reads the source now."""
+        return self.stream or self
+
+    def account(self, received: int, sent: int) -> None:
         """Count what came and what of it is withheld. Withheld first: a reader of the counters never sees too much sent."""
         self.withheld += received - sent
         self.bench.counters[self.tally.withheld] += received - sent
         self.received += received
         self.bench.counters[self.tally.received] += received
 
-    def _hold(self, received: int, sent: int) -> None:
-        """Keep what the sink did not take, with its buffer, and pause the source."""
-        self._account(received, sent)
+    def hold(self, held: Held) -> None:
+        """Keep what the sink did not take, and pause the source."""
         self.bench.counters[self.tally.paused] += 1
-        self.held = self.bench.swap_buffer()
-        self.unsent = self.held[sent:received]
+        self.held = held
         self.woke = self.bench.woke
         self.moved_at = monotonic_ns()
         self.owner.on_flow()
 
     def drain(self) -> None:
         """The sink has room: send what is held; when it is gone, resume the source, or pass on the FIN that came behind it."""
+        held = self.held
+        if held is None:
+            return
         try:
-            sent = self.sink.send(self.unsent)
+            sent = held.send(self.sink)
         except OSError as error:
             if error.errno not in linux.RETRY:
                 self.owner.on_broken_sink(self, error)
             return
         self._withheld_less(sent)
         self.moved_at = monotonic_ns()
-        self.unsent = self.unsent[sent:]
-        if not self.unsent:
-            self.bench.counters[RELAY + slot(self.moved_at - self.woke)] += 1
+        if not held.left:
+            self.delivered(self.woke)
             self.release()
             self._shut_if_drained()
+
+    def delivered(self, since_ns: int) -> None:
+        """All that was received at `since_ns` is sent now."""
+        self.moved_at = now = monotonic_ns()
+        self.bench.counters[RELAY + slot(now - since_ns)] += 1
 
     def deliver_last_words(self) -> None:
         """The source is broken: send on what it had said before, as far as the sink takes it now. No FIN: it sent none."""
         buffer = self.bench.buffer
         try:
             while self.is_reading and (received := self.source.recv_into(buffer)):
-                self._account(received, 0)
+                self.account(received, 0)
                 self._withheld_less(self.sink.send(buffer[:received]))
         except OSError:
             pass  # nothing more was said, or it can't be sent: what is left over has been counted as withheld
@@ -176,13 +226,13 @@ class Half:
         self.bench.counters[self.tally.withheld] -= sent
 
     def release(self) -> None:
-        """Give the held buffer back; what was in it is sent, or lost for good."""
+        """Give the room of what was held back; it is sent, or lost for good."""
         if self.held is not None:
-            del self.unsent
-            self.bench.buffers.give(self.held)
+            self.held.release()
             self.held = None
 
-    def _end_of_file(self) -> None:
+    def end_of_file(self) -> None:
+        """FIN came: pass it on when all before it is sent."""
         self.flow = flow_after(self.flow, Event.EOF)
         self.moved_at = monotonic_ns()
         self._shut_if_drained()
@@ -207,11 +257,13 @@ class Half:
     @property
     def interest(self) -> int:
         """What to wait for on the source's descriptor: derived, never toggled. It is the twin's sink, hence WRITE."""
-        return (READ if self.is_reading else 0) | (WRITE if self.twin.held is not None else 0)
+        reading = READ if self.flow is Flow.OPEN and self.held is None else 0
+        return reading if self.twin.held is None else reading | WRITE
 
     def detach(self) -> None:
         """Let go of everything: the garbage collector is off in a worker, so no cycle may be left."""
         self.release()
+        self.end_stream()
         del self.owner
         if hasattr(self, "twin"):
             del self.twin, self.sink

@@ -9,22 +9,25 @@ then takes as many as it counted. Between processes: a socket pair that carries 
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import socket
 import struct
 from typing import Iterator, NamedTuple, Protocol, Union
 
-from _tsproxy.host import wakeup
+from _tsproxy.host import linux, wakeup
 from _tsproxy.host.addresses import PACKED_SIZE
 from _tsproxy.host.wakeup import Wakeup
 from _tsproxy.telemetry.counters import Counter
 
 CAPACITY = 1024
 _SLOT = 512
-_ENTRY = struct.Struct(f"=BiQqH{PACKED_SIZE}s")
+_ENTRY = struct.Struct(f"=BiQqHI{PACKED_SIZE}s")
 MOST_UPSTREAMS = (_SLOT - _ENTRY.size) // PACKED_SIZE
-_BURST = 64  # messages taken in one turn
+_RIGHT = struct.Struct("i")  # the one descriptor in a message (SCM_RIGHTS, unix(7))
+_ROOM = socket.CMSG_LEN(_RIGHT.size)
+_FULL = linux.RETRY | linux.CAPACITY | {errno.EPIPE, errno.ECONNRESET, errno.ETOOMANYREFS}
 
 ACCEPTED, DRAIN, KILL, DRIFTED_CONNECTING, DRIFTED_ALL, PING = range(6)
 
@@ -38,18 +41,19 @@ class Entry(NamedTuple):
     accepted_ns: int = 0  # CLOCK_MONOTONIC
     client: bytes = bytes(PACKED_SIZE)
     upstreams: bytes = b""  # packed addresses, one after the other, at most MOST_UPSTREAMS
+    pair: int = 0  # where in the worker's row this client's connections are counted; 0: they are not
 
     def encode(self) -> bytes:
         """At most one slot of bytes."""
-        head = (self.kind, self.fd, self.connection_id, self.accepted_ns, len(self.upstreams), self.client)
+        head = (self.kind, self.fd, self.connection_id, self.accepted_ns, len(self.upstreams), self.pair, self.client)
         return _ENTRY.pack(*head) + self.upstreams
 
     @classmethod
     def decode(cls, data: bytes) -> Entry:
         """The entry in a slot."""
-        kind, fd, connection_id, accepted_ns, length, client = _ENTRY.unpack_from(data)
+        kind, fd, connection_id, accepted_ns, length, pair, client = _ENTRY.unpack_from(data)
         upstreams = data[_ENTRY.size : _ENTRY.size + length]
-        return cls(kind, fd, connection_id, accepted_ns, client, upstreams)
+        return cls(kind, fd, connection_id, accepted_ns, client, upstreams, pair)
 
 
 class Consumer(Protocol):
@@ -58,7 +62,7 @@ class Consumer(Protocol):
     fileno: int  # readable when there is something to take
 
     def take(self) -> Iterator[Entry]:
-        """The entries put so far, in order. Each counts as taken when it is handed out."""
+        """Entries that were put, in order, at least one if there is any. Each counts as taken when it is handed out."""
         ...
 
 
@@ -146,10 +150,13 @@ class ChannelProducer:
 
     def put(self, entry: Entry) -> bool:
         """Send one entry with its descriptor, which is closed here then; False, with nothing done, if there is no room."""
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _RIGHT.pack(entry.fd))] if entry.fd >= 0 else []
         try:
-            socket.send_fds(self._ours, [entry.encode()], [entry.fd] if entry.fd >= 0 else [])
-        except (BlockingIOError, BrokenPipeError, ConnectionResetError):
-            return False
+            self._ours.sendmsg([entry.encode()], rights)
+        except OSError as error:
+            if error.errno in _FULL:
+                return False
+            raise
         if entry.fd >= 0:
             os.close(entry.fd)
         self._put += 1
@@ -174,14 +181,13 @@ class ChannelConsumer:
         self.fileno = channel.fd
 
     def take(self) -> Iterator[Entry]:
-        """See Consumer. An entry whose descriptor the kernel could not give (EMFILE) has -1 for it."""
-        for _ in range(_BURST):
-            try:
-                data, fds, _, _ = socket.recv_fds(self._socket, _SLOT, 1, socket.MSG_CMSG_CLOEXEC)
-            except BlockingIOError:
-                return
-            if not data:
-                yield Entry(KILL)
-                return
-            self._row[Counter.TAKEN] += 1
-            yield Entry.decode(data)._replace(fd=fds[0] if fds else -1)
+        """See Consumer; one a readiness. An entry whose descriptor the kernel could not give (EMFILE) has -1 for it."""
+        try:
+            data, ancillary, _, _ = self._socket.recvmsg(_SLOT, _ROOM, socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            return
+        if not data:
+            yield Entry(KILL)
+            return
+        self._row[Counter.TAKEN] += 1
+        yield Entry.decode(data)._replace(fd=_RIGHT.unpack(ancillary[0][2])[0] if ancillary else -1)

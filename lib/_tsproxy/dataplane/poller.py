@@ -2,8 +2,8 @@
 
 - Zero interest stays registered, edge-triggered, for the hang-up alone: a reset is noticed while reading is paused,
   and a hung-up descriptor does not wake the loop for ever.
-- wait() hands out epoll's own (descriptor, mask) pairs; the caller keeps its handlers by descriptor. The SelectorKey
-  and mask translation of select() cost 0.15 us an event (bench/hotpath.py).
+- wait() hands out epoll's own (descriptor, mask) pairs and expect() takes a bare number; the caller keeps its handlers
+  by descriptor. The SelectorKey and mask translation of select() cost 0.15 us an event (bench/hotpath.py).
 - A turn takes a bounded number of events; EpollSelector has a buffer made for all descriptors at each call.
 """
 
@@ -26,50 +26,63 @@ class Poller(selectors.BaseSelector):
 
     def __init__(self) -> None:
         self._epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
-        self._keys: Dict[int, selectors.SelectorKey] = {}
+        self._events: Dict[int, int] = {}
+        self._data: Dict[int, Any] = {}
         self.wait = self._epoll.poll
+
+    def expect(self, fd: int, events: int) -> None:
+        """Wait for these events of a descriptor from now on, whether it was watched before or not. Free if nothing changes."""
+        known = self._events.get(fd)
+        if known == events:
+            return
+        if known is None:
+            self._epoll.register(fd, _MASKS[events])
+        else:
+            self._epoll.modify(fd, _MASKS[events])
+        self._events[fd] = events
+
+    def forget(self, fd: int) -> None:
+        """Stop knowing a descriptor that is about to be closed: close(2) itself ends the watch. Unknown ones are no error."""
+        self._events.pop(fd, None)
+
+    # What BaseSelector asks for
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
         """Watch a descriptor. KeyError if it is watched already; OSError as epoll_ctl(2) gives it."""
-        if fileobj in self._keys:
+        if fileobj in self._events:
             raise KeyError(f"descriptor {fileobj} is registered already")
-        self._epoll.register(fileobj, _MASKS[events])
-        self._keys[fileobj] = key = selectors.SelectorKey(fileobj, fileobj, events, data)
-        return key
+        return self.modify(fileobj, events, data)
 
     def unregister(self, fileobj: Any) -> selectors.SelectorKey:
         """Stop watching; call it before the descriptor is closed. KeyError if it is not watched."""
-        key = self._keys.pop(fileobj)
+        key = self._key(fileobj)
         self._epoll.unregister(fileobj)
+        del self._events[fileobj], self._data[fileobj]
         return key
-
-    def forget(self, fd: int) -> None:
-        """Stop knowing a descriptor that is about to be closed: close(2) itself ends the watch. Its key is gone at once."""
-        del self._keys[fd]
 
     def modify(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
-        """Watch for other events. Free if nothing changes."""
-        key = self._keys[fileobj]
-        if key.events != events:
-            self._epoll.modify(fileobj, _MASKS[events])
-        if key.events != events or key.data is not data:
-            self._keys[fileobj] = key = selectors.SelectorKey(fileobj, fileobj, events, data)
-        return key
+        """Watch for other events."""
+        self.expect(fileobj, events)
+        self._data[fileobj] = data
+        return self._key(fileobj)
+
+    def _key(self, fd: int) -> selectors.SelectorKey:
+        return selectors.SelectorKey(fd, fd, self._events[fd], self._data.get(fd))
 
     def select(self, timeout: Optional[float] = None) -> List[Tuple[selectors.SelectorKey, int]]:
         """As in `selectors`: (key, READ | WRITE) pairs; a broken descriptor counts as ready for all it waits for."""
         ready = []
         for fd, mask in self._epoll.poll(-1 if timeout is None else timeout, _BATCH):
-            key = self._keys[fd]
+            key = self._key(fd)
             events = (READ if mask & ~WRITABLE else 0) | (WRITE if mask & ~READABLE else 0)
             ready.append((key, events & key.events))
         return ready
 
     def get_map(self) -> Mapping[Any, selectors.SelectorKey]:
         """Descriptor -> key."""
-        return self._keys
+        return {fd: self._key(fd) for fd in self._events}
 
     def close(self) -> None:
         """Close the epoll descriptor; what was watched stays open."""
         self._epoll.close()
-        self._keys.clear()
+        self._events.clear()

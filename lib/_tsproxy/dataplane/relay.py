@@ -15,6 +15,7 @@ from _tsproxy.dataplane.half import FROM_DOWNSTREAM, FROM_UPSTREAM, Half
 from _tsproxy.dataplane.inbox import Entry
 from _tsproxy.dataplane.poller import BROKEN, READABLE, WRITABLE, WRITE
 from _tsproxy.dataplane.states import Event, Flow, Phase, phase_after
+from _tsproxy.dataplane.timers import TICK_NS
 from _tsproxy.dataplane.workbench import Workbench
 from _tsproxy.host import linux, sockets
 from _tsproxy.host.addresses import PACKED_SIZE, unpack
@@ -35,7 +36,6 @@ class Relay:
     __slots__ = (
         "_bench",
         "_candidates",
-        "_client_syn_tsval",
         "_client_timestamps",
         "_connect_us",
         "_entry",
@@ -60,7 +60,6 @@ class Relay:
         # to_upstream, and to_downstream once there is an upstream socket
         self._halves = [Half(self, bench, sockets.adopt(entry.fd, socket.AF_INET), FROM_DOWNSTREAM)]
         self._client_timestamps = sockets.has_timestamps(self._halves[0].source)
-        self._client_syn_tsval = bench.tsval_of(sockets.saved_syn(self._halves[0].source))
         bench.relays[entry.connection_id] = self
 
     # Connecting
@@ -68,8 +67,9 @@ class Relay:
     def start(self) -> None:
         """Begin to connect. Of the client only a hang-up is noticed: what it says waits until it can go on."""
         self._bench.count(Counter.DOWNSTREAM_TIMESTAMPS, int(self._client_timestamps))
-        self._bench.watch(self._entry.fd, 0, self._halves[0])
         self._connect()
+        if self._phase is Phase.CONNECTING:
+            self._bench.watch(self._entry.fd, 0, self._halves[0])
 
     def _connect(self) -> None:
         """Try the addresses that are left, in order, until one is on its way; none left: end as the last one failed."""
@@ -80,17 +80,27 @@ class Relay:
 
     def _dial(self, packed: bytes) -> bool:
         """Send a SYN to one address, if the gate allows; True if it is on its way."""
-        if not self._bench.gate.may_connect():
-            self.end(Ending.POLICY)
+        if not self._may_connect():
             return False
         self._bench.count(Counter.CONNECTS)
         self._upstream, self._started_ns = packed, time.monotonic_ns()
         try:
-            self._await(self._syn(packed))
+            sock = self._syn(packed)
         except OSError as error:
             self._attempt_failed(error.errno or 0)
             return False
+        self._await(sock)
         return True
+
+    def _may_connect(self) -> bool:
+        try:
+            allowed = self._bench.gate.may_connect()
+        except OSError as error:  # no descriptor to look with, so none to connect with either
+            self._failure = _connect_ending(error.errno or 0)
+            return False
+        if not allowed:
+            self.end(Ending.POLICY)
+        return allowed
 
     def _syn(self, packed: bytes) -> socket.socket:
         """A socket whose SYN is out. Without timestamps TIME_WAIT ports can't be reused, so each source gets its try."""
@@ -107,9 +117,15 @@ class Relay:
         raise OSError(code, "connect")
 
     def _await(self, sock: socket.socket) -> None:
-        self._halves.append(Half(self, self._bench, sock, FROM_UPSTREAM))
-        self._bench.watch(sock.fileno(), WRITE, self._halves[1])
-        self._bench.timers.arm(self, self._started_ns + self._bench.rules.connect_timeout_ns)
+        """Wait for the answer; a target on this host has given it already."""
+        half = Half(self, self._bench, sock, FROM_UPSTREAM)
+        self._halves.append(half)
+        timestamps = sockets.connected_with_timestamps(sock)
+        if timestamps is None:
+            self._bench.watch(half.fd, WRITE, half)
+            self._bench.timers.arm(self, self._started_ns + self._bench.rules.connect_timeout_ns)
+        else:
+            self._connected(timestamps)
 
     def _attempt_failed(self, code: int) -> None:
         """One address did not answer well: remember it as the reason if no other does better, and say so."""
@@ -166,6 +182,7 @@ class Relay:
         for half in (up, down):
             sockets.acknowledge_at_once(half.source)
         self.on_flow()
+        up.readable()  # what the client has said meanwhile need not wait for another turn of the loop
 
     def on_event(self, half: Half, mask: int) -> None:
         """Whatever is not plain readability: connecting, room for the twin's bytes, a hang-up while nothing is waited for."""
@@ -175,7 +192,7 @@ class Relay:
         if mask & ~READABLE and half.twin.held is not None:
             half.twin.drain()
         if mask & ~WRITABLE and half.is_reading and self._phase is Phase.RELAYING:
-            half.readable()
+            half.reader.readable()
         if mask & BROKEN and self._phase is Phase.RELAYING and not half.is_reading:
             self._on_hang_up(half)
 
@@ -189,30 +206,39 @@ class Relay:
         """Derive anew what each descriptor and the clock are waited for; both halves shut: the end."""
         if self._phase is not Phase.RELAYING:
             return
-        if all(half.flow is Flow.SHUT for half in self._halves):
+        up, down = self._halves
+        if up.flow is Flow.SHUT and down.flow is Flow.SHUT:
             self.end(Ending.CLOSED)
             return
-        for half in self._halves:
-            self._bench.poller.modify(half.source.fileno(), half.interest)
+        self._bench.watch(up.fd, up.interest, up.reader)
+        self._bench.watch(down.fd, down.interest, down.reader)
         self._set_timer()
 
     def _set_timer(self) -> None:
-        deadline = self._deadline_ns()
-        if deadline is None:
-            self._bench.timers.disarm(self)
+        limit = self._silence_ns
+        if limit:
+            self._bench.timers.arm(self, self._moved_at + limit, limit // _GRAINS_NS or 1)
         else:
-            self._bench.timers.arm(self, deadline)
+            self._bench.timers.disarm(self)
 
     @property
     def _is_half_closed(self) -> bool:
-        return any(half.flow is not Flow.OPEN for half in self._halves)
+        up, down = self._halves
+        return up.flow is not Flow.OPEN or down.flow is not Flow.OPEN
 
-    def _deadline_ns(self) -> Optional[int]:
-        """When this connection will have been silent for too long; None if it may be silent for ever."""
-        rules = self._bench.rules
-        limits = [rules.idle_timeout_ns, rules.half_close_timeout_ns if self._is_half_closed else 0]
-        shortest = min((limit for limit in limits if limit), default=None)
-        return None if shortest is None else max(half.moved_at for half in self._halves) + shortest
+    @property
+    def _moved_at(self) -> int:
+        up, down = self._halves
+        return max(up.moved_at, down.moved_at)
+
+    @property
+    def _silence_ns(self) -> int:
+        """How long this connection may be silent; 0 if for ever."""
+        idle = self._bench.rules.idle_timeout_ns
+        half_closed = self._bench.rules.half_close_timeout_ns
+        if not half_closed or not self._is_half_closed:
+            return idle
+        return min(idle, half_closed) if idle else half_closed
 
     def on_deadline(self, now_ns: int) -> None:
         """The timer that was armed has come: give the address up, or see whether the silence is real."""
@@ -220,8 +246,8 @@ class Relay:
             self._attempt_failed(errno.ETIMEDOUT)
             self._connect()
             return
-        deadline = self._deadline_ns()
-        if deadline is not None and deadline <= now_ns:
+        limit = self._silence_ns
+        if limit and self._moved_at + limit <= now_ns:
             self._end_silent()
         else:
             self._set_timer()
@@ -266,13 +292,11 @@ class Relay:
         raise error
 
     def end(self, ending: Ending) -> None:
-        """Write the record, close both sides, give everything back. What is held is lost, and counted. Idempotent."""
+        """Close both sides, give everything back, write the record. What is held is lost, and counted. Idempotent."""
         if self._phase is Phase.CLOSED:
             return
         self._phase = phase_after(self._phase, Event.ENDED)
         bench = self._bench
-        if bench.rules.log_connections:
-            bench.records.put(self._record(ending))
         for half in self._halves:
             if ending is not Ending.CLOSED:
                 sockets.reset_on_close(half.source)
@@ -281,8 +305,11 @@ class Relay:
         bench.timers.disarm(self)
         bench.count(Counter.POLICY_REFUSED, int(ending is Ending.POLICY))
         bench.count(Counter.CONNECTS_ENDED, len(self._halves) - 1)
+        bench.count_client(self._entry.pair, ended=True)
         bench.count(Counter.ENDED)
         del bench.relays[self._entry.connection_id]
+        if bench.rules.log_connections:
+            bench.records.put(self._record(ending))  # last: who reads the line finds the counters up to date
 
     def _record(self, ending: Ending) -> Connection:
         up, entry = self._halves[0], self._entry
@@ -301,13 +328,15 @@ class Relay:
             discarded_bytes=up.withheld + (down.withheld if down else 0),
             client_timestamps=self._client_timestamps,
             upstream_timestamps=self._upstream_timestamps,
-            client_syn_tsval=self._client_syn_tsval,
+            client_syn_tsval=self._bench.tsval_of(sockets.saved_syn(up.source)),  # the kernel kept it until now
             upstream_rtt_us=info.rtt_us if info else None,
             upstream_retransmits=info.retransmits if info else None,
             ending=ending,
             witness=self._bench.gate.witness,
         )
 
+
+_GRAINS_NS = 256 * TICK_NS  # a silence may last 1/256 longer than its limit, or one tick
 
 _ADVICE = {
     Ending.NO_DESCRIPTORS: "out of file descriptors or memory: raise LimitNOFILE (ulimit -n) or lower --max-connections",

@@ -13,6 +13,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 
 from _tsproxy.dataplane.buffers import Buffers
 from _tsproxy.dataplane.gate import Gate
+from _tsproxy.dataplane.pipes import Pipes
 from _tsproxy.dataplane.poller import Poller
 from _tsproxy.dataplane.timers import Timers
 from _tsproxy.host.addresses import Address
@@ -35,6 +36,7 @@ class Rules(NamedTuple):
     half_close_timeout_ns: int
     log_connections: bool
     log_debug: bool
+    zero_copy: bool
 
 
 class Workbench:
@@ -56,31 +58,34 @@ class Workbench:
         self.counters, self.records = counters, records
         self.buffers = Buffers(buffer_size)
         self.buffer = self.buffers.take()
+        self.pipes = Pipes()
+        self.full = buffer_size if rules.zero_copy else 0  # a receive of this size may be a stream
         self.poller = Poller()
         self.timers = Timers()
         self.handlers: Dict[int, Any] = {}
         self.relays: Dict[int, Any] = {}  # connection id -> relay, all that are alive
         self.woke = time.monotonic_ns()
         self._sources = _by_family(sources)
-        self._buried: List[socket.socket] = []
+        self.buried: List[socket.socket] = []
         self._complained: Dict[str, int] = defaultdict(lambda: -_COMPLAINT_NS)
 
     def watch(self, fd: int, events: int, handler: Any) -> None:
-        """Begin to hand the descriptor's events to `handler`."""
-        self.poller.register(fd, events)
+        """Hand these events of the descriptor to `handler` from now on."""
+        self.poller.expect(fd, events)
         self.handlers[fd] = handler
 
     def bury(self, sock: socket.socket) -> None:
         """Stop watching a socket now and close it at the end of the turn: its number must not come back within it."""
-        if self.handlers.pop(sock.fileno(), None) is not None:
-            self.poller.forget(sock.fileno())
-        self._buried.append(sock)
+        fd = sock.fileno()
+        self.handlers.pop(fd, None)
+        self.poller.forget(fd)
+        self.buried.append(sock)
 
     def close_buried(self) -> None:
         """Close what was buried in this turn."""
-        for sock in self._buried:
+        for sock in self.buried:
             sock.close()
-        self._buried.clear()
+        self.buried.clear()
 
     def swap_buffer(self) -> memoryview:
         """The buffer with the bytes just received, for a half to keep; the worker goes on with another."""
@@ -99,6 +104,11 @@ class Workbench:
         """Add to one of this worker's counters."""
         self.counters[counter] += by
 
+    def count_client(self, pair: int, ended: bool = False) -> None:
+        """One more connection of a client has begun or ended; `pair` is where that is counted, 0 if it is not."""
+        if pair:
+            self.counters[pair + ended] += 1
+
     def complain(self, level: str, about: str, message: str) -> None:
         """Say something in the log, about the same thing once a second at most."""
         now = time.monotonic_ns()
@@ -107,8 +117,9 @@ class Workbench:
             self.records.put(Notice(self.index, time.time_ns(), level, message))
 
     def close(self) -> None:
-        """Close what is buried and the poller."""
+        """Close what is buried, the pipes and the poller."""
         self.close_buried()
+        self.pipes.close()
         self.poller.close()
 
 

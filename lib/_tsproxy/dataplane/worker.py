@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from typing import Any
+from typing import Any, Optional
 
 from _tsproxy.dataplane.inbox import ACCEPTED, DRAIN, DRIFTED_ALL, DRIFTED_CONNECTING, KILL, Consumer, Entry
 from _tsproxy.dataplane.poller import READ, READABLE
@@ -36,8 +36,9 @@ class Worker:
         wait, handlers, clock = bench.poller.wait, bench.handlers, time.monotonic_ns
         last_event = clock()
         while not (self._draining and not bench.relays):
+            due = bench.timers.next_ns()
             spinning = bench.woke - last_event < self._spin_ns
-            events = wait(0 if spinning else self._patience_s(), _BATCH)
+            events = wait(0 if spinning else self._patience_s(due), _BATCH)
             bench.woke = clock()
             if events:
                 last_event = bench.woke
@@ -50,8 +51,10 @@ class Worker:
                         handler.ready(mask)
                 except Exception as bug:
                     self._contain(handler, bug)
-            self._expire()
-            bench.close_buried()
+            if due is not None and due <= bench.woke:
+                self._expire()
+            if bench.buried:
+                bench.close_buried()
 
     def close(self) -> None:
         """End what there is (after a bug outside any connection, there may be some) and close the poller."""
@@ -59,9 +62,8 @@ class Worker:
             relay.end(Ending.BUG)
         self._bench.close()
 
-    def _patience_s(self) -> float:
+    def _patience_s(self, due: Optional[int]) -> float:
         """How long to sleep at most; -1 is for ever."""
-        due = self._bench.timers.next_ns()
         return -1 if due is None else max(0, due - self._bench.woke) / 1e9
 
     def _expire(self) -> None:
@@ -85,8 +87,10 @@ class Worker:
         self.readable()
 
     def _begin(self, entry: Entry) -> None:
+        self._bench.count_client(entry.pair)
         self._bench.count(Counter.BEGUN)
         if entry.fd < 0:
+            self._bench.count_client(entry.pair, ended=True)
             self._bench.count(Counter.ENDED)
             self._bench.complain("error", "no fd", "a client was lost: out of file descriptors: raise LimitNOFILE (ulimit -n)")
             return

@@ -10,6 +10,8 @@ SockAddr = Union[Tuple[str, int], Tuple[str, int, int, int]]
 
 _PACKED = struct.Struct("=HHI16s")  # family, port, scope id, address
 PACKED_SIZE = _PACKED.size
+_PORT = slice(2, 4)  # where the port stands in it
+_FAMILIES = {struct.pack("=H", family) for family in (socket.AF_INET, socket.AF_INET6)}
 _MAPPED = b"\0" * 10 + b"\xff\xff"  # RFC 4291, section 2.5.5.2: an IPv4 client of an IPv6 listener
 
 
@@ -52,6 +54,16 @@ def unpack(packed: bytes) -> Address:
     """The Address in 24 bytes from pack()."""
     family, port, scope, raw = _PACKED.unpack(packed)
     return Address(family, socket.inet_ntop(family, raw if family == socket.AF_INET6 else raw[:4]), port, scope)
+
+
+def is_packed(data: bytes) -> bool:
+    """Whether pack() may have made these 24 bytes."""
+    return data[: _PORT.start] in _FAMILIES
+
+
+def without_port(packed: bytes) -> bytes:
+    """What is the same for all connections of one host's address: family, zone and address."""
+    return packed[: _PORT.start] + packed[_PORT.stop :]
 
 
 def raw_ip(packed: bytes) -> Tuple[int, int]:

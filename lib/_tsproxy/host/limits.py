@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import resource
 
+PIPES_A_WORKER = 16  # for splice(2), two descriptors each
+_A_WORKER = 8 + 2 * PIPES_A_WORKER
 _OTHER = 64  # listeners, logs, the resolver, Python's own
 
 
@@ -21,10 +23,10 @@ def raise_nofile(wanted: int) -> int:
 
 
 def descriptors_for(connections: int, workers: int) -> int:
-    """Two sockets a connection, and some for everything else."""
-    return 2 * connections + 8 * workers + _OTHER
+    """Two sockets a connection, each worker's own and its pipes, and some for everything else."""
+    return 2 * connections + _A_WORKER * workers + _OTHER
 
 
 def connections_within(descriptors: int, workers: int) -> int:
     """How many connections so many descriptors are enough for."""
-    return max(0, (descriptors - 8 * workers - _OTHER) // 2)
+    return max(0, (descriptors - _A_WORKER * workers - _OTHER) // 2)

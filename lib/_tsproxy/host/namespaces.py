@@ -6,18 +6,13 @@ whoever uses it has one thread, and sockets made before stay in the namespace th
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import signal
 import socket
 import struct
-from typing import Any
 
-try:
-    import ctypes
-except ImportError:  # a Python built without libffi
-    ctypes = None  # type: ignore[assignment]
+from _tsproxy.host import libc
 
 # include/uapi/linux/sched.h
 _CLONE_NEWUSER = 0x10000000
@@ -46,12 +41,12 @@ def leave_network() -> None:
 
 def another_network() -> None:
     """Move into one more network namespace. OSError if not allowed."""
-    _call("unshare", _CLONE_NEWNET)
+    libc.call("unshare", _CLONE_NEWNET)
 
 
 def _leave_with_user_namespace() -> None:
     uid, gid = os.geteuid(), os.getegid()
-    _call("unshare", _CLONE_NEWUSER | _CLONE_NEWNET)
+    libc.call("unshare", _CLONE_NEWUSER | _CLONE_NEWNET)
     # Without this the kernel takes no gid_map from an unprivileged process (user_namespaces(7)).
     _write("/proc/self/setgroups", "deny")
     _write("/proc/self/uid_map", f"{uid} {uid} 1")
@@ -77,7 +72,7 @@ def _flags(sock: socket.socket, interface: bytes) -> int:
 
 def die_with_parent(number: signal.Signals) -> None:
     """Have the kernel send this process that signal when its parent is gone, however that ended (PR_SET_PDEATHSIG)."""
-    _call("prctl", _PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+    libc.call("prctl", _PR_SET_PDEATHSIG, int(number), 0, 0, 0)
 
 
 def _write(path: str, text: str) -> None:
@@ -86,13 +81,3 @@ def _write(path: str, text: str) -> None:
         os.write(fd, text.encode())
     finally:
         os.close(fd)
-
-
-def _call(name: str, *numbers: int) -> None:
-    """One call of the C library; OSError with its errno if it says no."""
-    if ctypes is None:
-        raise OSError(errno.ENOSYS, "this Python has no ctypes")
-    library: Any = ctypes.CDLL(None, use_errno=True)
-    if getattr(library, name)(*map(ctypes.c_long, numbers)) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))

@@ -6,6 +6,7 @@ Without systemd around, all of it does nothing.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import stat
 from typing import Dict, List, Mapping, NamedTuple, Optional
@@ -29,10 +30,9 @@ def inherited(environment: Mapping[str, str], pid: int) -> List[Inherited]:
     """The descriptors that were handed over; [] if they are not for this process. BadHandover if the words make no sense."""
     if "LISTEN_FDS" not in environment or environment.get("LISTEN_PID") != str(pid):
         return []
-    given = environment["LISTEN_FDS"]
-    if not (given.isascii() and given.isdigit()) or not 1 <= int(given[:6]) <= _MOST_FDS:
-        raise BadHandover(f"LISTEN_FDS: given {given!r}; allowed: a number from 1 to {_MOST_FDS}")
-    count, names = int(given), environment.get("LISTEN_FDNAMES", "").split(":")
+    count, names = _number(environment["LISTEN_FDS"]), environment.get("LISTEN_FDNAMES", "").split(":")
+    if not 1 <= count <= _MOST_FDS:
+        raise BadHandover(f"LISTEN_FDS: given {environment['LISTEN_FDS']!r}; allowed: a number from 1 to {_MOST_FDS}")
     return [Inherited(_FIRST_FD + number, names[number] if number < len(names) else "") for number in range(count)]
 
 
@@ -81,10 +81,14 @@ class Notifier:
 
 def _watchdog_s(environment: Mapping[str, str], pid: int) -> float:
     """How often WATCHDOG=1 is due: half of what the manager waits for (sd_watchdog_enabled(3)); 0 if it does not."""
-    wanted = environment.get("WATCHDOG_USEC", "")
-    if not (wanted.isascii() and wanted.isdigit()) or environment.get("WATCHDOG_PID", str(pid)) != str(pid):
+    if environment.get("WATCHDOG_PID", str(pid)) != str(pid):
         return 0.0
-    return min(int(wanted[:15]), 3_600_000_000) / 2e6
+    return min(_number(environment.get("WATCHDOG_USEC", "")), 3_600_000_000) / 2e6
+
+
+def _number(text: str) -> int:
+    """The whole number that a variable holds; 0 where it is none, or one that no variable of these can mean."""
+    return int(text) if re.fullmatch(r"[0-9]{1,20}", text, re.ASCII) else 0
 
 
 def without_handover(environment: Mapping[str, str]) -> Dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import List, NamedTuple
+from typing import List, NamedTuple, Optional, Set
 
 from _tsproxy.dataplane import inbox
 from _tsproxy.host import wakeup
@@ -22,7 +22,7 @@ class Death(NamedTuple):
     number: int
     fate: str
     connections: int  # that it had
-    replaced: bool
+    obstacle: str  # to starting a successor; "" if there is one
 
 
 class Crew:
@@ -32,7 +32,9 @@ class Crew:
         self.gone = wakeup.create()
         self._ledger = ledger
         self._next = 0
-        self._seats = _seats(plan, ledger, records_fd, self.gone)
+        self._zygote = Zygote({ledger.fd, records_fd}, self.gone) if plan.config.runtime == "processes" else None
+        self._seats = _seats(plan, ledger, records_fd, self.gone, self._zygote)
+        self._vacant: Set[int] = set()  # seats that nobody will sit on any more
         self._started = [0.0] * len(self._seats)
         self._quick = [0] * len(self._seats)
         self._ending = False
@@ -43,11 +45,16 @@ class Crew:
             self._started[number] = time.monotonic()
             seat.start()
 
+    @property
+    def watched(self) -> List[int]:
+        """Descriptors that become readable when replace_the_dead() or loss() may have something to tell."""
+        return [self.gone.reader] if self._zygote is None else [self.gone.reader, self._zygote.fileno()]
+
     def hand(self, entry: inbox.Entry) -> bool:
         """Give an entry to the next worker that is there and has room; False if none has."""
         for _ in self._seats:
             turn, self._next = self._next, (self._next + 1) % len(self._seats)
-            if self._seats[turn].box.put(entry):
+            if turn not in self._vacant and self._seats[turn].box.put(entry):
                 return True
         return False
 
@@ -72,27 +79,31 @@ class Crew:
         self.gone.collect()
         if self._ending:
             return []
-        return [self._replace(number, seat) for number, seat in enumerate(self._seats) if not seat.is_alive]
+        seats = [(number, seat) for number, seat in enumerate(self._seats) if number not in self._vacant]
+        return [self._replace(number, seat) for number, seat in seats if not seat.is_alive]
+
+    def loss(self) -> str:
+        """How the process that starts workers ended: told once; "" while it is there, or where none is needed."""
+        return self._zygote.loss() if self._zygote else ""
 
     def _replace(self, number: int, seat: Seat) -> Death:
-        lost = self._write_off(number)
+        fate, lost = seat.fate, self._ledger.write_off(number)
         now = time.monotonic()
         self._quick[number] = self._quick[number] + 1 if now - self._started[number] < _QUICK_S else 0
-        replaced = self._quick[number] < _TRIES
-        if replaced:
+        obstacle = self._obstacle(number, seat)
+        if obstacle:
+            self._vacant.add(number)
+        else:
             self._started[number] = now
             seat.box.offer_again()
             seat.start()
             self._ledger.rows[ACCEPTOR_ROW][Counter.WORKER_RESTARTS] += 1
-        return Death(number, seat.fate, lost, replaced)
+        return Death(number, fate, lost, obstacle)
 
-    def _write_off(self, number: int) -> int:
-        """A dead worker's connections are closed: count them as ended. Its row has no other writer now."""
-        row = self._ledger.worker(number)
-        lost = int(row[Counter.BEGUN] - row[Counter.ENDED])
-        row[Counter.ENDED] = row[Counter.BEGUN]
-        row[Counter.CONNECTS_ENDED] = row[Counter.CONNECTS]
-        return lost
+    def _obstacle(self, number: int, seat: Seat) -> str:
+        if self._quick[number] >= _TRIES:
+            return "its successors die at once"
+        return "" if seat.can_start else "nobody can start a successor"
 
     @property
     def alive(self) -> bool:
@@ -106,10 +117,9 @@ class Crew:
             time.sleep(0.002)
 
 
-def _seats(plan: Plan, ledger: Ledger, records_fd: int, gone: wakeup.Wakeup) -> List[Seat]:
+def _seats(plan: Plan, ledger: Ledger, records_fd: int, gone: wakeup.Wakeup, zygote: Optional[Zygote]) -> List[Seat]:
     numbers = range(plan.config.workers)
-    if plan.config.runtime == "processes":
-        zygote = Zygote({ledger.fd, records_fd}, gone)
+    if zygote:
         channels = [inbox.ChannelProducer(ledger.worker(number)) for number in numbers]
         nowhere = inbox.Channel(-1)  # the zygote puts the number in under which it got the worker's end
         return [

@@ -8,12 +8,16 @@ from __future__ import annotations
 import pickle
 import sys
 import threading
+import time
+import traceback
 from typing import Any, Dict, Protocol, Union
 
 from _tsproxy.dataplane import inbox
 from _tsproxy.runtime import origin
 from _tsproxy.runtime.spec import Spec, run_worker
 from _tsproxy.runtime.zygote import Zygote
+from _tsproxy.telemetry.counters import Ledger
+from _tsproxy.telemetry.records import Notice, RecordWriter
 
 Producer = Union[inbox.RingProducer, inbox.ChannelProducer]
 
@@ -28,6 +32,11 @@ class Seat(Protocol):
 
     def start(self) -> None:
         """Start a worker here; the one before must be gone."""
+        ...
+
+    @property
+    def can_start(self) -> bool:
+        """Whether there is a way to start a worker here (any more)."""
         ...
 
     @property
@@ -49,10 +58,27 @@ class ThreadSeat:
         self._thread = self._new()
 
     def _new(self) -> threading.Thread:
-        return threading.Thread(target=self._work, name=f"worker-{self._spec.number}", daemon=True)
+        self._over = False
+        return threading.Thread(target=self._live, name=f"worker-{self._spec.number}", daemon=True)
+
+    def _live(self) -> None:
+        """Work, then say that it is over: first so that it can be seen, and only then aloud."""
+        try:
+            self._work()
+        except Exception:
+            self._tell(traceback.format_exc())
+        finally:
+            self._over = True
+            self._spec.gone.ring()
 
     def _work(self) -> None:
         run_worker(self._spec)
+
+    def _tell(self, why: str) -> None:
+        """What the worker can't tell itself: it was never there."""
+        spec = self._spec
+        notice = Notice(spec.number, time.time_ns(), "error", f"worker {spec.number} did not begin: {why}")
+        RecordWriter(spec.records_fd, Ledger(spec.ledger_fd).worker(spec.number)).put(notice)
 
     def start(self) -> None:
         """See Seat."""
@@ -60,9 +86,14 @@ class ThreadSeat:
         self._thread.start()
 
     @property
+    def can_start(self) -> bool:
+        """See Seat."""
+        return True
+
+    @property
     def is_alive(self) -> bool:
         """See Seat."""
-        return self._thread.is_alive()
+        return self._thread.is_alive() and not self._over
 
     @property
     def fate(self) -> str:
@@ -77,9 +108,11 @@ class InterpreterSeat(ThreadSeat):
         interpreters: Any = __import__("_interpreters")
         own = interpreters.create("isolated")
         try:
-            interpreters.exec(own, _IN_INTERPRETER, self._shared())
+            failure = interpreters.exec(own, _IN_INTERPRETER, self._shared())
         finally:
             interpreters.destroy(own)
+        if failure is not None and failure.type.__name__ != "SystemExit":
+            raise RuntimeError(failure.formatted)
 
     def _shared(self) -> Dict[str, object]:
         return {"origin": origin.find(), "bundled": origin.is_bundle(), "spec": pickle.dumps(self._spec)}
@@ -113,6 +146,11 @@ class ProcessSeat:
         self._zygote.start(self._spec, self.box)
 
     @property
+    def can_start(self) -> bool:
+        """See Seat."""
+        return self._zygote.can_start
+
+    @property
     def is_alive(self) -> bool:
         """See Seat."""
         return self._zygote.is_alive(self._spec.number)
@@ -130,7 +168,7 @@ def have_interpreters() -> bool:
     try:
         interpreters: Any = __import__("_interpreters")
         own = interpreters.create("isolated")
-    except (ImportError, RuntimeError):
+    except Exception:  # _interpreters.InterpreterError among others: this user may not read Python's own files
         return False
     try:
         return interpreters.exec(own, "import mmap, select, socket, selectors, pickle") is None

@@ -43,11 +43,11 @@ class Spec(NamedTuple):
     ledger_fd: int
     inbox: Union[inbox.Ring, inbox.Channel]
     records_fd: int
-    gone: wakeup.Wakeup  # rung when the worker has ended
+    gone: wakeup.Wakeup  # rung by whoever started the worker, when it has ended
 
 
 def run_worker(spec: Spec) -> None:
-    """Build a worker and run it to its end. A bug that ends it is reported; `gone` is rung in any case."""
+    """Build a worker and run it to its end. A bug that ends it is reported."""
     row = Ledger(spec.ledger_fd).worker(spec.number)
     records = RecordWriter(spec.records_fd, row)
     try:
@@ -59,8 +59,6 @@ def run_worker(spec: Spec) -> None:
     except Exception:
         records.put(Notice(spec.number, time.time_ns(), "error", f"worker {spec.number} died: {traceback.format_exc()}"))
         raise SystemExit(1) from None
-    finally:
-        spec.gone.ring()
 
 
 def _build(spec: Spec, row: memoryview, records: RecordWriter) -> Worker:
@@ -85,6 +83,7 @@ def rules_of(config: Config) -> Rules:
         half_close_timeout_ns=round(config.half_close_timeout_s * 1e9),
         log_connections=config.connection_log,
         log_debug=config.log_level == "debug",
+        zero_copy=config.zero_copy == "auto",
     )
 
 

@@ -4,6 +4,9 @@ The main process has a reporter thread when a dead worker must be replaced, and 
 that thread holds. To start Python anew would need its files and rights, which are gone after --user. The zygote has
 one thread, the imports done and the memory shared; it starts workers, reaps them, tells how they ended, and ends with
 the main process (its control socket is closed then).
+
+Should it be killed itself, its workers go on. Nobody tells of their ends then but a pipe that each of them holds one
+end of, and nobody can start a successor.
 """
 
 from __future__ import annotations
@@ -21,7 +24,6 @@ from _tsproxy.host.wakeup import Wakeup
 from _tsproxy.runtime.spec import Spec, run_worker
 
 _STATUS = struct.Struct("=Hi")  # worker's number, wait status
-_MOST = 65536
 
 
 class Zygote:
@@ -32,17 +34,55 @@ class Zygote:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._alive: Set[int] = set()
         self._fates: Dict[int, str] = {}
-        if os.fork() == 0:
+        self._lifelines: Dict[int, int] = {}  # worker's number -> our end of its pipe
+        self._own_fate = self._unsaid = ""
+        self._pid = os.fork()
+        if self._pid == 0:
             _be_zygote(theirs, kept | {*gone, theirs.fileno()}, gone)
         theirs.close()
         self._control.setblocking(False)
+        self._ends = select.epoll()
+        self._ends.register(self._control, select.EPOLLIN | select.EPOLLET)
+
+    def fileno(self) -> int:
+        """Readable when is_alive() or loss() may have something new to tell."""
+        return self._ends.fileno()
 
     def start(self, spec: Spec, box: inbox.ChannelProducer) -> None:
-        """Fork a worker. Its end of the inbox goes along."""
+        """Fork a worker. Its end of the inbox goes along. If the zygote is gone, the worker has ended already."""
         self._alive.add(spec.number)
+        lifeline = self._new_lifeline(spec.number)
         self._control.setblocking(True)
-        socket.send_fds(self._control, [pickle.dumps(spec)], [box.theirs.fileno()])
-        self._control.setblocking(False)
+        try:
+            with open(os.memfd_create("tsproxy-spec"), "w+b") as text:  # a message has no room for 3,000 --allow
+                pickle.dump(spec, text)
+                text.flush()
+                socket.send_fds(self._control, [b"."], [box.theirs.fileno(), lifeline, text.fileno()])
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # nobody has the other end of the lifeline now
+        finally:
+            self._control.setblocking(False)
+            os.close(lifeline)
+
+    def _new_lifeline(self, number: int) -> int:
+        """The worker's end of a new pipe; ours is hung up when the worker is gone, however it ended."""
+        if number in self._lifelines:
+            os.close(self._lifelines[number])
+        self._lifelines[number], theirs = os.pipe2(os.O_CLOEXEC)
+        self._ends.register(self._lifelines[number], select.EPOLLET)
+        return theirs
+
+    def loss(self) -> str:
+        """How the zygote itself ended: told once; "" before, and after."""
+        self._listen()
+        told, self._unsaid = self._unsaid, ""
+        return told
+
+    @property
+    def can_start(self) -> bool:
+        """Whether a worker can be started."""
+        self._listen()
+        return not self._own_fate
 
     def is_alive(self, number: int) -> bool:
         """Whether that worker runs, as far as has been heard."""
@@ -54,23 +94,41 @@ class Zygote:
         return self._fates.get(number, "it has not ended")
 
     def _listen(self) -> None:
+        self._ends.poll(0)
         while True:
             try:
                 message = self._control.recv(_STATUS.size)
             except BlockingIOError:
                 return
+            except ConnectionResetError:
+                message = b""
             if not message:
-                self._fates.update(dict.fromkeys(self._alive, "the zygote is gone"))
-                self._alive.clear()
+                self._look_ourselves()
                 return
             number, status = _STATUS.unpack(message)
             self._alive.discard(number)
             self._fates[number] = _fate(status)
 
+    def _look_ourselves(self) -> None:
+        """The zygote is gone: see how it ended, and which workers have ended without it."""
+        if not self._own_fate:
+            self._own_fate = self._unsaid = _fate(os.waitpid(self._pid, 0)[1])
+        for number in {number for number in self._alive if _is_hung_up(self._lifelines[number])}:
+            self._alive.discard(number)
+            self._fates[number] = "how is not known, since the zygote is gone"
+
+
+def _is_hung_up(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, 0)
+    return bool(poll.poll(0))
+
 
 def _fate(status: int) -> str:
     if os.WIFSIGNALED(status):
-        return f"killed by {signal.Signals(os.WTERMSIG(status)).name}"
+        number = os.WTERMSIG(status)
+        names = {known.value: known.name for known in signal.Signals}  # of the real-time signals two have names
+        return f"killed by {names.get(number, f'signal {number}')}"
     return f"exit code {os.WEXITSTATUS(status)}"
 
 
@@ -115,14 +173,24 @@ def _serve(control: socket.socket, gone: Wakeup) -> None:
             os.read(deaths, 4096)
             _reap(workers, control, gone)
         if asked in ready:
-            request, fds, _, _ = socket.recv_fds(control, _MOST, 1)
+            request, fds, _, _ = socket.recv_fds(control, 1, 3)
             if not request:
                 return
-            _fork(pickle.loads(request), fds, workers, {asked, deaths, wake})  # noqa: S301 -- from our own parent, by a socket pair
+            _fork(_spec(fds.pop()), fds, workers, {asked, deaths, wake})
+
+
+def _spec(fd: int) -> Spec:
+    with open(fd, "rb") as text:
+        text.seek(0)  # it shares the writer's position
+        spec: Spec = pickle.load(text)  # noqa: S301 -- from our own parent, by a socket pair
+    return spec
 
 
 def _fork(spec: Spec, fds: List[int], workers: Dict[int, int], private: Set[int]) -> None:
-    """`private` is what the worker must not keep: with the zygote's own ends its death would go unnoticed."""
+    """`fds`: its end of the inbox, and of its lifeline, which it holds till it ends.
+
+    `private` is what it must not keep: with the zygote's own ends its death would go unnoticed.
+    """
     pid = os.fork()
     if pid == 0:
         signal.set_wakeup_fd(-1)
@@ -130,7 +198,8 @@ def _fork(spec: Spec, fds: List[int], workers: Dict[int, int], private: Set[int]
             os.close(fd)
         _be_worker(spec._replace(inbox=inbox.Channel(fds[0])))
     workers[pid] = spec.number
-    os.close(fds[0])
+    for fd in fds:
+        os.close(fd)
 
 
 def _be_worker(spec: Spec) -> None:

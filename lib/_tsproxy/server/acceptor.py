@@ -10,22 +10,30 @@ import errno
 import os
 import socket
 import time
-from typing import Callable
+from typing import Any, Callable, Optional, Protocol, Tuple
 
 from _tsproxy.config import Config
 from _tsproxy.dataplane.inbox import ACCEPTED, Entry
 from _tsproxy.host import linux, sockets
 from _tsproxy.host.addresses import pack, raw_ip
 from _tsproxy.runtime.crew import Crew
+from _tsproxy.server.clients import Clients
 from _tsproxy.telemetry import metrics
 from _tsproxy.telemetry.counters import ACCEPTOR_ROW, Counter, Ledger
 
 _PAUSE_S = 0.1
-_LOOK_AGAIN_S = 0.005  # how soon a freed place is noticed under --on-full=queue
+_LOOK_AGAIN_S = 0.005  # how soon a freed place is noticed: in an inbox, or under --on-full=queue
 _COMPLAINT_S = 1.0
 
 # accept(2): "treat these errors like EAGAIN by retrying": they are the new connection's, not the listener's.
 _THEIRS = linux.PEER_GONE | linux.RETRY | {errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.EPERM}
+
+
+class Listener(Protocol):
+    """What clients are taken from: a listening socket, or one that is about to leave."""
+
+    def accept(self) -> Tuple[socket.socket, Any]:
+        """See socket.accept()."""
 
 
 class Acceptor:
@@ -36,30 +44,39 @@ class Acceptor:
         config: Config,
         crew: Crew,
         ledger: Ledger,
+        clients: Clients,
         upstreams: Callable[[], bytes],
         complain: Callable[[str], None],
     ) -> None:
         """`upstreams` gives the packed addresses to try; `complain` takes the text of an error line."""
-        self._config, self._crew, self._ledger = config, crew, ledger
+        self._config, self._crew, self._ledger, self._clients = config, crew, ledger, clients
         self._upstreams, self._complain = upstreams, complain
         self._counters = ledger.rows[ACCEPTOR_ROW]
         self._allowed = [(net.version, int(net.network_address), int(net.netmask)) for net in config.allow]
         self._resume_at = 0.0
         self._complained_at = -_COMPLAINT_S
         self._connection_id = 0
+        self._waiting: Optional[Entry] = None
 
     @property
     def pause_s(self) -> float:
         """How long accepting must rest from now on: 0 while there is room."""
-        if self._config.on_full == "queue" and self._is_full():
+        if self.is_held_up or (self._config.on_full == "queue" and self._is_full()):
             return _LOOK_AGAIN_S
         return max(0.0, self._resume_at - time.monotonic())
 
     def _is_full(self) -> bool:
         return metrics.active(self._ledger) >= self._config.max_connections
 
-    def accept(self, listener: socket.socket) -> bool:
-        """Take one client, if there is one; False if there was none to take."""
+    @property
+    def is_held_up(self) -> bool:
+        """Whether a client waits for room in a worker's inbox."""
+        return self._waiting is not None
+
+    def accept(self, listener: Listener) -> bool:
+        """Take one client, if there is one; False if there was none to take, or if one waits already."""
+        if self.is_held_up:
+            return False
         try:
             client, sockaddr = listener.accept()
         except OSError as error:
@@ -72,7 +89,7 @@ class Acceptor:
         elif self._is_full():
             self._turn_away(client, Counter.OVERFLOW)
         else:
-            self._hand_over(client, packed, accepted_ns)
+            self._take(client, packed, accepted_ns)
         return True
 
     def _may_enter(self, packed: bytes) -> bool:
@@ -86,16 +103,38 @@ class Acceptor:
         sockets.reset_on_close(client)
         client.close()
 
-    def _hand_over(self, client: socket.socket, packed: bytes, accepted_ns: int) -> None:
-        """Give the descriptor away; if no worker takes it, the client is reset and accepting rests."""
+    def _take(self, client: socket.socket, packed: bytes, accepted_ns: int) -> None:
+        """It may come in: if its address has not its share already."""
+        pair = self._clients.enter(packed)
+        if pair is None:
+            self._turn_away(client, Counter.CLIENT_OVERFLOW)
+        else:
+            self._hand_over(client, packed, accepted_ns, pair)
+
+    def _hand_over(self, client: socket.socket, packed: bytes, accepted_ns: int, pair: int) -> None:
+        """Give the descriptor away. While no worker has room for it, it waits, and so do those behind it in the backlog."""
         self._connection_id += 1
         self._counters[Counter.ACCEPTED] += 1
         fd = client.detach()
-        entry = Entry(ACCEPTED, fd, self._connection_id, accepted_ns, packed, self._upstreams())
-        if not self._crew.hand(entry):
+        self._waiting = Entry(ACCEPTED, fd, self._connection_id, accepted_ns, packed, self._upstreams(), pair)
+        self.offer_again()
+
+    def offer_again(self) -> None:
+        """Hand over the client that waits, if there is room by now. Call it by the clock of pause_s."""
+        if self._waiting is None:
+            return
+        if self._crew.hand(self._waiting):
+            self._waiting = None
+        elif time.monotonic_ns() - self._waiting.accepted_ns > _COMPLAINT_S * 1e9:
+            self._say_seldom("no worker takes connections: their inboxes are full; clients wait")
+
+    def give_up(self) -> None:
+        """Reset the client that waits, if there is one: no worker will take it any more."""
+        if self._waiting is not None:
             self._counters[Counter.ACCEPTED] -= 1
-            self._turn_away(socket.socket(fileno=fd), Counter.OVERFLOW)
-            self._rest("no worker takes connections: their inboxes are full")
+            self._clients.leave(self._waiting.client)
+            self._turn_away(socket.socket(fileno=self._waiting.fd), Counter.OVERFLOW)
+            self._waiting = None
 
     def _refused(self, error: OSError) -> None:
         """No client: the peer's doing, the host's lack of room, or something that only a person can mend."""
@@ -105,8 +144,11 @@ class Acceptor:
         self._rest(f"accept: {os.strerror(error.errno or 0)}{room}; trying again every {_PAUSE_S:g} s")
 
     def _rest(self, why: str) -> None:
+        self._resume_at = time.monotonic() + _PAUSE_S
+        self._say_seldom(why)
+
+    def _say_seldom(self, why: str) -> None:
         now = time.monotonic()
-        self._resume_at = now + _PAUSE_S
         if now - self._complained_at >= _COMPLAINT_S:
             self._complained_at = now
             self._complain(why)

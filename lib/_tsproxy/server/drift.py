@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from typing import Callable, Optional
 
+from _tsproxy.host import linux
 from _tsproxy.timestamps.policy import Finding, Inspector, Lever
 
 INTERVAL_S = 2.0
@@ -32,9 +33,14 @@ class DriftWatch:
         return max(0.0, self._next - time.monotonic())
 
     def look(self) -> None:
-        """Look now, and tell a change."""
+        """Look now, and tell a change. What can't be looked at for want of descriptors is no change: the gates still ask."""
         self._next = time.monotonic() + INTERVAL_S
-        finding = self._inspector.look()
+        try:
+            finding = self._inspector.look()
+        except OSError as error:
+            if error.errno not in linux.CAPACITY:
+                raise
+            return
         holds = finding.lever is self._lever
         if holds != self._holds:
             self._holds = holds

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import selectors
+import socket
 import time
 from typing import List, Optional
 
@@ -17,7 +18,9 @@ from _tsproxy.host.systemd import Notifier
 from _tsproxy.runtime.crew import Crew, Death
 from _tsproxy.server import start_line, startup
 from _tsproxy.server.acceptor import Acceptor
+from _tsproxy.server.clients import Clients, slots_for
 from _tsproxy.server.drift import DriftWatch
+from _tsproxy.server.leaving import Leaving
 from _tsproxy.server.signals import DRAINING, Signals
 from _tsproxy.server.startup import Ready
 from _tsproxy.server.watchdog import Watchdog
@@ -28,6 +31,8 @@ from _tsproxy.telemetry.reporter import Reporter
 from _tsproxy.timestamps import policy
 
 _END_NOW_S = 5.0
+_LEAVE_S = 3.0  # a client whose handshake takes longer is given up
+_LEAVE_PACE_S = 0.005
 _STDOUT = 1  # by number: sys.stdout is None when it was closed at the start
 
 
@@ -42,7 +47,8 @@ class Server:
     def __init__(self, ready: Ready) -> None:
         self._ready, self._config = ready, ready.plan.config
         self._signals = Signals()
-        self._ledger = Ledger.create(self._config.workers)
+        slots = slots_for(self._config.max_connections, self._config.max_connections_per_client)
+        self._ledger = Ledger.create(self._config.workers, slots)
         pipe = RecordPipe.create()
         self._crew = Crew(ready.plan, self._ledger, pipe.writer)
         self._reporter = self._make_reporter(pipe)
@@ -50,6 +56,7 @@ class Server:
             self._config,
             self._crew,
             self._ledger,
+            Clients(self._ledger, slots, self._config.max_connections_per_client),
             lambda: ready.resolver.packed,
             lambda why: self._say("error", "error", why),
         )
@@ -80,7 +87,8 @@ class Server:
             self._say("warning", "warning", f"can't resolve {target}: {reason}; the other targets are in use")
         self._ready.resolver.follow(lambda: self._ledger.total(Counter.CONNECT_FAIL), self._say)
         self._selector.register(self._signals.fd, selectors.EVENT_READ)
-        self._selector.register(self._crew.gone.reader, selectors.EVENT_READ)
+        for fd in self._crew.watched:
+            self._selector.register(fd, selectors.EVENT_READ)
         self._notifier.say(READY=1, STATUS="relaying")
         self._accept_until_told()
         return self._stop(self._drain())
@@ -106,6 +114,7 @@ class Server:
         return min((due for due in dues if due is not None), default=None)
 
     def _keep_time(self) -> None:
+        self._acceptor.offer_again()
         if self._drift.due_s == 0:
             self._drift.look()
         if self._watchdog.due_s == 0:
@@ -127,13 +136,20 @@ class Server:
                 else:
                     self._reporter.metrics_now()
         else:
+            self._on_loss(self._crew.loss())
             for death in self._crew.replace_the_dead():
                 self._on_death(death)
 
+    def _on_loss(self, fate: str) -> None:
+        """Nobody can start workers any more. Those that run go on: to end them would cost the clients more."""
+        if fate:
+            about = "the connections go on, but a worker that dies has no successor: restart when it suits"
+            self._say("error", "error", f"the zygote, which starts workers, died ({fate}); {about}")
+
     def _on_death(self, death: Death) -> None:
         """Its connections are closed, the others are untouched; one that dies again and again ends the whole."""
-        self._died = self._died or not death.replaced
-        then = "a successor took its place" if death.replaced else "and its successors die at once: draining, then ending"
+        self._died = self._died or bool(death.obstacle)
+        then = f"{death.obstacle}: draining, then ending" if death.obstacle else "a successor took its place"
         about = f"worker {death.number} died ({death.fate}); {death.connections} connections closed; {then}"
         self._say("error", "error", about)
 
@@ -151,21 +167,45 @@ class Server:
     def _drain(self) -> int:
         """Close the listeners, let connections end; at the deadline or the next signal end them. How many were cut."""
         self._notifier.say(STOPPING=1, STATUS="draining")
+        deadline = time.monotonic() + self._config.drain_timeout_s
         for listener in self._ready.listeners:
-            while self._acceptor.accept(listener):
-                pass  # these clients have connected already: to close the listener would reset them
             if listener in self._selector.get_map():
                 self._selector.unregister(listener)
-            listener.close()
+            self._leave(listener, min(deadline, time.monotonic() + _LEAVE_S))
+        self._acceptor.give_up()
         active = metrics.active(self._ledger)
         self._reporter.say("drain", active_connections=active, drain_timeout_s=self._config.drain_timeout_s)
         self._crew.order(DRAIN)
-        deadline = time.monotonic() + self._config.drain_timeout_s
-        while self._crew.alive and len(self._ended_by) < 2 and time.monotonic() < deadline:
-            for key, _ in self._selector.select(max(0.0, min(0.05, deadline - time.monotonic()))):
-                self._on_word(key.fd)
-            self._keep_time()
+        while self._crew.alive and self._may_wait(deadline):
+            self._attend(max(0.0, min(0.05, deadline - time.monotonic())))
         return self._kill()
+
+    def _leave(self, listener: socket.socket, until: float) -> None:
+        """Take whoever has connected, or is about to on a shared port, and close: that would reset them."""
+        leaving = Leaving(listener, self._config.reuse_port)
+        self._take_all(leaving, until)
+        while not leaving.has_left and self._may_wait(until):
+            leaving.look()
+            self._attend(_LEAVE_PACE_S)
+            self._take_all(leaving, until)
+        listener.close()
+
+    def _take_all(self, leaving: Leaving, until: float) -> None:
+        """Those on a shared port can wait for room, since later ones go to another instance."""
+        while time.monotonic() < until and (leaving.is_alone or not self._acceptor.pause_s):
+            if self._acceptor.is_held_up:
+                self._attend(_LEAVE_PACE_S)
+            elif not self._acceptor.accept(leaving):
+                return
+
+    def _may_wait(self, until: float) -> bool:
+        return len(self._ended_by) < 2 and time.monotonic() < until
+
+    def _attend(self, patience_s: float) -> None:
+        """Signals, workers' ends and the clock, with the listeners out of the loop."""
+        for key, _ in self._selector.select(patience_s):
+            self._on_word(key.fd)
+        self._keep_time()
 
     def _kill(self) -> int:
         left = metrics.active(self._ledger)

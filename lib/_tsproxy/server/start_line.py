@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Tuple
 
 import _tsproxy
 from _tsproxy.config import Config, compact
+from _tsproxy.dataplane import pipes
 from _tsproxy.host import wakeup
 from _tsproxy.host.addresses import from_sockaddr
 from _tsproxy.server.startup import Ready
@@ -46,6 +47,7 @@ def _knobs(config: Config) -> List[str]:
         "keepalive_s": config.keepalive_s,
         "user_timeout_ms": config.user_timeout_ms,
         "buffer_size": config.buffer_size,
+        "zero_copy": "splice" if config.zero_copy == "auto" and pipes.HAS_SPLICE else "",
         "busy_poll_us": config.busy_poll_us,
         "cpus": compact(config.cpus),
         "sources": ",".join(config.sources),
@@ -59,6 +61,7 @@ def _knobs(config: Config) -> List[str]:
 def _limits(config: Config, nofile: int) -> List[str]:
     values: Tuple[Tuple[str, object], ...] = (
         ("max_connections", config.max_connections),
+        ("max_connections_per_client", config.max_connections_per_client),
         ("on_full", config.on_full),
         ("nofile", nofile),
         ("connect_timeout_s", config.connect_timeout_s),

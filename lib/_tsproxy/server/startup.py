@@ -6,6 +6,7 @@ address families, root is needed until the listeners are bound.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import pwd
@@ -16,7 +17,7 @@ from typing import List, Mapping, NamedTuple, Optional, Sequence, Tuple
 from _tsproxy import exits
 from _tsproxy.config import Config
 from _tsproxy.exits import Exit
-from _tsproxy.host import limits, privileges, sockets, systemd
+from _tsproxy.host import limits, privileges, reuseport, sockets, systemd
 from _tsproxy.host.addresses import Address
 from _tsproxy.runtime import seats
 from _tsproxy.runtime.spec import Plan, tuning_of
@@ -49,10 +50,12 @@ def prepare(config: Config, environment: Mapping[str, str]) -> Ready:
     inspector, lever = _require_policy(config, wanted_of(config, resolver))
     nofile = _raise_limits(config)
     sources = _require_sources(config)
-    listeners = _listeners(config, resolver, environment)
+    runtime = _runtime(config)
+    listeners = _listeners(config, resolver, environment)  # from here on clients may come to us: no refusal after it
+    _renounce(account)
     if account:
-        privileges.drop(account)
-    config = replace(config, runtime=_runtime(config))
+        runtime = _runtime(config)  # anew: it may have no right to read the Python that an interpreter starts from
+    config = replace(config, runtime=runtime)
     return Ready(Plan(config, sources, inspector.wanted, lever), listeners, resolver, inspector, nofile)
 
 
@@ -73,9 +76,8 @@ def _require_policy(config: Config, wanted: Wanted) -> Tuple[Inspector, Lever]:
 def _runtime(config: Config) -> str:
     """The runtime to use; auto is the best that works here, tried."""
     if config.runtime == "interpreters" and not seats.have_interpreters():
-        raise Exit(
-            exits.USAGE, "--runtime: given 'interpreters'; allowed: threads or processes (interpreters needs Python 3.13)"
-        )
+        needs = "interpreters needs Python 3.13, which --user may read"
+        raise Exit(exits.USAGE, f"--runtime: given 'interpreters'; allowed: threads or processes ({needs})")
     return seats.best() if config.runtime == "auto" else config.runtime
 
 
@@ -89,7 +91,21 @@ def _account(config: Config) -> Optional[pwd.struct_passwd]:
         raise Exit(exits.USAGE, f"--user: given {config.user!r}; allowed: a user of this host") from None
     if os.geteuid() not in (0, account.pw_uid):
         raise Exit(exits.USAGE, f"--user={config.user}: only root can become another user; start it as root or leave it out")
+    if account.pw_uid == 0:
+        raise Exit(exits.USAGE, f"--user: given {config.user!r}; allowed: a user that is not root")
     return account if os.geteuid() == 0 else None
+
+
+def _renounce(account: Optional[pwd.struct_passwd]) -> None:
+    """Become the user, if one was named. Without one, only gain no more rights, as far as Python and the kernel can."""
+    if account is None:
+        with contextlib.suppress(OSError):
+            privileges.gain_no_more()
+        return
+    try:
+        privileges.drop(account)
+    except (OSError, RuntimeError) as problem:
+        raise Exit(exits.FAILED, f"--user={account.pw_name}: root can't be dropped for good: {problem}") from None
 
 
 def _raise_limits(config: Config) -> int:
@@ -139,8 +155,9 @@ def _listeners(config: Config, resolver: Resolver, environment: Mapping[str, str
         listeners = [systemd.take(handed) for handed in systemd.inherited(environment, os.getpid())]
     except systemd.BadHandover as problem:
         raise Exit(exits.USAGE, str(problem)) from None
-    if listeners and config.listen_options:
-        raise Exit(exits.USAGE, f"{config.listen_options[0]}: given with LISTEN_FDS; allowed: only without inherited listeners")
+    ours = (*config.listen_options, *(["--reuse-port"] if config.reuse_port else []))
+    if listeners and ours:
+        raise Exit(exits.USAGE, f"{ours[0]}: given with LISTEN_FDS; allowed: only without inherited listeners")
     for listener in listeners:
         tuning_of(config).apply(listener)
     listeners = listeners or [_own_listener(config, resolver.addresses)]
@@ -153,10 +170,13 @@ def _own_listener(config: Config, upstreams: Sequence[Address]) -> socket.socket
     address = Address(_family(config.bind), config.bind, config.port)
     _refuse_loop(address, upstreams)
     try:
-        return sockets.listener(address, _BACKLOG, tuning_of(config), config.reuse_port)
+        listener = sockets.listener(address, _BACKLOG, tuning_of(config), config.reuse_port)
     except OSError as error:
         hint = _HINTS.get(error.errno or 0, "")
         raise Exit(exits.CANNOT_BIND, f"can't listen on {address}: {error.strerror}{hint}") from None
+    if config.reuse_port:
+        reuseport.spread(listener)
+    return listener
 
 
 def _refuse_loop(listening: Address, upstreams: Sequence[Address]) -> None:

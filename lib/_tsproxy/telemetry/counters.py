@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import mmap
 import os
+import sys
 from enum import IntEnum, auto
+from typing import Tuple
 
 from _tsproxy.telemetry import histogram
 
@@ -19,6 +21,7 @@ class Counter(IntEnum):
     ACCEPTED = 0
     OVERFLOW = auto()
     DENIED = auto()
+    CLIENT_OVERFLOW = auto()  # the client address has its share already
     ENDED = auto()
     RECEIVED_DOWNSTREAM = auto()
     RECEIVED_UPSTREAM = auto()
@@ -44,8 +47,9 @@ class Counter(IntEnum):
 
 RELAY = len(Counter)  # where the relay_us histogram starts in a row
 CONNECT = RELAY + histogram.SLOTS
-_SLOTS = CONNECT + histogram.SLOTS
-_ROW_BYTES = -(-_SLOTS * 8 // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages: no cache line has two writers
+# Where a worker's pairs start, one for a client address: its connections begun, and ended. The acceptor has none; in
+# their place stands how many there are, for who attaches.
+_CLIENTS = CONNECT + histogram.SLOTS
 
 ACCEPTOR_ROW, REPORTER_ROW, FIRST_WORKER_ROW = 0, 1, 2
 
@@ -59,14 +63,16 @@ class Ledger:
         size = os.fstat(fd).st_size
         self._map = mmap.mmap(fd, size)
         words = memoryview(self._map).cast("Q")
-        step = _ROW_BYTES // 8
-        self.rows = [words[start : start + _SLOTS] for start in range(0, size // 8, step)]
+        used, step = _widths(words[_CLIENTS])
+        self.rows = [words[start : start + used] for start in range(0, size // 8, step)]
 
     @classmethod
-    def create(cls, workers: int) -> Ledger:
-        """A new ledger, all zero, for an acceptor, a reporter and `workers` workers."""
+    def create(cls, workers: int, client_slots: int = 0) -> Ledger:
+        """A new ledger, all zero, for an acceptor, a reporter and `workers` workers; pages take memory once written."""
         fd = os.memfd_create("tsproxy-counters")
-        os.ftruncate(fd, (FIRST_WORKER_ROW + workers) * _ROW_BYTES)
+        os.ftruncate(fd, (FIRST_WORKER_ROW + workers) * _widths(client_slots)[1] * 8)
+        if client_slots:
+            os.pwrite(fd, client_slots.to_bytes(8, sys.byteorder), _CLIENTS * 8)
         return cls(fd)
 
     def worker(self, index: int) -> memoryview:
@@ -77,6 +83,30 @@ class Ledger:
         """One counter over all rows. Rows may move on while it adds up; each is read once."""
         return sum(row[counter] for row in self.rows)
 
+    def client_ended(self, pair: int) -> int:
+        """How many connections have ended of the client whose pair that is, over all workers."""
+        return sum(row[pair + 1] for row in self.rows[FIRST_WORKER_ROW:])
+
+    def write_off(self, worker: int) -> int:
+        """A dead worker's connections are closed: count them as ended; how many. Its row must have no other writer now."""
+        row = self.worker(worker)
+        lost = int(row[Counter.BEGUN] - row[Counter.ENDED])
+        row[Counter.ENDED] = row[Counter.BEGUN]
+        row[Counter.CONNECTS_ENDED] = row[Counter.CONNECTS]
+        row[_CLIENTS + 1 :: 2] = row[_CLIENTS::2]
+        return lost
+
     def histogram(self, start: int) -> histogram.Counts:
         """The histogram that starts at RELAY or CONNECT, over all workers."""
         return histogram.add(row[start : start + histogram.SLOTS].tolist() for row in self.rows[FIRST_WORKER_ROW:])
+
+
+def client_pair(slot: int) -> int:
+    """Where in a worker's row the pair of a client address stands: connections begun, and behind it connections ended."""
+    return _CLIENTS + 2 * slot
+
+
+def _widths(client_slots: int) -> Tuple[int, int]:
+    """How many words a row uses, and how many it takes: whole pages, so that no cache line has two writers."""
+    used, page = client_pair(client_slots), mmap.PAGESIZE // 8
+    return used, (used // page + 1) * page

@@ -11,6 +11,7 @@ _PLAIN = {
     "downstream_cx_total": Counter.ACCEPTED,
     "downstream_cx_overflow": Counter.OVERFLOW,
     "downstream_cx_denied": Counter.DENIED,
+    "downstream_client_cx_overflow": Counter.CLIENT_OVERFLOW,
     "downstream_cx_rx_bytes_total": Counter.RECEIVED_DOWNSTREAM,
     "upstream_cx_total": Counter.CONNECTS,
     "upstream_cx_rx_bytes_total": Counter.RECEIVED_UPSTREAM,

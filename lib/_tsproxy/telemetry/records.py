@@ -9,11 +9,13 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
+import sys
 import termios
-from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+import time
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 from _tsproxy.host import linux
-from _tsproxy.host.addresses import PACKED_SIZE, unpack
+from _tsproxy.host.addresses import PACKED_SIZE, is_packed, unpack
 from _tsproxy.telemetry.counters import Counter
 from _tsproxy.telemetry.endings import WORDS, Ending
 
@@ -88,18 +90,25 @@ class Notice(NamedTuple):
 
 
 Record = Union[Connection, Notice]
+_AT = {name: position for position, name in enumerate(Connection._fields)}
+_VERDICTS = (_AT["client_timestamps"], _AT["upstream_timestamps"])
+# What may be missing; -1 stands for None in a frame.
+_NUMBERS = (*_VERDICTS, *map(_AT.__getitem__, ("connect_us", "client_syn_tsval", "upstream_rtt_us", "upstream_retransmits")))
 
 
-def _maybe(value: Optional[int]) -> int:
-    return -1 if value is None else int(value)
+def _without_none(record: Connection) -> List[Any]:
+    values: List[Any] = list(record)
+    values[_AT["upstream"]] = record.upstream or _NOWHERE
+    for position in _NUMBERS:
+        if values[position] is None:
+            values[position] = -1
+    return values
 
 
 def encode(record: Record) -> bytes:
     """The frame of one record."""
     if isinstance(record, Connection):
-        values = [value if isinstance(value, bytes) else _maybe(value) for value in record]
-        values[4] = record.upstream or _NOWHERE
-        body, kind = _BODY.pack(*values), _CONNECTION
+        body, kind = _BODY.pack(*_without_none(record)), _CONNECTION
     else:
         text = record.message.encode("utf-8", "backslashreplace")[: _MOST - _HEAD.size - _NOTICE_BODY.size]
         body = _NOTICE_BODY.pack(record.worker, record.at_ns, NOTICE_LEVELS.index(record.level)) + text
@@ -108,11 +117,16 @@ def encode(record: Record) -> bytes:
 
 
 def decode(data: bytes) -> Tuple[List[Record], bytes]:
-    """The whole records in `data`, and the bytes of the last, cut one."""
+    """The whole records in `data`, and the bytes of the last, cut one.
+
+    A frame that no worker can have meant is a Notice that says so; behind one of no possible size, all is lost.
+    """
     found: List[Record] = []
     start = 0
     while len(data) - start >= _HEAD.size:
         size, kind = _HEAD.unpack_from(data, start)
+        if not _HEAD.size <= size <= _MOST:
+            return [*found, _unreadable(kind, data[start + _HEAD.size :])], b""
         if len(data) - start < size:
             break
         found.append(_decode_one(kind, data[start + _HEAD.size : start + size]))
@@ -121,16 +135,34 @@ def decode(data: bytes) -> Tuple[List[Record], bytes]:
 
 
 def _decode_one(kind: int, body: bytes) -> Record:
-    if kind == _NOTICE:
-        worker, at_ns, level = _NOTICE_BODY.unpack_from(body)
-        return Notice(worker, at_ns, NOTICE_LEVELS[level], body[_NOTICE_BODY.size :].decode("utf-8", "replace"))
+    try:
+        return _notice(body) if kind == _NOTICE else _connection(kind, body)
+    except (IndexError, ValueError, struct.error):
+        return _unreadable(kind, body)
+
+
+def _unreadable(kind: int, body: bytes) -> Notice:
+    worker = int.from_bytes(body[:2], sys.byteorder)  # first in either body
+    return Notice(worker, time.time_ns(), "error", f"a record can't be read: kind {kind}, {len(body)} bytes: {body[:64].hex()}")
+
+
+def _notice(body: bytes) -> Notice:
+    worker, at_ns, level = _NOTICE_BODY.unpack_from(body)
+    return Notice(worker, at_ns, NOTICE_LEVELS[level], body[_NOTICE_BODY.size :].decode("utf-8", "replace"))
+
+
+def _connection(kind: int, body: bytes) -> Connection:
     values = list(_BODY.unpack(body))
-    for position in (6, 10, 11, 12, 13, 14):
-        values[position] = None if values[position] == -1 else values[position]
-    for position in (10, 11):
-        values[position] = None if values[position] is None else bool(values[position])
-    values[4] = None if values[4] == _NOWHERE else values[4]
-    values[15] = Ending(values[15])
+    client, upstream = values[_AT["client"]], values[_AT["upstream"]]
+    if kind != _CONNECTION or not is_packed(client) or not (upstream == _NOWHERE or is_packed(upstream)):
+        raise ValueError
+    for position in _NUMBERS:
+        if values[position] == -1:
+            values[position] = None
+        elif position in _VERDICTS:
+            values[position] = bool(values[position])
+    values[_AT["upstream"]] = None if upstream == _NOWHERE else upstream
+    values[_AT["ending"]] = Ending(values[_AT["ending"]])
     return Connection(*values)
 
 

@@ -151,15 +151,16 @@ class BySysctl:
     def _has_random_offset(self, sock: socket.socket) -> bool:
         """Whether this connection's clock got the random offset that connect() gives it only while the sysctl is 1.
 
-        TCP_TIMESTAMP is CLOCK_MONOTONIC in ms as of the connection's last packet, plus the offset: without one it is
-        at most a little older than now. One random offset in 70,000 looks like that, too. A connection that counts
-        in microseconds (a route's feature) tells nothing.
+        TCP_TIMESTAMP is CLOCK_MONOTONIC in ms, as of now or, on some kernels, of the connection's last packet, plus the
+        offset: without one it is at most a little older than now. One random offset in 70,000 looks like that, too. A
+        connection that counts in microseconds (a route's feature) tells nothing.
         """
-        if sockets.counts_microseconds(sock):
-            return False
+        clock = sockets.timestamp_clock(sock)
+        # After it: a worker that is preempted between the two must not find a clock ahead of its own.
         now = (time.monotonic_ns() - self._clock_shift_ns) // 1_000_000
-        age = (now - sockets.timestamp_clock(sock)) % 2**32
-        return not (age <= _OLDEST_CLOCK_MS or age >= 2**32 - 2)
+        age = (now - clock) % 2**32
+        looks_random = _OLDEST_CLOCK_MS < age < 2**32 - 2
+        return looks_random and not sockets.counts_microseconds(sock)
 
 
 class ByRules:
@@ -173,7 +174,10 @@ class ByRules:
         self._held_at = -_FRESH_NS
 
     def may_connect(self) -> bool:
-        """Only if a witness no older than 100 ms fits; makes one if need be, which takes some 50 us a family."""
+        """Only if a witness no older than 100 ms fits; makes one if need be, which takes some 50 us a family.
+
+        OSError if there is no descriptor for one.
+        """
         now = time.monotonic_ns()
         if now - self._held_at > _FRESH_NS:
             if self._inspector.look().lever is None:

@@ -10,7 +10,8 @@ from typing import Iterator, List, NamedTuple, Optional, Tuple
 
 EOL, NOP, MSS, WINDOW_SCALE, SACK_PERMITTED, TIMESTAMP = 0, 1, 2, 3, 4, 8
 _TCP = 6
-_EXTENSIONS = frozenset({0, 43, 60})  # IPv6 hop-by-hop, routing, destination options: length in the second byte
+_FRAGMENT = 44  # 8 bytes, no length of its own. The kernel keeps it where the fragment is the whole packet (RFC 6946).
+_EXTENSIONS = frozenset({0, 43, _FRAGMENT, 60})  # IPv6 hop-by-hop, routing, destination options: length in the second byte
 _NAMES = {EOL: "eol", NOP: "nop", MSS: "mss", WINDOW_SCALE: "wscale", SACK_PERMITTED: "sackOK", TIMESTAMP: "TS"}
 
 
@@ -64,8 +65,8 @@ def offered_tsval(headers: bytes) -> Optional[int]:
 def _tcp_start(headers: bytes) -> int:
     """Where the TCP header begins behind an IPv4 or IPv6 header."""
     version = headers[0] >> 4 if headers else 0
-    if version == 4 and len(headers) >= 20 and headers[9] == _TCP:
-        return max(20, (headers[0] & 15) * 4)
+    if version == 4 and len(headers) >= 20 and headers[9] == _TCP and headers[0] & 15 >= 5:
+        return (headers[0] & 15) * 4
     if version == 6 and len(headers) >= 40:
         return _behind_extensions(headers)
     raise Malformed("no IPv4 or IPv6 header with TCP in it")
@@ -73,8 +74,11 @@ def _tcp_start(headers: bytes) -> int:
 
 def _behind_extensions(headers: bytes) -> int:
     following, at = headers[6], 40
-    while following in _EXTENSIONS and at + 2 <= len(headers):
-        following, at = headers[at], at + 8 + headers[at + 1] * 8
+    while following in _EXTENSIONS and at + 8 <= len(headers):
+        if following == _FRAGMENT and int.from_bytes(headers[at + 2 : at + 4], "big") >> 3:
+            raise Malformed("a later fragment, whose TCP header is in the first")
+        units = 0 if following == _FRAGMENT else headers[at + 1]
+        following, at = headers[at], at + 8 + units * 8
     if following != _TCP:
         raise Malformed("no TCP header behind the IPv6 headers")
     return at

@@ -38,10 +38,15 @@ class Witness:
         self._listeners: Dict[int, socket.socket] = {}
 
     def look(self) -> Dict[int, Syn]:
-        """Family -> the SYN as it left just now. NoWitness if it can't be made; blocks for a quarter second at most."""
+        """Family -> the SYN as it left just now. NoWitness if it can't be made; blocks for a quarter second at most.
+
+        OSError where there is no descriptor or memory for it (EMFILE and friends): that tells nothing of timestamps.
+        """
         try:
             return {family: self._look(family) for family in self._families}
         except OSError as error:
+            if error.errno in linux.CAPACITY:
+                raise
             if error.errno in _LO_DOWN or not namespaces.is_up("lo"):
                 raise NoWitness(f"the loopback interface is down ({error.strerror}); to raise it: ip link set lo up") from None
             raise NoWitness(f"the witness connection on loopback failed: {error.strerror or error}") from None

@@ -1,11 +1,27 @@
-"""`generate KIND`: the one-time set-up that makes the policy hold, as text to read, to load and to undo."""
+"""`generate KIND`: the one-time set-up that makes the policy hold, or what ships the lines, as text to read, load and undo."""
 
 from __future__ import annotations
 
 from typing import Callable, Mapping
 
 from _tsproxy import exits
-from _tsproxy.commands.generate import docker, kubernetes, netns, nftables, systemd
+from _tsproxy.commands.generate import (
+    alloy,
+    docker,
+    fields,
+    filebeat,
+    fluent_bit,
+    journald,
+    kubernetes,
+    logrotate,
+    netns,
+    nftables,
+    promtail,
+    rsyslog,
+    syslog_ng,
+    systemd,
+    vector,
+)
 from _tsproxy.config import Config
 from _tsproxy.exits import Exit
 
@@ -16,13 +32,32 @@ KINDS: Mapping[str, Callable[[Config], str]] = {
     "docker": docker.text,
     "kubernetes": kubernetes.text,
 }
+SHIPPERS: Mapping[str, Callable[[], str]] = {
+    "rsyslog": rsyslog.text,
+    "syslog-ng": syslog_ng.text,
+    "vector": vector.text,
+    "fluent-bit": fluent_bit.text,
+    "filebeat": filebeat.text,
+    "promtail": promtail.text,
+    "alloy": alloy.text,
+    "journald": journald.text,
+    "logrotate": logrotate.text,
+    "fields": fields.text,
+}
+"""What goes with the lines, whatever the proxy is asked for: these take no option."""
 REWRITING = "nftables"  # the only kind that can: the others turn the option off where it is made
+
+
+def ship(kind: str) -> int:
+    """Print the configuration of that shipper."""
+    print(SHIPPERS[kind](), end="")
+    return exits.DRAINED
 
 
 def run(kind: str, config: Config) -> int:
     """Print the set-up of that kind for what `config` asks. Exit 2 for a kind that is none or can't do it."""
     if kind not in KINDS:
-        raise Exit(exits.USAGE, f"KIND: given {kind!r}; allowed: {' or '.join(KINDS)}")
+        raise Exit(exits.USAGE, f"KIND: given {kind!r}; allowed: {' or '.join(KINDS)}; {' or '.join(SHIPPERS)} alone")
     _require_mode(kind, config.timestamps)
     if kind != REWRITING:
         _require_port(kind, config.port)

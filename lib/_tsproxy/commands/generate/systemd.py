@@ -82,6 +82,8 @@ ExecStart=/usr/bin/python3 -I -S /usr/local/bin/tsproxy @OPTIONS@
 @USER@
 StandardOutput=journal
 StandardError=journal
+# Else it would be python3, and no syslog rule for tsproxy would fit.
+SyslogIdentifier=tsproxy
 # One line for each connection: none shall be held back.
 LogRateLimitIntervalSec=0
 
@@ -127,8 +129,12 @@ UMask=0077
 SystemCallArchitectures=native
 SystemCallErrorNumber=EPERM
 SystemCallFilter=@system-service
-SystemCallFilter=~@privileged @resources
+# SECURITY.md lists what is used; of the rest, what would help an intruder most is left out.
+SystemCallFilter=~@privileged @resources @aio @keyring @setuid
+SystemCallFilter=~kcmp process_vm_readv process_vm_writev setns unshare userfaultfd
 @PIN@
+# No core file: there could be an order in it.
+LimitCORE=0
 
 [Install]
 WantedBy=multi-user.target

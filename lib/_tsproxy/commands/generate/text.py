@@ -11,6 +11,9 @@ from typing import Any, Iterator, List, Sequence
 import _tsproxy
 from _tsproxy.config import OPTIONS, REPEATED, Config
 
+DIRECTORY = "/var/log/tsproxy"
+LINES_FILE = f"{DIRECTORY}/tsproxy.json"  # where a shipper finds the lines
+ECS_FILE = f"{DIRECTORY}/ecs.json"  # and where it puts them
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Config)}
 
 

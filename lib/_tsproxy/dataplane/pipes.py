@@ -1,0 +1,103 @@
+"""Pipes for splice(2), which moves bytes from socket to socket without copying them: a few for each worker, of one size.
+
+Knows the limits that the kernel sets on pipes (pipe(7), /proc/sys/fs/pipe-*). Where there is no pipe to be had, or no
+os.splice (before Python 3.10), take() says so, and the caller copies.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+from typing import List, Optional
+
+from _tsproxy.host import linux
+from _tsproxy.host.limits import PIPES_A_WORKER
+
+HAS_SPLICE = hasattr(os, "splice")
+SIZE = 1 << 20  # bytes; fs.pipe-max-size, what an unprivileged process may ask for
+_FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK if HAS_SPLICE else 0
+_SPARE = 2
+_PAUSE_NS = 1_000_000_000  # after a refusal
+
+
+class Pipe:
+    """One pipe and how much is in it. A `Held` while the sink does not take it all."""
+
+    __slots__ = ("_reader", "_writer", "left")
+
+    def __init__(self, reader: int, writer: int) -> None:
+        """Adopt the two ends, which close() closes."""
+        self._reader, self._writer = reader, writer
+        self.left = 0
+
+    def fill(self, source: socket.socket) -> int:
+        """Move in what the source has, as far as there is room; how much, 0 at end of file. OSError as recv(2) gives it."""
+        received: int = os.splice(source.fileno(), self._writer, SIZE, flags=_FLAGS)
+        self.left += received
+        return received
+
+    def send(self, sink: socket.socket) -> int:
+        """Move out what the sink takes; how many bytes. OSError as sendto(2) gives it."""
+        sent: int = os.splice(self._reader, sink.fileno(), self.left, flags=_FLAGS)
+        self.left -= sent
+        return sent
+
+    def release(self) -> None:
+        """Nothing: the pipe stays with its stream."""
+
+    def close(self) -> None:
+        """Close both ends; what is in it is lost."""
+        os.close(self._reader)
+        os.close(self._writer)
+
+
+class Pipes:
+    """The pipes of one worker."""
+
+    def __init__(self) -> None:
+        self._spare: List[Pipe] = []
+        self._lent = 0
+        self._not_before = 0
+
+    def take(self) -> Optional[Pipe]:
+        """An empty pipe; None if all are in use or the kernel gave none (then it is not asked again for a second)."""
+        if self._lent >= PIPES_A_WORKER or time.monotonic_ns() < self._not_before:
+            return None
+        pipe = self._spare.pop() if self._spare else _create()
+        if pipe is None:
+            self._not_before = time.monotonic_ns() + _PAUSE_NS
+        else:
+            self._lent += 1
+        return pipe
+
+    def give(self, pipe: Pipe) -> None:
+        """Take a pipe back. One with bytes in it is closed: they are not for the next connection."""
+        self._lent -= 1
+        if pipe.left or len(self._spare) >= _SPARE:
+            pipe.close()
+        else:
+            self._spare.append(pipe)
+
+    def close(self) -> None:
+        """Close the spare ones."""
+        while self._spare:
+            self._spare.pop().close()
+
+
+def _create() -> Optional[Pipe]:
+    """A pipe of SIZE; None without a descriptor, or beyond the user's quota (fs.pipe-user-pages-soft): a small one is slow."""
+    if not HAS_SPLICE:
+        return None
+    try:
+        reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    pipe = Pipe(reader, writer)
+    try:
+        fcntl.fcntl(writer, linux.F_SETPIPE_SZ, SIZE)
+    except OSError:
+        pipe.close()
+        return None
+    return pipe

@@ -1,0 +1,332 @@
+"""The share of each client address: right whatever order connections end in, whoever dies, and in bounded memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import socket
+from collections import deque
+from typing import Any, Deque, Iterator, List, Tuple
+
+import pytest
+from _tsproxy import config
+from _tsproxy.dataplane.inbox import MOST_UPSTREAMS, Entry
+from _tsproxy.host.addresses import pack, without_port
+from _tsproxy.server.acceptor import Acceptor
+from _tsproxy.server.clients import Clients, slots_for
+from _tsproxy.telemetry.counters import Counter, Ledger, client_pair
+from harness import PATIENCE, Exchange, Proxy, receive_exactly, reset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_runtime import begin as begin
+from test_runtime import workers_of
+from test_startup import first_free
+
+WORKERS, LIMIT, MOST = 3, 2, 4
+V4, V6 = socket.AF_INET, socket.AF_INET6
+
+
+def four(number: int, port: int = 1) -> bytes:
+    return pack(V4, (f"192.0.2.{number}", port))
+
+
+class Model:
+    """The acceptor and its workers, as the limit sees them, beside a plain account of what should be open."""
+
+    def __init__(self, most: int = MOST, limit: int = LIMIT) -> None:
+        slots = slots_for(most, limit)
+        self.ledger = Ledger.create(WORKERS, slots)
+        self.rows = [Ledger(self.ledger.fd).worker(worker) for worker in range(WORKERS)]  # as a worker maps its own
+        self.clients = Clients(self.ledger, slots, limit)
+        self.most, self.limit = most, limit
+        self.waiting: List[Deque[Tuple[int, int]]] = [deque() for _ in range(WORKERS)]  # (client, pair) in an inbox
+        self.begun: List[Deque[Tuple[int, int]]] = [deque() for _ in range(WORKERS)]
+        self.peak = 0
+
+    def open(self, client: int) -> int:
+        return sum(owner == client for worker in (*self.waiting, *self.begun) for owner, _ in worker)
+
+    def arrive(self, client: int, worker: int) -> None:
+        """A client comes, as far as --max-connections lets it; it gets in exactly if its share is not used up."""
+        if sum(map(len, (*self.waiting, *self.begun))) == self.most:
+            return
+        pair = self.clients.enter(four(client, 1000 + worker))
+        assert (pair is not None) == (self.open(client) < self.limit)
+        if pair is not None:
+            self.waiting[worker].append((client, pair))
+
+    def nobody_takes(self, client: int) -> None:
+        """As above, but every inbox is full."""
+        before = self.open(client)
+        if before < self.limit and sum(map(len, (*self.waiting, *self.begun))) < self.most:
+            assert self.clients.enter(four(client)) is not None
+            self.clients.leave(four(client))
+
+    def take(self, worker: int) -> None:
+        if self.waiting[worker]:
+            client, pair = self.waiting[worker].popleft()
+            self.rows[worker][pair] += 1
+            self.begun[worker].append((client, pair))
+
+    def end(self, worker: int, which: int) -> None:
+        if self.begun[worker]:
+            self.begun[worker].rotate(which)
+            self.rows[worker][self.begun[worker].popleft()[1] + 1] += 1
+
+    def die(self, worker: int) -> None:
+        """What it had begun is closed; what waits in its inbox is its successor's."""
+        self.ledger.write_off(worker)
+        self.begun[worker].clear()
+
+    def close(self) -> None:
+        fd = self.ledger.fd
+        self.rows.clear()
+        vars(self.ledger).clear()
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def model(**sizes: int) -> Iterator[Model]:
+    made = Model(**sizes)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+CLIENT = st.one_of(st.integers(0, 1), st.integers(0, 9))  # two that come often, and more than there are slots
+WORKER = st.integers(0, WORKERS - 1)
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("arrive"), CLIENT, WORKER),
+        st.tuples(st.just("nobody_takes"), CLIENT),
+        st.tuples(st.just("take"), WORKER),
+        st.tuples(st.just("end"), WORKER, st.integers(0, 3)),
+        st.tuples(st.just("die"), WORKER),
+    ),
+    min_size=50,
+    max_size=200,
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(STEPS)
+def test_a_client_gets_in_exactly_while_it_has_less_than_its_share(steps: List[Tuple[Any, ...]]) -> None:
+    """Many more clients than slots, in any order of opens, ends and deaths of workers."""
+    with model() as world:
+        for step, *arguments in steps:
+            getattr(world, step)(*arguments)
+
+
+def test_a_client_that_comes_back_after_another_got_its_slot_has_a_slot_of_its_own() -> None:
+    with model(limit=1) as world:
+        for client in range(slots_for(MOST, 1) + 1):  # the last one takes over the first vacant slot
+            world.arrive(client, 0)
+            world.take(0)
+            if client < slots_for(MOST, 1):
+                world.end(0, 0)
+        last = slots_for(MOST, 1)
+        for client in range(3):
+            world.arrive(client, 1)
+        assert world.clients.enter(four(last)) is None
+        assert [world.open(client) for client in (0, 1, 2, last)] == [1, 1, 1, 1]
+
+
+def test_a_thousand_clients_one_after_the_other_need_no_more_slots_than_the_table_has() -> None:
+    with model() as world:
+        for client in range(1000):
+            pair = world.clients.enter(pack(V4, (f"10.0.{client // 250}.{client % 250}", 1)))
+            assert pair is not None
+            assert client_pair(0) <= pair < client_pair(slots_for(MOST, LIMIT))
+            world.rows[client % WORKERS][pair] += 1
+            world.rows[client % WORKERS][pair + 1] += 1
+
+
+def test_where_every_slot_has_connections_a_new_client_is_refused_not_miscounted() -> None:
+    with model(most=2) as world:
+        slots = slots_for(2, LIMIT)
+        assert all(world.clients.enter(four(number)) is not None for number in range(slots))
+        assert world.clients.enter(four(slots)) is None
+        assert world.clients.enter(four(0)) is not None
+
+
+def test_without_a_limit_nothing_is_counted_and_no_memory_is_set_aside() -> None:
+    assert slots_for(1_000_000, 0) == 0
+    with model(limit=0) as world:
+        assert [world.clients.enter(four(1)) for _ in range(50)] == [0] * 50
+        world.clients.leave(four(1))
+        assert len(world.rows[0]) == client_pair(0)
+
+
+def test_a_mapped_address_is_the_ipv4_client_and_ports_do_not_matter() -> None:
+    assert without_port(pack(V6, ("::ffff:192.0.2.7", 5, 0, 0))) == without_port(four(7, 6))
+    assert without_port(pack(V6, ("2001:db8::1", 5, 0, 0))) == without_port(pack(V6, ("2001:db8::1", 6, 0, 0)))
+
+
+@pytest.mark.parametrize("other", [("2001:db8::2", 5, 0, 0), ("fe80::1", 5, 0, 2)])
+def test_another_address_or_another_zone_is_another_client(other: Any) -> None:
+    ours = ("fe80::1", 5, 0, 1) if other[0] == "fe80::1" else ("2001:db8::1", 5, 0, 0)
+    assert without_port(pack(V6, ours)) != without_port(pack(V6, other))
+
+
+def test_a_write_off_touches_the_dead_workers_row_alone() -> None:
+    with model() as world:
+        for row in world.rows:
+            row[Counter.BEGUN], row[client_pair(1)] = 5, 5
+            row[Counter.ENDED], row[client_pair(1) + 1] = 2, 2
+        assert world.ledger.write_off(1) == 3
+        assert [row[client_pair(1) + 1] for row in world.rows] == [2, 5, 2]
+        assert world.ledger.client_ended(client_pair(1)) == 9
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, MOST_UPSTREAMS))
+def test_the_pair_goes_over_to_the_worker(pair: int, upstreams: int) -> None:
+    entry = Entry(0, 5, 7, 9, four(1), bytes(24) * upstreams, pair)
+    assert Entry.decode(entry.encode()) == entry
+
+
+class FullCrew:
+    """Workers whose inboxes take nothing while `full`, and keep what they take."""
+
+    def __init__(self) -> None:
+        self.full, self.taken = True, []  # type: ignore[var-annotated]
+
+    def hand(self, entry: Entry) -> bool:
+        if not self.full:
+            self.taken.append(socket.socket(fileno=entry.fd))
+        return not self.full
+
+
+def test_a_client_that_no_worker_takes_keeps_its_share() -> None:
+    """It waits for room in an inbox; reset at last, it has used up nothing."""
+    crew: Any = FullCrew()
+    wanted = config.Config(targets=(), max_connections_per_client=1)
+    with model(limit=1) as world, socket.create_server(("127.0.0.1", 0)) as listener:
+        acceptor = Acceptor(wanted, crew, world.ledger, world.clients, lambda: b"", lambda why: None)
+        for crew.full in (True, True, False):
+            with socket.create_connection(listener.getsockname(), PATIENCE) as client:
+                assert acceptor.accept(listener)
+                acceptor.give_up()
+                if crew.full:
+                    with pytest.raises(ConnectionResetError):
+                        client.recv(1)
+        assert len(crew.taken) == 1
+        crew.taken.pop().close()
+        del acceptor
+
+
+# From outside, under each runtime
+
+
+def held(proxy: Proxy, count: int) -> List[socket.socket]:
+    clients = [proxy.connect() for _ in range(count)]
+    for client in clients:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+    return clients
+
+
+def works(proxy: Proxy, **options: Any) -> None:
+    with proxy.connect(**options) as client:
+        client.sendall(b"order")
+        assert receive_exactly(client, 5) == b"order"
+
+
+def test_each_address_has_its_share_and_gets_it_back(begin: Any, echoing: Exchange) -> None:
+    proxy = begin(echoing, "--workers=2", "--max-connections-per-client=3")
+    assert "max_connections_per_client=3" in proxy.line("start")["limits"]
+    clients = held(proxy, 3)
+    for _ in range(2):
+        proxy.expect_reset()
+    works(proxy, source_address=("127.0.0.2", 0))
+    metrics = proxy.wait_metrics(lambda line: line["downstream_cx_active"] == 3)
+    assert (metrics["downstream_client_cx_overflow"], metrics["downstream_cx_overflow"]) == (2, 0)
+    clients.pop().close()
+    reset(clients.pop())
+    proxy.wait_metrics(lambda line: line["downstream_cx_active"] == 1)
+    clients += held(proxy, 2)
+    proxy.expect_reset()
+    for client in clients:
+        client.close()
+    assert proxy.stop() == 0
+    assert proxy.count("connection") == 6
+
+
+def test_connections_that_never_reach_the_exchange_give_their_place_back(begin: Any) -> None:
+    far = Exchange()
+    far.close()  # it refuses from now on
+    proxy = begin(far, "--workers=2", "--max-connections-per-client=1")
+    for ended in range(1, 6):
+        proxy.expect_reset()
+        metrics = proxy.wait_metrics(lambda line: line["downstream_cx_active"] == 0)
+        assert metrics["downstream_cx_total"] == ended
+    assert metrics["downstream_client_cx_overflow"] == 0
+
+
+def test_with_queue_a_client_beyond_its_share_is_reset_not_queued(start: Any, echoing: Exchange) -> None:
+    proxy = start(echoing, "--max-connections=10", "--on-full=queue", "--max-connections-per-client=1")
+    with held(proxy, 1)[0]:
+        proxy.expect_reset()
+        works(proxy, source_address=("127.0.0.2", 0))
+
+
+def test_ipv4_clients_of_an_ipv6_listener_are_counted_with_their_ipv4_address(start: Any, echoing: Exchange) -> None:
+    proxy = start(echoing, "--bind=::", "--max-connections-per-client=1")
+    port = proxy.address[1]
+    with socket.create_connection(("127.0.0.1", port)) as first:
+        first.sendall(b"x")
+        assert first.recv(1) == b"x"
+        with pytest.raises(ConnectionResetError), socket.create_connection(("127.0.0.1", port)) as second:
+            second.recv(1)
+        with socket.create_connection(("::1", port)) as other:
+            other.sendall(b"x")
+            assert other.recv(1) == b"x"
+
+
+def test_a_killed_workers_clients_get_their_places_back(start: Any, echoing: Exchange) -> None:
+    proxy = start(echoing, "--runtime=processes", "--workers=2", "--max-connections-per-client=4")
+    clients = held(proxy, 4)
+    proxy.expect_reset()
+    os.kill(workers_of(proxy)[0], signal.SIGKILL)
+    assert "2 connections closed" in proxy.line("error")["message"]
+    clients += held(proxy, 2)
+    proxy.expect_reset()
+    for client in clients:
+        client.close()
+    proxy.wait_metrics(lambda line: line["downstream_cx_active"] == 0)
+    for client in held(proxy, 4):
+        client.close()
+
+
+def test_clients_that_wait_in_a_dead_workers_inbox_keep_their_places(start: Any, echoing: Exchange) -> None:
+    proxy = start(echoing, "--runtime=processes", "--workers=1", "--max-connections-per-client=3")
+    clients = held(proxy, 1)
+    (worker,) = workers_of(proxy)
+    os.kill(worker, signal.SIGSTOP)
+    clients += [proxy.connect() for _ in range(2)]
+    proxy.expect_reset()  # so the two before it have been accepted
+    os.kill(worker, signal.SIGKILL)
+    assert "1 connections closed" in proxy.line("error")["message"]
+    for client in clients[1:]:
+        client.sendall(b"y")
+        assert client.recv(1) == b"y"
+    clients += held(proxy, 1)
+    proxy.expect_reset()
+    for client in clients:
+        client.close()
+
+
+def test_a_client_whose_descriptor_a_worker_can_not_get_gives_its_place_back(start: Any, echoing: Exchange) -> None:
+    proxy = start(echoing, "--runtime=processes", "--workers=1", "--max-connections-per-client=1")
+    works(proxy)
+    proxy.wait_metrics(lambda line: line["downstream_cx_active"] == 0)
+    (worker,) = workers_of(proxy)
+    old = resource.prlimit(worker, resource.RLIMIT_NOFILE, (first_free(worker, sockets=1), 20000))
+    proxy.expect_end()
+    assert "LimitNOFILE" in proxy.line("error")["message"]
+    resource.prlimit(worker, resource.RLIMIT_NOFILE, old)
+    proxy.wait_metrics(lambda line: line["downstream_cx_active"] == 0)
+    works(proxy)
+    assert proxy.metrics()["downstream_client_cx_overflow"] == 0
