@@ -1,0 +1,290 @@
+"""The system calls that SECURITY.md lists are enough for a whole life, and nothing else is asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any, FrozenSet, Iterator, List, Sequence
+
+import pytest
+from conftest import CHECKOUT
+from harness import PATIENCE, ROOT, Exchange, Proxy, echo, pythons, receive_all, receive_exactly, reset
+from namespaces import Namespace, require_root
+from test_security import for_everybody, statuses
+
+PYTHON = dict(pythons())
+LAUNCHER = str(Path(__file__).with_name("seccomp_launcher.py"))
+TEXT = (ROOT / "SECURITY.md").read_text()
+
+
+def block(title: str) -> str:
+    found = re.search(rf"<!-- {title} -->\n```\n(.*?)```", TEXT, re.S)
+    assert found, title
+    return found[1]
+
+
+def listed(*titles: str) -> FrozenSet[str]:
+    return frozenset(name for title in titles for name in block(f"system calls: {title}").split())
+
+
+RELAYING, STARTING, OTHERS = listed("relaying"), listed("starting"), listed("other names")
+FOR_USER = frozenset(block("system calls: starting").splitlines()[-1].split())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def libseccomp() -> None:
+    try:
+        ctypes.CDLL("libseccomp.so.2")
+    except OSError:
+        message = "LOUD: no libseccomp.so.2: that the documented system calls are enough is NOT tested here"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+
+
+def test_each_call_is_listed_once_in_order_and_is_one() -> None:
+    library = ctypes.CDLL("libseccomp.so.2")
+    assert not RELAYING & STARTING
+    assert not (RELAYING | STARTING) & OTHERS
+    for title in ("relaying", "starting", "other names"):
+        lines = block(f"system calls: {title}").splitlines()
+        parts = [lines[:-1], lines[-1:]] if title == "starting" else [lines]
+        for part in parts:
+            assert part
+            assert " ".join(part).split() == sorted(set(" ".join(part).split()))
+    for name in RELAYING | STARTING | OTHERS:
+        assert library.seccomp_syscall_resolve_name(name.encode()) != -1, name
+
+
+@contextlib.contextmanager
+def calls(tmp_path: Path, names: FrozenSet[str]) -> Iterator[str]:
+    file = tmp_path / "calls"
+    file.write_text("\n".join(names))
+    yield str(file)
+
+
+# A life
+
+
+def live(proxy: Proxy, far: Exchange, space: Namespace, confine: Any = lambda: None) -> None:
+    """Relay in all ways, drift, a worker's death where it is a process, drain."""
+    with space:
+        proxy.line("start")
+        confine()
+        connect = proxy.connect
+        for _ in range(4):
+            with connect() as client:
+                client.sendall(b"order")
+                assert receive_exactly(client, 5) == b"order"
+            reset(connect())
+        pour(connect())
+        with connect() as client:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+            with pytest.raises(ConnectionResetError):
+                client.recv(1)  # --idle-timeout
+        assert {status["Seccomp"] for status in statuses(proxy)} == {"2"}
+        drift(proxy, space)
+        lose_a_worker(proxy)
+        proxy.wait_metrics(lambda line: line["downstream_cx_active"] == 0)
+        with connect() as client:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+            proxy.process.send_signal(signal.SIGTERM)
+            proxy.line("drain")
+            client.sendall(b"y")
+            assert client.recv(1) == b"y"
+    assert proxy.wait() == 0, proxy.stderr()
+    far.close()
+
+
+def pour(client: Any) -> None:
+    """16 MiB there and back, so that splice(2) is taken where tsproxy has it, with the reader too slow at first."""
+    block_ = bytes(1 << 16)
+
+    def send() -> None:
+        for _ in range(256):
+            client.sendall(block_)
+        client.shutdown(1)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    assert len(receive_all(client)) == 16 << 20
+    sender.join()
+    client.close()
+
+
+def drift(proxy: Proxy, space: Namespace) -> None:
+    if proxy.line("start")["witness"] != "sysctl":
+        return
+    space.sysctl("tcp_timestamps", "1")
+    proxy.line("timestamps_drift")
+    proxy.expect_reset()
+    space.sysctl("tcp_timestamps", "0")
+    proxy.line("timestamps_drift", lambda line: line["level"] == "info")
+
+
+def lose_a_worker(proxy: Proxy) -> None:
+    if proxy.line("start")["runtime"] != "processes":
+        return
+    _zygote, worker, *_ = proxy.family()[1:]
+    os.kill(worker, signal.SIGKILL)
+    proxy.line("error")
+
+
+def kinds() -> Iterator[Any]:
+    """Each runtime on the oldest and the newest Python that has it."""
+    versions = list(PYTHON)
+    usable = {"threads": versions, "processes": versions, "interpreters": [v for v in versions if v == "3.13"]}
+    for kind, those in usable.items():
+        for version in dict.fromkeys(those[:1] + those[-1:]):
+            yield pytest.param(kind, version, id=f"{kind}-{version}")
+
+
+OPTIONS = ["--timestamps=strip", "-p0", "--workers=2", "--metrics-interval=0.2", "--idle-timeout=1", "--reuse-port"]
+OPTIONS += ["--max-connections-per-client=500", "--cpus=0"] if os.cpu_count() == 1 else ["--max-connections-per-client=500"]
+
+
+@pytest.fixture
+def clean() -> Iterator[Namespace]:
+    require_root()
+    with contextlib.closing(Namespace(tcp_timestamps="0")) as space:
+        yield space
+
+
+@pytest.mark.parametrize(("kind", "version"), list(kinds()))
+@pytest.mark.parametrize("user", ["", "nobody"])
+def test_a_whole_life_needs_no_other_call(
+    kind: str, version: str, user: str, clean: Namespace, bundle: Path, tmp_path: Path
+) -> None:
+    """As systemd does it: the filter comes before execve(2), and all that comes from there is under it."""
+    with clean:
+        far = Exchange(echo)
+    allowed = RELAYING | STARTING - (frozenset() if user else FOR_USER)
+    with calls(tmp_path, allowed) as names, for_everybody(PYTHON[version], bundle) as command:
+        prefix = [*clean.enter, *command[:8], sys.executable, "-I", "-S", LAUNCHER, names, "exec"]
+        options = ["-t", far.target.replace("127.0.0.1", "localhost"), f"--runtime={kind}", *OPTIONS]
+        proxy = Proxy([*prefix, *command[8:]], *options, *([f"--user={user}"] if user else []))
+        with contextlib.closing(proxy):
+            live(proxy, far, clean)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ("threads", "interpreters") if kind == "threads" or "3.13" in PYTHON])
+def test_once_it_relays_the_calls_that_start_it_may_be_forbidden(
+    kind: str, clean: Namespace, bundle: Path, tmp_path: Path
+) -> None:
+    """The filter comes to each thread after the `start` line. (Processes have workers that it can't be put upon then.)"""
+    with clean:
+        far = Exchange(echo)
+    go, end = os.pipe()
+    with calls(tmp_path, RELAYING) as names:
+        python = PYTHON["3.13"] if kind == "interpreters" else sys.executable
+        command = [*clean.enter, python, "-I", "-S", LAUNCHER, names, str(go), str(bundle), "-t", far.target]
+        proxy = Proxy(command, f"--runtime={kind}", *OPTIONS, pass_fds=[go])
+        os.close(go)
+
+        def confine() -> None:
+            with proxy.connect() as client:  # both workers have begun
+                client.sendall(b"x")
+                assert client.recv(1) == b"x"
+            os.close(end)
+            assert proxy.process.stderr
+            assert proxy.process.stderr.readline() == b"confined\n"
+
+        with contextlib.closing(proxy):
+            live(proxy, far, clean, confine)
+
+
+def test_nftables_as_the_lever_needs_no_other_call(bundle: Path, tmp_path: Path) -> None:
+    require_root()
+    rules = subprocess.run([*CHECKOUT, "generate", "nftables", "-ta:1"], capture_output=True, text=True, check=True).stdout
+    with contextlib.closing(Namespace()) as space, calls(tmp_path, RELAYING | STARTING) as names:
+        space.run("nft", "-f", "-", input=rules)
+        with space:
+            far = Exchange(echo)
+        words = [*space.enter, sys.executable, "-I", "-S", LAUNCHER, names, "exec", sys.executable, "-I", "-S", str(bundle)]
+        with contextlib.closing(Proxy(words, "-t", far.target, *OPTIONS)) as proxy:
+            assert proxy.line("start")["witness"] == "nftables"
+            live(proxy, far, space)
+
+
+OUTSIDE = {
+    "ptrace": "ctypes.CDLL(None).ptrace(0, 0, 0, 0)",
+    "execve": "os.execv('/bin/true', ['true'])",
+    "unlink": "os.unlink('/nothing')",
+    "kill": "os.kill(os.getpid(), 0)",
+    "setsid": "os.setsid()",
+}
+
+
+@pytest.mark.parametrize("call", OUTSIDE)
+def test_a_call_that_is_not_listed_ends_the_process(call: str, tmp_path: Path) -> None:
+    """What shows that the filter of the tests above is one."""
+    script = tmp_path / "outside.py"
+    script.write_text(
+        f"import ctypes, os, sys\nsys.stdin.read()\nos.write(1, b'relaying\\n')\nwhile True:\n    {OUTSIDE[call]}\n"
+    )
+    go, end = os.pipe()
+    with calls(tmp_path, RELAYING) as names:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", LAUNCHER, names, str(go), str(script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=[go],
+        )
+        os.close(go)
+        os.close(end)
+        assert process.stderr
+        assert process.stderr.readline() == b"confined\n"
+        said, _ = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, said) == (-signal.SIGSYS, b"relaying\n")
+
+
+# What is made from the list
+
+
+@functools.lru_cache
+def group(name: str) -> FrozenSet[str]:
+    """The calls in one of systemd's groups."""
+    said = subprocess.run(["systemd-analyze", "syscall-filter", name], capture_output=True, text=True, check=True).stdout
+    words = [line.strip() for line in said.splitlines()[1:] if line.strip() and not line.strip().startswith("#")]
+    return expand(words)
+
+
+def expand(words: Sequence[str]) -> FrozenSet[str]:
+    return frozenset(call for word in words for call in (group(word) if word.startswith("@") else [word]))
+
+
+@pytest.mark.parametrize("more", [[], ["--cpus=0"]])
+def test_the_unit_that_is_generated_allows_each_listed_call_and_none_of_the_dangerous_ones(more: List[str]) -> None:
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("LOUD: no systemd-analyze")
+    said = subprocess.run([*CHECKOUT, "generate", "systemd", "-ta:1", *more], capture_output=True, text=True, check=True).stdout
+    allowed = set(group("@default"))  # implicitly (systemd.exec(5))
+    for words in re.findall(r"^SystemCallFilter=(.*)$", said, re.M):
+        names = expand(words.lstrip("~").split())
+        allowed = allowed - names if words.startswith("~") else allowed | names
+    for_cpus = frozenset({"sched_setaffinity"})
+    assert (RELAYING | STARTING | OTHERS) - FOR_USER - (frozenset() if more else for_cpus) <= allowed
+    dangerous = {"ptrace", "mount", "bpf", "setuid", "capset", "keyctl", "io_uring_setup", "process_vm_readv", "kcmp"}
+    assert not allowed & (dangerous | {"init_module", "kexec_load", "unshare", "setns", "userfaultfd", "perf_event_open"})
+    assert "LimitCORE=0" in said.splitlines()
+
+
+def test_apparmor_can_read_the_profile() -> None:
+    parser = shutil.which("apparmor_parser") or shutil.which("apparmor_parser", path="/usr/sbin:/sbin")
+    if not parser:
+        pytest.fail("no apparmor_parser") if os.environ.get("CI") else pytest.skip("LOUD: no apparmor_parser")
+    for words in (["-Q", "-K"], ["-p"]):
+        done = subprocess.run([parser, *words], input=block("apparmor"), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    broken = block("apparmor").replace("network inet stream,", "network inet stream")
+    assert subprocess.run([parser, "-Q", "-K"], input=broken, capture_output=True, text=True, check=False).returncode != 0
