@@ -112,7 +112,7 @@ def _buckets(metrics: Facts) -> Iterator[Tuple[str, int]]:
     limits = sorted(int(name.rsplit("_", 1)[1]) for name in metrics if name.startswith("relay_us_le_"))
     below = [0, *(metrics[f"relay_us_le_{limit}"] for limit in limits)]
     found = [(limit, after - before) for limit, before, after in zip(limits, below, below[1:]) if after > before]
-    yield from ((f"up to {limit} us", count) for limit, count in found[:_MOST_BARS])
+    yield from ((f"up to {limit:>4} us", count) for limit, count in found[:_MOST_BARS])
     rest = metrics["relay_us_count"] - sum(count for _, count in found[:_MOST_BARS])
     if rest:
         yield "longer", rest

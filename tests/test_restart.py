@@ -1,0 +1,395 @@
+"""A restart that nobody notices: an old and a new instance overlap, under a storm of clients of which none may be lost."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
+
+import pytest
+from _tsproxy.host import reuseport
+from _tsproxy.server.leaving import Leaving
+from conftest import CHECKOUT, Start
+from harness import Exchange, Proxy, pythons, receive_exactly, wait_until
+from namespaces import Namespace
+from test_systemd import HAND_OVER, listeners
+from wire import ADDRESSES, DOWNSTREAM, join
+
+STORM = [sys.executable, str(Path(__file__).parent / "storm.py")]
+PYTHON = dict(pythons())
+KINDS = ["threads", "processes", *(["interpreters"] if "3.13" in PYTHON else [])]
+RESTARTS = 3
+
+
+@contextlib.contextmanager
+def far_end(host: str = "127.0.0.1", enter: Sequence[str] = ()) -> Iterator[str]:
+    """An exchange in a process of its own: the target to give to a proxy."""
+    with subprocess.Popen([*enter, *STORM, "exchange", host], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        try:
+            yield f"{host}:{process.stdout.readline().strip()}"
+        finally:
+            process.kill()
+
+
+class Storm:
+    """Clients in a process of their own, from the start to `end`."""
+
+    def __init__(self, address: Tuple[str, int], enter: Sequence[str] = ()) -> None:
+        words = [*enter, *STORM, "clients", address[0], str(address[1])]
+        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def end(self) -> Dict[str, Any]:
+        """What they have seen."""
+        return json.loads(self.process.communicate("", 60)[0])
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@contextlib.contextmanager
+def storm(address: Tuple[str, int], enter: Sequence[str] = ()) -> Iterator[None]:
+    """Two processes full of clients meanwhile; not one of them may have been refused, reset, or answered wrongly."""
+    storms = [Storm(address, enter) for _ in range(2)]
+    try:
+        yield
+        reports = [one.end() for one in storms]
+    finally:
+        for one in storms:
+            one.close()
+    assert [report["failures"] for report in reports] == [[], []]
+
+
+def leaves(proxy: Proxy) -> None:
+    """It drains to the last connection, and ends well."""
+    assert proxy.stop() == 0, (proxy.stderr(), [line for line in proxy.lines if line["level"] != "info"])
+    assert proxy.line("stop")["drained"]
+
+
+def served(proxy: Proxy) -> int:
+    return int(proxy.metrics()["downstream_cx_total"])
+
+
+def stormed(proxy: Proxy) -> None:
+    """Wait until the storm has come to it."""
+    wait_until(lambda: served(proxy) >= 50, "the storm has come")
+
+
+@pytest.fixture(params=KINDS)
+def command(request: pytest.FixtureRequest, bundle: Path) -> List[str]:
+    """tsproxy under one runtime, on a Python that has it."""
+    python = PYTHON["3.13"] if request.param == "interpreters" else next(iter(PYTHON.values()))
+    return [python, "-I", "-S", str(bundle), f"--runtime={request.param}", "--workers=2"]
+
+
+def options(target: str) -> List[str]:
+    return ["-t", target, "--timestamps=preserve", "--metrics-interval=0", "--connection-log=off"]
+
+
+@pytest.fixture
+def run() -> Iterator[Callable[..., Proxy]]:
+    """Start a proxy and wait until it is ready."""
+    with contextlib.ExitStack() as stack:
+
+        def begin(words: Sequence[str], *more: str, **popen: Any) -> Proxy:
+            proxy = Proxy(words, *more, **popen)
+            stack.callback(proxy.close)
+            proxy.line("start")
+            return proxy
+
+        yield begin
+
+
+def test_an_overlap_by_reuse_port_loses_no_client_of_a_storm(command: List[str], run: Any) -> None:
+    with far_end() as target:
+        old = run(command, *options(target), "--reuse-port", "-p0")
+        port = old.address[1]
+        with storm(old.address):
+            for _ in range(RESTARTS):
+                stormed(old)
+                new = run(command, *options(target), "--reuse-port", f"-p{port}")
+                leaves(old)
+                old = new
+
+
+def test_the_new_one_can_be_taken_back_without_a_loss(run: Any) -> None:
+    with far_end() as target:
+        old = run(CHECKOUT, *options(target), "--reuse-port", "-p0")
+        with storm(old.address):
+            new = run(CHECKOUT, *options(target), "--reuse-port", f"-p{old.address[1]}")
+            stormed(new)
+            leaves(new)
+        leaves(old)
+
+
+def test_an_overlap_with_the_listener_that_systemd_holds_loses_no_client_of_a_storm(command: List[str], run: Any) -> None:
+    with far_end() as target, listeners(1) as socks:
+        fd = socks[0].fileno()
+        words = [sys.executable, "-c", HAND_OVER, str(fd), *command, *options(target)]
+        activated = functools.partial(run, words, env={**os.environ, "LISTEN_FDS": "1"}, pass_fds=(fd,))
+        old = activated()
+        with storm(old.address):
+            for _ in range(RESTARTS):
+                stormed(old)
+                new = activated()
+                leaves(old)
+                old = new
+
+
+def test_stop_then_start_with_the_listener_that_systemd_holds_lets_clients_wait_and_loses_none(run: Any) -> None:
+    with far_end() as target, listeners(1) as socks:
+        fd = socks[0].fileno()
+        words = [sys.executable, "-c", HAND_OVER, str(fd), *CHECKOUT, *options(target)]
+        activated = functools.partial(run, words, env={**os.environ, "LISTEN_FDS": "1"}, pass_fds=(fd,))
+        proxy = activated()
+        with storm(proxy.address):
+            for _ in range(RESTARTS):
+                stormed(proxy)
+                leaves(proxy)
+                proxy = activated()
+
+
+# Where the handshake takes time, it is not enough to accept what is queued
+
+
+class Wan:
+    """Clients in one namespace, the proxies and the exchange in another."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self.clients, self.host = (stack.enter_context(contextlib.closing(Namespace())) for _ in range(2))
+        join(self.clients, self.host, DOWNSTREAM, 0)
+        self.ip = f"{ADDRESSES[4][0]}2"
+        self.words = [*self.host.enter, *CHECKOUT]
+
+    def shape(self, namespace: Namespace, rate: str) -> None:
+        """A slow line with a queue before it: packets wait in it for as long as others need (tc-tbf(8))."""
+        line = ["tc", "qdisc", "add", "dev", DOWNSTREAM, "root", "tbf", "rate", rate, "burst", "2kb", "limit", "1mb"]
+        namespace.run(*line)
+
+
+@pytest.fixture
+def wan() -> Iterator[Wan]:
+    with contextlib.ExitStack() as stack:
+        yield Wan(stack)
+
+
+def test_a_slow_wire_loses_no_client_of_a_storm(wan: Wan, run: Any) -> None:
+    for namespace in (wan.clients, wan.host):
+        wan.shape(namespace, "1mbit")
+    with far_end(enter=wan.host.enter) as target:
+        begin = functools.partial(run, wan.words, *options(target), "--reuse-port", f"--bind={wan.ip}")
+        old = begin("-p0")
+        with storm(old.address, wan.clients.enter):
+            for _ in range(RESTARTS):
+                stormed(old)
+                new = begin(f"-p{old.address[1]}")
+                stormed(new)
+                leaves(old)
+                old = new
+
+
+HOLD_BACK = "table ip late { chain out { type filter hook output priority 0; tcp flags & (syn | ack) == ack drop; }; }"
+
+
+@contextlib.contextmanager
+def manager(tmp_path: Path) -> Iterator[socket.socket]:
+    """Where systemd would listen for state messages."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(tmp_path / "notify"))
+        sock.settimeout(20)
+        yield sock
+
+
+def test_clients_whose_last_step_of_the_handshake_is_late_are_still_served(wan: Wan, run: Any, tmp_path: Path) -> None:
+    with far_end(enter=wan.host.enter) as target, manager(tmp_path) as notify, contextlib.ExitStack() as stack:
+        begin = functools.partial(run, wan.words, *options(target), "--reuse-port", f"--bind={wan.ip}")
+        old = begin("-p0", env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")})
+        begin(f"-p{old.address[1]}")
+        wan.clients.run("nft", "-f", "-", input=HOLD_BACK)
+        with wan.clients:  # by the hash of their ports, half of them belong to the old one
+            clients = [stack.enter_context(socket.create_connection(old.address, 20)) for _ in range(24)]
+        old.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: b"STOPPING" in notify.recv(4096), "it is on its way out")
+        wan.clients.run("nft", "delete", "table", "ip", "late")
+        for client in clients:
+            client.sendall(b"late")
+            assert receive_exactly(client, 4) == b"late"
+            client.close()
+        assert old.wait() == 0
+        served_by_old = old.line("metrics")["downstream_cx_total"]
+        assert 0 < served_by_old < len(clients)
+
+
+# What is left behind
+
+
+def test_when_one_has_left_the_others_share_the_port_as_before(start: Start, echoing: Exchange) -> None:
+    first = start(echoing, "--reuse-port")
+    port = first.address[1]
+    second, third = (start(echoing, "--reuse-port", f"-p{port}") for _ in range(2))
+    for proxy in (second, third):
+        proxy.line("start")
+    leaves(first)
+    fourth = start(echoing, "--reuse-port", f"-p{port}")
+    sharing = [second, third, fourth]
+    fourth.line("start")
+    for _ in range(90):
+        with fourth.connect() as client:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+    assert all(served(proxy) > 5 for proxy in sharing), [served(proxy) for proxy in sharing]
+
+
+def test_the_only_one_on_a_port_leaves_at_once(start: Start, echoing: Exchange) -> None:
+    proxy = start(echoing, "--reuse-port", "--drain-timeout=10")
+    with proxy.connect() as client:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+        proxy.process.send_signal(signal.SIGTERM)
+        proxy.line("drain")
+        with pytest.raises(ConnectionRefusedError):
+            proxy.connect()
+
+
+def test_reuse_port_and_an_inherited_listener_contradict() -> None:
+    with listeners(1) as socks:
+        fd = socks[0].fileno()
+        words = [sys.executable, "-c", HAND_OVER, str(fd), *CHECKOUT, *options("127.0.0.1:9"), "--reuse-port"]
+        proxy = Proxy(words, env={**os.environ, "LISTEN_FDS": "1"}, pass_fds=(fd,))
+    try:
+        assert proxy.wait() == 2
+        assert proxy.stderr().startswith("tsproxy: --reuse-port: given with LISTEN_FDS")
+    finally:
+        proxy.close()
+
+
+# The group of listeners itself
+
+
+def member(family: int, port: int = 0) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    sock.bind(("::1" if family == socket.AF_INET6 else "127.0.0.1", port))
+    sock.listen(64)
+    return sock
+
+
+@pytest.fixture(params=[socket.AF_INET, socket.AF_INET6], ids=["ipv4", "ipv6"])
+def group(request: pytest.FixtureRequest) -> Iterator[Callable[[int], List[socket.socket]]]:
+    """Make so many listeners on one port."""
+    with contextlib.ExitStack() as stack:
+
+        def make(count: int) -> List[socket.socket]:
+            made = [stack.enter_context(member(request.param))]
+            port = made[0].getsockname()[1]
+            return made + [stack.enter_context(member(request.param, port)) for _ in range(count - 1)]
+
+        yield make
+
+
+def clients_of(listener: socket.socket) -> List[socket.socket]:
+    """Take all that have come."""
+    found = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            found.append(listener.accept()[0])
+    return found
+
+
+def come(stack: contextlib.ExitStack, listener: socket.socket, count: int = 30) -> None:
+    for _ in range(count):
+        stack.enter_context(socket.create_connection(listener.getsockname()[:2], 10))
+
+
+def counted(stack: contextlib.ExitStack, group: List[socket.socket], count: int = 30) -> List[int]:
+    """So many clients come: how many come to each."""
+    come(stack, group[0], count)
+    found: List[List[socket.socket]] = [[] for _ in group]
+
+    def all_there() -> bool:
+        for taken, listener in zip(found, group):
+            taken += clients_of(listener)
+        return sum(map(len, found)) == count
+
+    wait_until(all_there, "every client has come to somebody")
+    for taken in found:
+        for client in taken:
+            client.close()
+    return [len(taken) for taken in found]
+
+
+def test_a_member_knows_how_many_there_are_and_whether_it_is_the_newest(group: Any) -> None:
+    one, two, three = group(3)
+    assert [reuseport.group_of(sock) for sock in (one, two, three)] == [(3, False), (3, False), (3, True)]
+    one.close()
+    two.close()
+    assert reuseport.group_of(three) == (1, True)
+
+
+def test_clients_are_sent_to_the_named_place_and_anywhere_when_there_is_none(group: Any) -> None:
+    three = group(3)
+    with contextlib.ExitStack() as stack:
+        for place in range(3):
+            reuseport.steer(three[0], place)
+            assert counted(stack, three)[place] == 30
+        reuseport.steer(three[0], 3)
+        assert 0 not in counted(stack, three, 90)
+        reuseport.steer(three[0], 1)
+        reuseport.spread(three[2])
+        assert 0 not in counted(stack, three, 90)
+
+
+def left(stack: contextlib.ExitStack, leaving: Leaving, peer: socket.socket) -> None:
+    """Clients go on coming until it has left."""
+
+    def has_left() -> bool:
+        come(stack, peer, 2)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                leaving.accept()[0].close()
+        if not leaving.has_left:
+            leaving.look()
+        return leaving.has_left
+
+    wait_until(has_left, "it has left")
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_whichever_member_leaves_nobody_comes_to_it_afterwards(group: Any, which: int) -> None:
+    members = group(3)
+    going = members.pop(which)
+    with contextlib.ExitStack() as stack:
+        left(stack, Leaving(going, True), members[0])
+        for sock in members:
+            for client in clients_of(sock):
+                client.close()
+        assert sum(counted(stack, members)) == 30
+        assert clients_of(going) == []
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_member_finds_out_that_it_is_itself_at_the_place_that_it_named(group: Any, which: int) -> None:
+    first, *members = group(3)
+    first.close()  # the last takes its place: the order is no longer that of joining
+    going = members.pop(which)
+    with contextlib.ExitStack() as stack:
+        left(stack, Leaving(going, True), members[0])
+        for client in clients_of(members[0]):
+            client.close()
+        assert counted(stack, members) == [30]
+        assert clients_of(going) == []
+
+
+def test_nobody_is_sent_away_by_a_listener_that_may_not_share(group: Any) -> None:
+    two = group(2)
+    assert Leaving(two[0], False).has_left
+    with contextlib.ExitStack() as stack:
+        assert 0 not in counted(stack, two, 60)

@@ -1,0 +1,222 @@
+"""The soak: a minute of it as CI has it, a moment of it on each runtime, and that it sees what it is there to see."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+import pytest
+from harness import ROOT, children, pythons, wait_until
+
+SOAK = ROOT / "bench/soak.py"
+PYTHON = dict(pythons())
+KINDS = ["threads", "processes", *(["interpreters"] if "3.13" in PYTHON else [])]
+SHORT = ["--seconds=1", "--clients=8", "--seed=1"]
+
+
+def soak(*options: str, seconds: float = 100) -> Tuple[int, Dict[str, Any], str]:
+    """Exit code, the result line, and what was said."""
+    command = [sys.executable, str(SOAK), "--json", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["event"] for line in lines] in ([], ["setup", "result"]), done.stderr
+    return done.returncode, lines[-1] if lines else {}, done.stderr
+
+
+@pytest.mark.timeout(200)
+def test_a_minute_of_everything_leaves_nothing_behind() -> None:
+    code, result, said = soak("--seconds=60", seconds=190)
+    assert code == 0, said
+    assert result["violations"] == 0
+    assert result["connections"] > 1000
+    for kind in ("orders", "upload", "download", "both ways", "short", "half-closed", "slow reader", "silent visit"):
+        assert result[f"{kind} connections"] > 0, kind
+    assert {"closed", "client_reset", "server_reset"} <= set(result["reasons"])
+    assert result["verified_bytes"] > 100_000_000
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_runtime_gets_through_a_moment_of_it(kind: str, bundle: Path) -> None:
+    python = PYTHON["3.13"] if kind == "interpreters" else next(iter(PYTHON.values()))
+    code, result, said = soak("--seconds=5", f"--runtime={kind}", f"--python={python}", f"--tsproxy={bundle}")
+    assert code == 0, said
+    assert result["connections"] > 50
+
+
+def faulty(directory: Path, patch: str) -> str:
+    """tsproxy with a fault: a program to give to --tsproxy, which runs under --runtime=threads, in one interpreter."""
+    program = directory / "faulty.py"
+    program.write_text(f"import runpy, sys\nsys.path.insert(0, {str(ROOT / 'lib')!r})\n{patch}\n" + _RUN)
+    return f"--tsproxy={program}"
+
+
+_RUN = f"runpy.run_path({str(ROOT / 'tsproxy.py')!r}, run_name='__main__')\n"
+
+# What is patched is the data path's one way to the kernel, so that the proxy itself believes that all went well.
+_SEND = """
+import socket
+class Sender(socket.socket):
+    sent = 0
+    def send(self, data, *flags):
+        Sender.sent += 1
+        return {send}
+from _tsproxy.host import sockets
+real_adopt, real_dial = sockets.adopt, sockets.dial
+def turned(sock):
+    return Sender(sock.family, sock.type, sock.proto, fileno=sock.detach())
+def adopt(fd, family):
+    sock = turned(real_adopt(fd, family))
+    sock.setblocking(False)
+    return sock
+def dial(*args):
+    sock = turned(real_dial(*args))
+    sock.setblocking(False)
+    return sock
+sockets.adopt, sockets.dial = adopt, dial
+"""
+
+FAULTS = {
+    "a byte is changed": (
+        _SEND.format(send="super().send(bytes([data[0] ^ 1]) + bytes(data[1:]) if Sender.sent == 200 else data)"),
+        "not those that were sent",
+    ),
+    "a piece is lost": (
+        _SEND.format(send="len(data) if Sender.sent == 200 else super().send(data)"),
+        "not those that were sent",
+    ),
+    "a cut stream looks complete": (
+        "from _tsproxy.host import sockets\nsockets.reset_on_close = lambda sock: None",
+        "looks complete",
+    ),
+    "descriptors leak": (
+        "from _tsproxy.dataplane import worker\n"
+        "import os\n"
+        "real = worker.Relay\n"
+        "def relay(*args):\n"
+        "    os.open(os.devnull, os.O_RDONLY)\n"
+        "    return real(*args)\n"
+        "worker.Relay = relay\n",
+        "other_fds at the end",
+    ),
+    "threads leak": (
+        "from _tsproxy.dataplane import worker\n"
+        "import threading\n"
+        "real = worker.Relay\n"
+        "def relay(*args):\n"
+        "    threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+        "    return real(*args)\n"
+        "worker.Relay = relay\n",
+        "threads at the end",
+    ),
+    "memory leaks": (
+        "from _tsproxy.dataplane import worker\n"
+        "kept, real = [], worker.Relay\n"
+        "def relay(*args):\n"
+        "    kept.append(b'x' * 1_000_000)\n"
+        "    return real(*args)\n"
+        "worker.Relay = relay\n",
+        "rss_kib at the end",
+    ),
+    "a connection is not counted": (
+        "from _tsproxy.dataplane.workbench import Workbench\n"
+        "from _tsproxy.telemetry.counters import Counter\n"
+        "real = Workbench.count\n"
+        "skipped = []\n"
+        "def count(self, counter, by=1):\n"
+        "    if counter is Counter.ENDED and not skipped:\n"
+        "        skipped.append(1)\n"
+        "        return\n"
+        "    real(self, counter, by)\n"
+        "Workbench.count = count\n",
+        "end of all connections",
+    ),
+    "a line is not written": (
+        "from _tsproxy.telemetry.reporter import Reporter\n"
+        "real, skipped = Reporter._record, []\n"
+        "def record(self, record):\n"
+        "    real(self, record) if skipped else skipped.append(1)\n"
+        "Reporter._record = record\n",
+        "active or with a line",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_the_proxy_is_noticed_and_named(fault: str, tmp_path: Path) -> None:
+    patch, word = FAULTS[fault]
+    code, result, said = soak(*SHORT, "--runtime=threads", "--options=--zero-copy=never", faulty(tmp_path, patch))
+    assert code == 1
+    assert result["violations"] > 0
+    assert any(word in text for text in result["violation_texts"]), said
+    assert "soak: violation: " in said
+
+
+def test_a_signal_ends_it_with_everything_it_started() -> None:
+    command = [sys.executable, str(SOAK), "--seconds=600", "--clients=4"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_until(lambda: len(children(running.pid)) == 5, "two far ends, tsproxy and two loads are there")
+        started = family(running.pid)[1:]
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate(timeout=30)
+    finally:
+        running.kill()
+        running.communicate()
+    assert (running.returncode, out) == (130, "")
+    assert "Traceback" not in err
+    wait_until(lambda: not [pid for pid in started if Path(f"/proc/{pid}").exists()], "nothing is left of it")
+
+
+def test_when_it_is_killed_its_clients_and_far_ends_end_too(tmp_path: Path) -> None:
+    command = [sys.executable, str(SOAK), "--seconds=600", "--clients=4"]
+    running = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "TMPDIR": str(tmp_path)})
+    started: List[int] = []
+    try:
+        wait_until(lambda: len(children(running.pid)) == 5, "two far ends, tsproxy and two loads are there")
+        started = family(running.pid)[1:]
+        own = [pid for pid in started if b"soak.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        assert len(own) == 4
+        running.kill()
+        wait_until(lambda: not [pid for pid in own if Path(f"/proc/{pid}").exists()], "they have ended", 60)
+    finally:
+        running.kill()
+        running.wait()
+        for pid in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def family(pid: int) -> List[int]:
+    found = [pid]
+    for member in found:
+        found += children(member)
+    return found
+
+
+def test_a_tsproxy_that_does_not_start_is_told_and_ends_with_1() -> None:
+    code, result, said = soak(*SHORT, "--options=--no-such-option")
+    assert (code, result) == (1, {})
+    assert "--no-such-option" in said
+
+
+@pytest.mark.parametrize("wrong", ["--seconds=soon", "--clients=0", "--runtime=fibres", "--seed=-1", "--fast", "more"])
+def test_a_wrong_argument_costs_one_line_and_exit_2(wrong: str) -> None:
+    done = subprocess.run([sys.executable, str(SOAK), wrong], capture_output=True, text=True, check=False, timeout=20)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("soak.py: error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_people_get_a_table_and_help_tells_how_to_read_it() -> None:
+    done = subprocess.run([sys.executable, str(SOAK), *SHORT], capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 0, done.stderr
+    for word in ("short", "what tsproxy holds", "rss_kib", "at the end", "ended: closed", "violations"):
+        assert word in done.stdout
+    told = subprocess.run([sys.executable, str(SOAK), "--help"], capture_output=True, text=True, check=False, timeout=20)
+    assert "How to read it:" in told.stdout
