@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import threading
 from typing import Any
 
 import pytest
@@ -172,3 +173,37 @@ class Exchange6(Exchange):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def test_bytes_behind_urgent_data_arrive(start_form: Any, exchange: Exchange) -> None:
+    """A receive stops at the urgent mark (tcp(7)), though there is more: that must not be taken for an empty socket."""
+    proxy = start_form(exchange)
+    client, server = proxy.connect(), exchange.accept()
+    for round_number in range(50):
+        client.sendall(b"before")
+        client.send(b"!", socket.MSG_OOB)
+        client.sendall(b"after%02d" % round_number)
+        assert receive_exactly(server, 13) == b"beforeafter%02d" % round_number
+    client.close()
+    server.close()
+    assert proxy.stop() == 0
+
+
+def test_the_end_of_file_that_comes_with_the_last_bytes_is_passed_on(start_form: Any, exchange: Exchange) -> None:
+    proxy = start_form(exchange)
+    for size in (1, 1000, 65535, 65536, 65537, 200_000):
+        client, server = proxy.connect(), exchange.accept()
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)  # the last bytes and FIN in one segment
+        sending = threading.Thread(target=send_and_shut, args=(client, size))
+        sending.start()
+        assert len(receive_all(server)) == size
+        sending.join()
+        server.close()
+        assert receive_all(client) == b""
+        client.close()
+    assert proxy.stop() == 0
+
+
+def send_and_shut(client: socket.socket, size: int) -> None:
+    client.sendall(bytes(size))
+    client.shutdown(socket.SHUT_WR)

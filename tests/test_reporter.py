@@ -269,7 +269,7 @@ def test_a_metrics_line_has_every_field_of_the_design(desk: Desk) -> None:
     assert list(line)[:7] == [*HEAD, "start_time", "uptime_s", "interval_s"]
     assert set(METRICS_FIELDS) <= set(line)
     buckets = [f"{name}_us_le_{2**power}" for name in ("connect", "relay") for power in range(21)]
-    more = {*buckets, "connect_us_count", "relay_us_count", "internal_errors_total"}
+    more = {*buckets, "connect_us_count", "relay_us_count", "internal_errors_total", "downstream_client_cx_overflow"}
     assert set(line) == {*HEAD, *METRICS_FIELDS, *more}
 
 

@@ -81,7 +81,9 @@ def way(bench: Workbench) -> Iterator[Way]:
         owner = Owner()
         half, back = Half(owner, bench, source, FROM_DOWNSTREAM), Half(owner, bench, sink, FROM_UPSTREAM)
         half.twin, half.sink, back.twin, back.sink = back, sink, half, source
+        bench.watch(half.fd, half.interest, half)
         yield Way(near, far, half, owner)
+        bench.poller.unregister(half.fd)
         half.detach()
         back.detach()
 
@@ -124,6 +126,7 @@ def test_four_full_buffers_in_a_row_begin_a_stream_and_four_small_turns_end_it(b
         for _ in range(4):
             pass_on(one, 10)
         assert one.half.reader is one.half
+        assert bench.handlers[one.half.fd] is one.half  # not the stream, whose pipe may be another's by now
         assert bench.counters[Counter.RECEIVED_DOWNSTREAM] == one.half.received == 7 * BUFFER + 40
         assert bench.counters[Counter.WITHHELD_DOWNSTREAM] == one.half.withheld == 0
 
@@ -187,7 +190,7 @@ def test_eof_and_a_reset_of_the_source_are_seen_in_a_stream_too(bench: Workbench
 
 
 def test_pipes_are_bounded_and_a_spare_one_is_used_again() -> None:
-    pipes = Pipes()
+    pipes = Pipes(PIPES_A_WORKER)
     taken = [pipe for pipe in (pipes.take() for _ in range(PIPES_A_WORKER + 3)) if pipe]
     assert len(taken) == PIPES_A_WORKER
     for pipe in taken:
@@ -200,7 +203,7 @@ def test_pipes_are_bounded_and_a_spare_one_is_used_again() -> None:
 
 
 def test_without_a_descriptor_there_is_no_pipe_and_no_error() -> None:
-    pipes = Pipes()
+    pipes = Pipes(PIPES_A_WORKER)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     lowest_free = os.dup(0)
     os.close(lowest_free)

@@ -11,7 +11,7 @@ from time import monotonic_ns
 from typing import NamedTuple, Optional, Protocol, Union
 
 from _tsproxy.dataplane.held import Held, InBuffer
-from _tsproxy.dataplane.poller import READ, WRITE
+from _tsproxy.dataplane.poller import READ, READ_EDGES, WRITE
 from _tsproxy.dataplane.states import Event, Flow, flow_after
 from _tsproxy.dataplane.stream import Stream
 from _tsproxy.dataplane.workbench import Workbench
@@ -68,6 +68,7 @@ class Half:
         "moved_at",
         "owner",
         "received",
+        "received_slot",
         "sink",
         "source",
         "stream",
@@ -84,6 +85,7 @@ class Half:
         """`sink` and `twin` are set once the other side is there."""
         self.owner, self.bench, self.source, self.tally = owner, bench, source, tally
         self.fd = source.fileno()
+        self.received_slot = int(tally.received)  # a plain number: this is done for each message
         self.flow = Flow.OPEN
         self.received = 0
         self.withheld = 0  # received but not sent: held now, or discarded in the end
@@ -113,7 +115,7 @@ class Half:
             return
         self.received += received
         counters = bench.counters
-        counters[self.tally[0]] += received
+        counters[self.received_slot] += received
         self.moved_at = now = monotonic_ns()
         took = now - bench.woke
         if took < LINEAR_NS:
@@ -151,6 +153,7 @@ class Half:
             self.hold(InBuffer(self.bench.buffers, self.bench.swap_buffer(), sent, received))
         else:
             self.delivered(self.bench.woke)
+            self.bench.poller.again(self.fd)  # a short receive has emptied the socket; this one has not
 
     def _filled(self) -> None:
         """One more full buffer: begin a stream when there were several in a row and a pipe is to be had."""
@@ -164,6 +167,10 @@ class Half:
 
     def end_stream(self) -> None:
         """Back to copying."""
+        self._drop_stream()
+        self.bench.handlers[self.fd] = self
+
+    def _drop_stream(self) -> None:
         if self.stream:
             self.stream.close()
             self.stream = None
@@ -257,13 +264,15 @@ class Half:
     @property
     def interest(self) -> int:
         """What to wait for on the source's descriptor: derived, never toggled. It is the twin's sink, hence WRITE."""
-        reading = READ if self.flow is Flow.OPEN and self.held is None else 0
-        return reading if self.twin.held is None else reading | WRITE
+        reading = self.flow is Flow.OPEN and self.held is None
+        if self.twin.held is None:
+            return READ_EDGES if reading else 0
+        return READ | WRITE if reading else WRITE
 
     def detach(self) -> None:
         """Let go of everything: the garbage collector is off in a worker, so no cycle may be left."""
         self.release()
-        self.end_stream()
+        self._drop_stream()
         del self.owner
         if hasattr(self, "twin"):
             del self.twin, self.sink

@@ -13,7 +13,6 @@ import time
 from typing import List, Optional
 
 from _tsproxy.host import linux
-from _tsproxy.host.limits import PIPES_A_WORKER
 
 HAS_SPLICE = hasattr(os, "splice")
 SIZE = 1 << 20  # bytes; fs.pipe-max-size, what an unprivileged process may ask for
@@ -56,14 +55,16 @@ class Pipe:
 class Pipes:
     """The pipes of one worker."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        """At most so many at a time."""
+        self._most = most
         self._spare: List[Pipe] = []
         self._lent = 0
         self._not_before = 0
 
     def take(self) -> Optional[Pipe]:
         """An empty pipe; None if all are in use or the kernel gave none (then it is not asked again for a second)."""
-        if self._lent >= PIPES_A_WORKER or time.monotonic_ns() < self._not_before:
+        if self._lent >= self._most or time.monotonic_ns() < self._not_before:
             return None
         pipe = self._spare.pop() if self._spare else _create()
         if pipe is None:

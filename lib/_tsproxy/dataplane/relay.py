@@ -13,7 +13,7 @@ from typing import List, Optional
 
 from _tsproxy.dataplane.half import FROM_DOWNSTREAM, FROM_UPSTREAM, Half
 from _tsproxy.dataplane.inbox import Entry
-from _tsproxy.dataplane.poller import BROKEN, READABLE, WRITABLE, WRITE
+from _tsproxy.dataplane.poller import BROKEN, MORE, READABLE, WRITABLE, WRITE
 from _tsproxy.dataplane.states import Event, Flow, Phase, phase_after
 from _tsproxy.dataplane.timers import TICK_NS
 from _tsproxy.dataplane.workbench import Workbench
@@ -189,10 +189,12 @@ class Relay:
         if self._phase is Phase.CONNECTING:
             self._on_connect_event(half, mask)
             return
-        if mask & ~READABLE and half.twin.held is not None:
+        if mask & ~(READABLE | MORE) and half.twin.held is not None:
             half.twin.drain()
         if mask & ~WRITABLE and half.is_reading and self._phase is Phase.RELAYING:
             half.reader.readable()
+            if mask & MORE and self._phase is Phase.RELAYING and half.is_reading:
+                self._bench.poller.again(half.fd)
         if mask & BROKEN and self._phase is Phase.RELAYING and not half.is_reading:
             self._on_hang_up(half)
 

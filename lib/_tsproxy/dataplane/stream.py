@@ -21,6 +21,7 @@ class Direction(Protocol):
     """What a stream asks of the half that it stands in for."""
 
     bench: Workbench
+    fd: int  # of the source
     owner: Any
     source: socket.socket
     sink: socket.socket
@@ -97,6 +98,7 @@ class Stream:
             half.hold(self._pipe)
             return
         half.delivered(half.bench.woke)
+        half.bench.poller.again(half.fd)  # how much splice(2) took does not tell whether there is more
         if self._small >= _PATIENCE:
             half.end_stream()
 

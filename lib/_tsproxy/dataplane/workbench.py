@@ -17,6 +17,7 @@ from _tsproxy.dataplane.pipes import Pipes
 from _tsproxy.dataplane.poller import Poller
 from _tsproxy.dataplane.timers import Timers
 from _tsproxy.host.addresses import Address
+from _tsproxy.host.limits import PIPES_A_WORKER
 from _tsproxy.host.sockets import Tuning
 from _tsproxy.telemetry.counters import Counter
 from _tsproxy.telemetry.records import Notice, RecordWriter
@@ -58,8 +59,8 @@ class Workbench:
         self.counters, self.records = counters, records
         self.buffers = Buffers(buffer_size)
         self.buffer = self.buffers.take()
-        self.pipes = Pipes()
-        self.full = buffer_size if rules.zero_copy else 0  # a receive of this size may be a stream
+        self.full = buffer_size  # a receive of this size has not emptied the socket, and may be of a stream
+        self.pipes = Pipes(PIPES_A_WORKER if rules.zero_copy else 0)
         self.poller = Poller()
         self.timers = Timers()
         self.handlers: Dict[int, Any] = {}

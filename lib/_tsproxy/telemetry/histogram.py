@@ -6,6 +6,8 @@ doubling (3 %), up to 18 minutes. Times are nanoseconds on the way in, microseco
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from itertools import accumulate, compress
 from typing import Dict, Iterable, List, Optional, Sequence, Tuple
 
 STEP_NS = 250
@@ -43,30 +45,34 @@ def add(histograms: Iterable[Sequence[int]]) -> Counts:
     """The sum of several workers' histograms. Most slots are 0: only the others are kept, since this runs beside the relays."""
     total: Dict[int, int] = {}
     for counts in histograms:
-        for index, count in enumerate(counts):
-            if count:
-                total[index] = total.get(index, 0) + count
+        for index, count in compress(enumerate(counts), counts):
+            total[index] = total.get(index, 0) + count
     return sorted(total.items())
 
 
 def percentile(counts: Counts, share: float) -> Optional[float]:
     """The time in us that `share` of the recorded ones did not exceed (its slot's upper edge); None if none was recorded."""
+    return _reached([index for index, _ in counts], _running(counts), share)
+
+
+def _running(counts: Counts) -> List[int]:
+    return list(accumulate(count for _, count in counts))
+
+
+def _reached(slots: List[int], running: List[int], share: float) -> Optional[float]:
+    if not running:
+        return None
     part, whole = share.as_integer_ratio()  # whole numbers: a float would lose the last ones of 2**53 and more
-    wanted = part * sum(count for _, count in counts)
-    reached = 0
-    for index, count in counts:
-        reached += count
-        if reached * whole >= wanted:
-            return upper_ns(index) / 1000
-    return None
+    return upper_ns(slots[bisect_left(running, -(-part * running[-1] // whole))]) / 1000
 
 
 def summary(name: str, counts: Counts) -> Dict[str, object]:
     """The fields of one histogram in the metrics line: percentiles, maximum, and cumulative counts below each limit."""
+    slots, running = [index for index, _ in counts], [0, *_running(counts)]
     fields: Dict[str, object] = {}
     for label, share in (("p50", 0.5), ("p99", 0.99), ("p999", 0.999), ("max", 1.0)):
-        fields[f"{name}_{label}"] = percentile(counts, share)
-    for limit in LIMITS_US:
-        fields[f"{name}_le_{limit}"] = sum(count for index, count in counts if upper_ns(index) <= limit * 1000)
-    fields[f"{name}_count"] = sum(count for _, count in counts)
+        fields[f"{name}_{label}"] = _reached(slots, running[1:], share)
+    for limit in LIMITS_US:  # each is the lower edge of a slot
+        fields[f"{name}_le_{limit}"] = running[bisect_left(slots, slot(limit * 1000))]
+    fields[f"{name}_count"] = running[-1]
     return fields
