@@ -14,7 +14,7 @@ from typing import Any, Iterator
 import pytest
 from conftest import CHECKOUT
 from harness import Exchange, Proxy, receive_all, receive_exactly, reset, wait_until
-from namespaces import Namespace
+from namespaces import Namespace, require_root
 
 MIB = 1 << 20
 
@@ -261,3 +261,42 @@ def test_many_connections_leave_no_descriptor_and_no_memory_behind(start: Any, e
     assert proxy.fds() == fds
     assert proxy.rss_kib() - rss < 400, "1,000 connections left 400 bytes each behind"
     assert proxy.count("connection") == 0
+
+
+def test_a_client_whose_syn_is_longer_than_can_be_read_ends_nobody(start: Any, echoing: Exchange) -> None:
+    """IPv6 extension headers are the client's to choose: to read them must not raise where nobody is left to catch it."""
+    require_root()  # for the sticky option
+    proxy = start(echoing, "--bind=::1", "--workers=1", "--runtime=threads")
+    other = proxy.connect()
+    for options in (1, 4):
+        header = b"\0\0" + (b"\x1e\xfa" + bytes(250)) * options  # an option that nobody knows, 250 bytes of it
+        header += b"\0" * (-len(header) % 8)  # Pad1
+        with socket.socket(socket.AF_INET6) as client:
+            client.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_DSTOPTS, bytes([0, len(header) // 8 - 1]) + header[2:])
+            client.settimeout(10)
+            client.connect(proxy.address[:2])
+            client.sendall(b"x")
+            assert receive_exactly(client, 1) == b"x"
+        wait_until(lambda: proxy.metrics()["downstream_cx_active"] == 1, "it has ended")
+    other.sendall(b"still here")
+    assert receive_exactly(other, 10) == b"still here"
+    other.close()
+    assert proxy.metrics()["internal_errors_total"] == 0
+    assert proxy.stop() == 0
+
+
+@pytest.mark.parametrize("option", ["--idle-timeout=2592000", "--half-close-timeout=2592000"])
+def test_the_longest_timeout_is_one_that_the_kernel_takes(start: Any, exchange: Exchange, option: str) -> None:
+    """epoll_wait(2) takes milliseconds as an int: 24.8 days."""
+    proxy = start(exchange, option)
+    client, server = proxy.connect(), exchange.accept()
+    client.sendall(b"x")
+    assert receive_exactly(server, 1) == b"x"
+    client.shutdown(socket.SHUT_WR)
+    assert receive_all(server) == b""
+    server.sendall(b"y")
+    server.close()
+    assert receive_all(client) == b"y"
+    client.close()
+    assert proxy.metrics()["internal_errors_total"] == 0
+    assert proxy.stop() == 0

@@ -291,3 +291,24 @@ def hoarder(python: str) -> Iterator[None]:
         assert int(process.stdout.readline()) > 1
         yield
         process.communicate()
+
+
+@pytest.mark.parametrize("then", ["more", "the end"])
+def test_bytes_behind_urgent_data_in_a_stream_arrive(start: Any, exchange: Exchange, then: str) -> None:
+    """splice(2) stops at the urgent mark for good, with EAGAIN, or with 0 once FIN is there: recv(2) must go on."""
+    proxy = start(exchange, "--workers=1")
+    client, server = proxy.connect(), exchange.accept()
+    data = os.urandom(MIB) * 8
+    pushing = threading.Thread(target=client.sendall, args=(data,))
+    pushing.start()
+    assert receive_exactly(server, len(data)) == data
+    pushing.join()
+    client.send(b"!", socket.MSG_OOB)
+    client.sendall(b"behind")
+    if then == "the end":
+        client.shutdown(socket.SHUT_WR)
+    assert receive_exactly(server, 6) == b"behind"
+    for sock in (client, server):
+        sock.close()
+    assert proxy.line("connection")["reason"] == "closed"
+    assert proxy.stop() == 0

@@ -103,7 +103,7 @@ class Half:
             self.receive_failed(error)
             return
         if not received:
-            self.end_of_file()
+            self._end_of_file()
             return
         try:
             sent = self.sink.send(bench.buffer[:received])
@@ -224,7 +224,10 @@ class Half:
         try:
             while self.is_reading and (received := self.source.recv_into(buffer)):
                 self.account(received, 0)
-                self._withheld_less(self.sink.send(buffer[:received]))
+                sent = self.sink.send(buffer[:received])
+                self._withheld_less(sent)
+                if sent < received:
+                    return  # what comes behind the rest must not be sent without it
         except OSError:
             pass  # nothing more was said, or it can't be sent: what is left over has been counted as withheld
 
@@ -238,7 +241,7 @@ class Half:
             self.held.release()
             self.held = None
 
-    def end_of_file(self) -> None:
+    def _end_of_file(self) -> None:
         """FIN came: pass it on when all before it is sent."""
         self.flow = flow_after(self.flow, Event.EOF)
         self.moved_at = monotonic_ns()

@@ -32,8 +32,8 @@ class Direction(Protocol):
     def receive_failed(self, error: OSError) -> None:
         """Nothing was there after all, or never will be again."""
 
-    def end_of_file(self) -> None:
-        """FIN came."""
+    def readable(self) -> None:
+        """Receive once, by copying."""
 
     def account(self, received: int, sent: int) -> None:
         """Count what came and what of it is withheld."""
@@ -76,10 +76,13 @@ class Stream:
         try:
             received = self._pipe.fill(half.source)
         except OSError as error:
-            half.receive_failed(error)
-            return
-        if not received:
-            half.end_of_file()
+            if error.errno not in linux.RETRY:
+                half.receive_failed(error)
+                return
+            received = 0
+        if not received:  # EOF, or the mark of urgent data, where splice(2) stops for ever: recv(2) tells which
+            half.end_stream()
+            half.readable()
             return
         try:
             sent = self._pipe.send(half.sink)

@@ -118,7 +118,8 @@ class Workbench:
             self.records.put(Notice(self.index, time.time_ns(), level, message))
 
     def close(self) -> None:
-        """Close what is buried, the pipes and the poller."""
+        """Close what is buried, the pipes and the poller; let go of the handlers, which know the workbench."""
+        self.handlers.clear()
         self.close_buried()
         self.pipes.close()
         self.poller.close()

@@ -18,6 +18,7 @@ from _tsproxy.telemetry.counters import Counter
 from _tsproxy.telemetry.endings import Ending
 
 _BATCH = 256
+_LONGEST_S = 86400.0  # epoll_wait(2) takes milliseconds as an int: 24.8 days would be too long
 
 
 class Worker:
@@ -58,13 +59,12 @@ class Worker:
 
     def close(self) -> None:
         """End what there is (after a bug outside any connection, there may be some) and close the poller."""
-        for relay in list(self._bench.relays.values()):
-            relay.end(Ending.BUG)
+        self._end_all(Ending.BUG)
         self._bench.close()
 
     def _patience_s(self, due: Optional[int]) -> float:
         """How long to sleep at most; -1 is for ever."""
-        return -1 if due is None else max(0, due - self._bench.woke) / 1e9
+        return -1 if due is None else min(max(0, due - self._bench.woke) / 1e9, _LONGEST_S)
 
     def _expire(self) -> None:
         now = self._bench.woke
@@ -108,17 +108,32 @@ class Worker:
         self._draining = self._draining or order in (DRAIN, KILL)
         if order not in (KILL, DRIFTED_ALL, DRIFTED_CONNECTING):
             return
+        if order == KILL:
+            self._end_all(Ending.DRAIN)
+        else:
+            self._end_all(Ending.POLICY, only_connecting=order == DRIFTED_CONNECTING)
+
+    def _end_all(self, ending: Ending, only_connecting: bool = False) -> None:
         for relay in list(self._bench.relays.values()):
-            if order == KILL:
-                relay.end(Ending.DRAIN)
-            elif order == DRIFTED_ALL or (order == DRIFTED_CONNECTING and relay.is_connecting):
-                relay.end(Ending.POLICY)
+            if relay.is_connecting or not only_connecting:
+                self._end(relay, ending)
+
+    def _end(self, relay: Relay, ending: Ending) -> None:
+        """End it; a bug in that must not keep the others from their end."""
+        try:
+            relay.end(ending)
+        except Exception as bug:
+            self._report(bug)
 
     def _contain(self, handler: Any, bug: Exception) -> None:
         """Say what happened, close that connection, and go on; a bug outside any connection ends the worker."""
+        self._report(bug)
+        if handler is self:
+            raise bug
+        owner = getattr(handler, "owner", handler)
+        if isinstance(owner, Relay):  # else it had ended already, and let go of what handled its events
+            self._end(owner, Ending.BUG)
+
+    def _report(self, bug: Exception) -> None:
         self._bench.count(Counter.BUGS)
         self._bench.complain("error", "bug", "".join(traceback.format_exception(type(bug), bug, bug.__traceback__)))
-        owner = getattr(handler, "owner", handler)
-        if not isinstance(owner, Relay):
-            raise bug
-        owner.end(Ending.BUG)

@@ -15,6 +15,7 @@ from _tsproxy.host.addresses import Address
 TAG = 4
 _LINGER_ZERO = struct.pack("ii", 1, 0)
 _KEEPALIVE_PROBES = 3
+_LONGEST_SYN = 1024
 
 
 class TcpInfo(NamedTuple):
@@ -85,8 +86,15 @@ def save_syns(sock: socket.socket) -> None:
 
 
 def saved_syn(sock: socket.socket) -> bytes:
-    """IP and TCP header of the SYN that made this accepted connection; b"" if read before, or made from a SYN cookie."""
-    return sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_SAVED_SYN, 256)
+    """IP and TCP header of the SYN that made this accepted connection.
+
+    b"" if it was read before, if the connection was made from a SYN cookie, or if the headers are longer than Python
+    reads (1 KiB; EINVAL): a client may put as many IPv6 extension headers there as it likes.
+    """
+    try:
+        return sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_SAVED_SYN, _LONGEST_SYN)
+    except OSError:
+        return b""
 
 
 def timestamp_clock(sock: socket.socket) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import List, NamedTuple, Optional, Set
+from typing import List, NamedTuple, Optional, Set, Tuple
 
 from _tsproxy.dataplane import inbox
 from _tsproxy.host import wakeup
@@ -38,6 +38,7 @@ class Crew:
         self._started = [0.0] * len(self._seats)
         self._quick = [0] * len(self._seats)
         self._ending = False
+        self._owed: List[Tuple[Seat, inbox.Entry]] = []  # in order
 
     def start(self) -> None:
         """Start them all."""
@@ -61,8 +62,17 @@ class Crew:
     def order(self, kind: int) -> None:
         """Send an order to all. After DRAIN or KILL a worker that ends has done as it was told."""
         self._ending = self._ending or kind in (inbox.DRAIN, inbox.KILL)
-        for seat in self._seats:
-            seat.box.put(inbox.Entry(kind))
+        self._owed += [(seat, inbox.Entry(kind)) for seat in self._seats]
+        self.deliver()
+
+    def deliver(self) -> None:
+        """Put the orders that an inbox had no room for. Call it again and again while `owes`."""
+        self._owed = [(seat, order) for seat, order in self._owed if not seat.box.put(order)]
+
+    @property
+    def owes(self) -> bool:
+        """Whether an order waits for room."""
+        return bool(self._owed)
 
     def ping(self) -> None:
         """Put a do-nothing order into each inbox that is empty, for all_answered() to ask about."""
@@ -114,6 +124,7 @@ class Crew:
         """Wait until all have ended, but no longer than that."""
         deadline = time.monotonic() + patience_s
         while self.alive and time.monotonic() < deadline:
+            self.deliver()
             time.sleep(0.002)
 
 

@@ -31,6 +31,7 @@ from _tsproxy.telemetry.reporter import Reporter
 from _tsproxy.timestamps import policy
 
 _END_NOW_S = 5.0
+_ORDER_AGAIN_S = 0.005
 _LEAVE_S = 3.0  # a client whose handshake takes longer is given up
 _LEAVE_PACE_S = 0.005
 _STDOUT = 1  # by number: sys.stdout is None when it was closed at the start
@@ -109,12 +110,13 @@ class Server:
             self._keep_time()
 
     def _patience_s(self, pause: float) -> Optional[float]:
-        """How long to sleep: until accepting goes on, the policy is looked at again, or the watchdog is due."""
-        dues = (pause or None, self._drift.due_s, self._watchdog.due_s)
+        """How long to sleep: until accepting goes on, an order is tried again, or the policy or the watchdog is due."""
+        dues = (pause or None, _ORDER_AGAIN_S if self._crew.owes else None, self._drift.due_s, self._watchdog.due_s)
         return min((due for due in dues if due is not None), default=None)
 
     def _keep_time(self) -> None:
         self._acceptor.offer_again()
+        self._crew.deliver()
         if self._drift.due_s == 0:
             self._drift.look()
         if self._watchdog.due_s == 0:
