@@ -474,7 +474,7 @@ for number, words in enumerate(ast.literal_eval(sys.stdin.read())):
         sys.argv = [script, *map(os.fsdecode, words)]
         runpy.run_path(script, run_name="__main__")
         os._exit(99)
-    print(os.waitstatus_to_exitcode(os.wait()[1]))
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)  # or the next child has it in its buffer, too
 """
 
 
