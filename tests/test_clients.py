@@ -12,11 +12,11 @@ from typing import Any, Deque, Iterator, List, Tuple
 
 import pytest
 from _tsproxy import config
+from _tsproxy.dataplane.acceptor import Acceptor
+from _tsproxy.dataplane.clients import Clients, slots_for
 from _tsproxy.dataplane.inbox import MOST_UPSTREAMS, Entry
 from _tsproxy.host.addresses import pack, without_port
-from _tsproxy.server.acceptor import Acceptor
-from _tsproxy.server.clients import Clients, slots_for
-from _tsproxy.telemetry.counters import Counter, Ledger, client_pair
+from _tsproxy.telemetry.counters import ACCEPTOR_ROW, Counter, Ledger, client_pair
 from harness import PATIENCE, Exchange, Proxy, receive_exactly, reset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -204,7 +204,15 @@ def test_a_client_that_no_worker_takes_keeps_its_share() -> None:
     crew: Any = FullCrew()
     wanted = config.Config(targets=(), max_connections_per_client=1)
     with model(limit=1) as world, socket.create_server(("127.0.0.1", 0)) as listener:
-        acceptor = Acceptor(wanted, crew, world.ledger, world.clients, lambda: b"", lambda why: None)
+        acceptor = Acceptor(
+            wanted,
+            world.ledger,
+            world.ledger.rows[ACCEPTOR_ROW],
+            world.clients,
+            upstreams=lambda: b"",
+            hand=crew.hand,
+            complain=lambda why: None,
+        )
         for crew.full in (True, True, False):
             with socket.create_connection(listener.getsockname(), PATIENCE) as client:
                 assert acceptor.accept(listener)

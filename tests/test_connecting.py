@@ -11,6 +11,7 @@ from conftest import CHECKOUT
 from harness import Exchange, Proxy, echo, receive_all, receive_exactly, reset, wait_until
 from namespaces import Namespace
 
+WHO_ACCEPTS = pytest.mark.parametrize("workers", ["--workers=1", "--workers=2"])  # the only worker itself, or the main thread
 SILENT = "10.99.0.2:9"  # SYNs leave and nothing ever answers
 
 
@@ -146,8 +147,9 @@ def test_ports_that_run_out_are_reported_as_what_they_are(void: Namespace, insid
     far.close()
 
 
-def test_a_client_outside_the_allowed_blocks_is_reset_and_counted(start: Any, echoing: Exchange) -> None:
-    proxy = start(echoing, "--allow=127.0.0.2/32", "--allow=2001:db8::/32")
+@WHO_ACCEPTS
+def test_a_client_outside_the_allowed_blocks_is_reset_and_counted(start: Any, echoing: Exchange, workers: str) -> None:
+    proxy = start(echoing, workers, "--allow=127.0.0.2/32", "--allow=2001:db8::/32")
     proxy.expect_reset()
     with proxy.connect(source_address=("127.0.0.2", 0)) as friend:
         friend.sendall(b"in")
@@ -156,8 +158,9 @@ def test_a_client_outside_the_allowed_blocks_is_reset_and_counted(start: Any, ec
     assert (metrics["downstream_cx_denied"], metrics["downstream_cx_total"]) == (1, 1)
 
 
-def test_an_ipv4_client_of_an_ipv6_listener_is_judged_and_named_as_ipv4(start: Any, echoing: Exchange) -> None:
-    proxy = start(echoing, "--bind=::", "--allow=127.0.0.1")
+@WHO_ACCEPTS
+def test_an_ipv4_client_of_an_ipv6_listener_is_judged_and_named_as_ipv4(start: Any, echoing: Exchange, workers: str) -> None:
+    proxy = start(echoing, workers, "--bind=::", "--allow=127.0.0.1")
     port = proxy.line("start")["listen_port"]
     with socket.create_connection(("127.0.0.1", port), 5) as client:
         client.sendall(b"4")
@@ -173,9 +176,9 @@ def test_names_resolve_and_a_name_that_does_not_leaves_the_others_in_use(start: 
         assert receive_exactly(client, 2) == b"ok"
 
 
-@pytest.mark.parametrize("clients", [3])
-def test_beyond_max_connections_reject_resets_at_once(start: Any, echoing: Exchange, clients: int) -> None:
-    proxy = start(echoing, "--max-connections=2")
+@WHO_ACCEPTS
+def test_beyond_max_connections_reject_resets_at_once(start: Any, echoing: Exchange, workers: str) -> None:
+    proxy = start(echoing, workers, "--max-connections=2")
     inside = [proxy.connect() for _ in range(2)]
     for client in inside:
         client.sendall(b"x")
@@ -190,8 +193,9 @@ def test_beyond_max_connections_reject_resets_at_once(start: Any, echoing: Excha
     inside.pop().close()
 
 
-def test_beyond_max_connections_queue_serves_when_a_place_is_free(start: Any, echoing: Exchange) -> None:
-    proxy = start(echoing, "--max-connections=1", "--on-full=queue")
+@WHO_ACCEPTS
+def test_beyond_max_connections_queue_serves_when_a_place_is_free(start: Any, echoing: Exchange, workers: str) -> None:
+    proxy = start(echoing, workers, "--max-connections=1", "--on-full=queue")
     first = proxy.connect()
     first.sendall(b"1")
     assert first.recv(1) == b"1"

@@ -214,7 +214,7 @@ def test_a_killed_worker_takes_its_connections_with_it_and_nothing_else(forked: 
 
 
 def test_clients_that_find_the_workers_inbox_full_wait_and_are_served(forked: Stand) -> None:
-    proxy = forked.start("--workers=1")
+    proxy = forked.start("--workers=1", "--max-connections-per-client=1000")  # so that the main thread accepts
     with forked.unharmed(proxy, growth_kib=8192):  # what 600 connections at once needed
         (worker,) = children(zygote_of(proxy))
         os.kill(worker, signal.SIGSTOP)

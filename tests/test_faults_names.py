@@ -93,8 +93,9 @@ def named(bundle: Path, tmp_path: Path) -> Iterator[Named]:
             yield named
 
 
-def test_an_exchange_that_moves_is_followed_when_connecting_fails(named: Named) -> None:
-    proxy = named.start()
+@pytest.mark.parametrize("workers", ["--workers=1", "--workers=2"])
+def test_an_exchange_that_moves_is_followed_when_connecting_fails(named: Named, workers: str) -> None:
+    proxy = named.start(workers)
     assert proxy.line("start")["upstream_addresses"] == [f"127.0.0.2:{named.old.port}"]
     with named.stand.unharmed(proxy):
         named.names.address = "127.0.0.3"

@@ -368,7 +368,7 @@ def test_what_conntrack_does_not_take_shows_the_real_clock_no_more_than_the_rest
         target = (wire.exchange_address(4), wire.far_end(4).port)
         sniffer = Sniffer(wire.exchange, UPSTREAM)
         try:
-            with wire.clean, sockets.dial(socket.AF_INET, sockets.Tuning(), None) as client:
+            with wire.clean, contextlib.closing(sockets.dial(socket.AF_INET, sockets.Tuning(), None)) as client:
                 client.connect_ex(target)
                 wait_until(lambda: any(packet.target == target for packet in list(sniffer.packets)), "the SYN")
             assert {packet.tsval for packet in sniffer.stop() if packet.target == target and packet.is_syn} == {TSVAL}

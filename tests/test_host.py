@@ -175,7 +175,7 @@ def child(words: List[str], **popen: object) -> str:
 def pair(family: int, ip: str, tuning: Tuning) -> Iterator[Tuple[socket.socket, socket.socket, socket.socket]]:
     """(listener, dialled, accepted), connected, made by the functions under test."""
     with sockets.listener(Address(family, ip, 0), 16, tuning, False) as listening:
-        with sockets.dial(family, tuning, None) as dialled:
+        with contextlib.closing(sockets.dial(family, tuning, None)) as dialled:
             assert dialled.connect_ex(listening.getsockname()) in {0, errno.EINPROGRESS}
             select.select([listening], [], [], PATIENCE)
             accepted, _ = listening.accept()
@@ -218,7 +218,7 @@ def test_the_shortest_and_the_longest_keepalive_are_taken(seconds: int) -> None:
 
 def test_no_socket_blocks_or_is_inherited() -> None:
     with pair(socket.AF_INET, "127.0.0.1", QUIET) as (listening, dialled, accepted):
-        with sockets.adopt(accepted.detach(), socket.AF_INET) as adopted:
+        with contextlib.closing(sockets.adopt(accepted.detach(), socket.AF_INET)) as adopted:
             for sock in (listening, dialled, adopted):
                 assert not sock.getblocking()
                 assert not os.get_inheritable(sock.fileno())
@@ -273,7 +273,7 @@ def test_quick_acknowledgement_is_on_when_asked_for() -> None:
 def test_an_upstream_socket_leaves_from_its_source(family: int, ip: str) -> None:
     source = "127.0.0.77" if family == socket.AF_INET else "::1"
     with socket.create_server((ip, 0), family=family) as far:
-        with sockets.dial(family, QUIET, Address(family, source, 9)) as dialled:
+        with contextlib.closing(sockets.dial(family, QUIET, Address(family, source, 9))) as dialled:
             assert dialled.getsockname()[1] == 0  # no port is taken before connect()
             dialled.connect_ex(far.getsockname())
             accepted, peer = far.accept()

@@ -83,11 +83,12 @@ def stormed(proxy: Proxy) -> None:
     wait_until(lambda: served(proxy) >= 50, "the storm has come")
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[f"{kind} {workers}" for kind in KINDS for workers in (1, 2)])
 def command(request: pytest.FixtureRequest, bundle: Path) -> List[str]:
-    """tsproxy under one runtime, on a Python that has it."""
-    python = PYTHON["3.13"] if request.param == "interpreters" else next(iter(PYTHON.values()))
-    return [python, "-I", "-S", str(bundle), f"--runtime={request.param}", "--workers=2"]
+    """tsproxy under one runtime, on a Python that has it. One worker accepts by itself."""
+    kind, workers = request.param.split()
+    python = PYTHON["3.13"] if kind == "interpreters" else next(iter(PYTHON.values()))
+    return [python, "-I", "-S", str(bundle), f"--runtime={kind}", f"--workers={workers}"]
 
 
 def options(target: str) -> List[str]:
@@ -181,11 +182,12 @@ def wan() -> Iterator[Wan]:
         yield Wan(stack)
 
 
-def test_a_slow_wire_loses_no_client_of_a_storm(wan: Wan, run: Any) -> None:
+@pytest.mark.parametrize("workers", ["--workers=1", "--workers=2"])
+def test_a_slow_wire_loses_no_client_of_a_storm(wan: Wan, run: Any, workers: str) -> None:
     for namespace in (wan.clients, wan.host):
         wan.shape(namespace, "1mbit")
     with far_end(enter=wan.host.enter) as target:
-        begin = functools.partial(run, wan.words, *options(target), "--reuse-port", f"--bind={wan.ip}")
+        begin = functools.partial(run, wan.words, *options(target), "--reuse-port", f"--bind={wan.ip}", workers)
         old = begin("-p0")
         with storm(old.address, wan.clients.enter):
             for _ in range(RESTARTS):

@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 from pathlib import Path
-from typing import Any, Iterator, List, cast
+from typing import Any, Iterator, List, Set, cast
 
 import pytest
 from _tsproxy.dataplane import inbox
@@ -90,8 +90,9 @@ def test_all_workers_serve_and_the_start_line_names_the_runtime(begin: Any, echo
     assert proxy.stderr() == ""
 
 
-def test_held_connections_of_all_workers_drain(begin: Any, echoing: Exchange) -> None:
-    proxy = begin(echoing, "--workers=2")
+@pytest.mark.parametrize("workers", ["--workers=1", "--workers=2"])
+def test_held_connections_of_all_workers_drain(begin: Any, echoing: Exchange, workers: str) -> None:
+    proxy = begin(echoing, workers)
     clients = [proxy.connect() for _ in range(4)]
     for client in clients:
         client.sendall(b"x")
@@ -156,20 +157,83 @@ def _answers(client: socket.socket) -> bool:
         return False
 
 
-def test_clients_that_wait_in_a_dead_workers_inbox_are_served_by_its_successor(start: Any, echoing: Exchange) -> None:
-    proxy = start(echoing, "--runtime=processes", "--workers=1")
-    ask(proxy)
-    (worker,) = workers_of(proxy)
-    os.kill(worker, signal.SIGSTOP)
-    waiting = [proxy.connect() for _ in range(5)]
-    for client in waiting:
+def stop_the_workers(proxy: Proxy) -> List[int]:
+    workers = workers_of(proxy)
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)
+    return workers
+
+
+def waiting_clients(proxy: Proxy) -> List[socket.socket]:
+    clients = [proxy.connect() for _ in range(6)]
+    for client in clients:
         client.sendall(b"z")
-    proxy.wait_metrics(lambda line: line["downstream_cx_total"] == 6)
-    os.kill(worker, signal.SIGKILL)
-    for client in waiting:
+    return clients
+
+
+def are_served(clients: List[socket.socket]) -> None:
+    for client in clients:
         assert receive_exactly(client, 1) == b"z"
         client.close()
+
+
+def numbers_of(proxy: Proxy) -> List[int]:
+    return sorted(line["connection_id"] for line in proxy.lines if line["event"] == "connection")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_clients_that_wait_for_a_dead_worker_are_served_by_its_successor(start: Any, echoing: Exchange, workers: int) -> None:
+    """In its inbox; or, if it was the only one and accepts by itself, in the listener's backlog."""
+    proxy = start(echoing, "--runtime=processes", f"--workers={workers}")
+    ask(proxy)
+    proxy.line("connection")
+    stopped = stop_the_workers(proxy)
+    waiting = waiting_clients(proxy)
+    if workers > 1:
+        proxy.wait_metrics(lambda line: line["downstream_cx_total"] == 7)
+    for worker in stopped:
+        os.kill(worker, signal.SIGKILL)
+    are_served(waiting)
     proxy.wait_metrics(lambda line: line["downstream_cx_active"] == 0)
+    assert proxy.stop() == 0
+    assert numbers_of(proxy) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_the_only_worker_shares_the_listener_with_the_main_process_alone(start: Any, echoing: Exchange) -> None:
+    """The zygote would keep the port open when both have closed it."""
+    proxy = start(echoing, "--runtime=processes", "--workers=1")
+    ask(proxy)
+    (zygote,), (worker,) = children(proxy.process.pid), workers_of(proxy)
+    listener = inode_of_listener(proxy)
+    holders = [pid for pid in (proxy.process.pid, zygote, worker) if listener in inodes(pid)]
+    assert holders == [proxy.process.pid, worker]
+
+
+def inode_of_listener(proxy: Proxy) -> str:
+    """proc(5), /proc/net/tcp: 0A is LISTEN."""
+    port = f":{proxy.address[1]:04X}"
+    rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return next(f"socket:[{row[9]}]" for row in rows if row[1].endswith(port) and row[3] == "0A")
+
+
+def inodes(pid: int) -> Set[str]:
+    return {os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()}
+
+
+def test_who_came_while_the_only_worker_was_stuck_is_served_in_the_drain(start: Any, echoing: Exchange) -> None:
+    """It does not answer that it accepts no more, so the main thread takes them, for it to find when it goes on."""
+    proxy = start(echoing, "--runtime=processes", "--workers=1")
+    ask(proxy)
+    proxy.line("connection")
+    stopped = stop_the_workers(proxy)
+    waiting = waiting_clients(proxy)
+    proxy.process.send_signal(signal.SIGTERM)
+    assert proxy.line("drain")["active_connections"] == 6
+    for worker in stopped:
+        os.kill(worker, signal.SIGCONT)
+    are_served(waiting)
+    assert proxy.wait() == 0
+    assert numbers_of(proxy) == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_workers_that_die_at_once_again_and_again_end_the_whole(start: Any, echoing: Exchange) -> None:
@@ -185,6 +249,16 @@ def test_workers_that_die_at_once_again_and_again_end_the_whole(start: Any, echo
     wait_until(killed_for_good)
     assert proxy.wait() == 1
     assert proxy.line("stop")["reason"] == "worker_died"
+
+
+def test_a_stuck_worker_does_not_outlive_the_main_process_and_keep_the_port(start: Any, echoing: Exchange) -> None:
+    proxy = start(echoing, "--runtime=processes", "--workers=1")
+    ask(proxy)
+    (stuck,) = stop_the_workers(proxy)
+    proxy.process.kill()
+    wait_until(lambda: not _lives(stuck), "the zygote kills it")
+    with pytest.raises(ConnectionRefusedError):
+        proxy.connect()
 
 
 def test_nothing_is_left_when_the_main_process_is_killed(start: Any, echoing: Exchange) -> None:

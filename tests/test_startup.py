@@ -119,7 +119,7 @@ def test_root_is_dropped_for_good_after_binding(start: Any, echoing: Exchange) -
 
 
 def first_free(pid: int, sockets: int) -> int:
-    """The lowest free descriptor of a process, once it has no more sockets than its own (a listener, an inbox)."""
+    """The lowest free descriptor of a process, once it has no more sockets than its own (listeners, an inbox)."""
     fds = Path(f"/proc/{pid}/fd")
     wait_until(lambda: sum("socket:" in os.readlink(fd) for fd in fds.iterdir()) == sockets, "its connections are closed")
     used = {int(fd.name) for fd in fds.iterdir()}
@@ -133,7 +133,7 @@ def test_descriptors_that_run_out_pause_accepting_and_come_back(start: Any, echo
         first.sendall(b"x")
         assert first.recv(1) == b"x"
     pid = proxy.process.pid
-    free = first_free(pid, sockets=1)
+    free = first_free(pid, sockets=2)
     old = resource.prlimit(pid, resource.RLIMIT_NOFILE, (free, 20000))
     clients = [proxy.connect() for _ in range(6)]
     assert proxy.line("error")["message"].startswith("accept: Too many open files (raise LimitNOFILE)")
@@ -149,7 +149,8 @@ def test_descriptors_that_run_out_pause_accepting_and_come_back(start: Any, echo
 
 
 def test_a_worker_process_without_descriptors_loses_clients_not_itself(start: Any, echoing: Exchange) -> None:
-    proxy = start(echoing, "--runtime=processes", "--workers=1", "--max-connections=100")
+    handed = "--max-connections-per-client=100"  # so that the main thread accepts, and hands the client over
+    proxy = start(echoing, "--runtime=processes", "--workers=1", "--max-connections=100", handed)
     with proxy.connect() as first:
         first.sendall(b"x")
         assert first.recv(1) == b"x"

@@ -18,12 +18,11 @@ import pytest
 from _tsproxy.dataplane.half import FROM_DOWNSTREAM, FROM_UPSTREAM, Half
 from _tsproxy.dataplane.pipes import HAS_SPLICE, SIZE, Pipes
 from _tsproxy.dataplane.stream import Stream
-from _tsproxy.dataplane.workbench import Rules, Workbench
+from _tsproxy.dataplane.workbench import Workbench
 from _tsproxy.host.limits import PIPES_A_WORKER
-from _tsproxy.host.sockets import Tuning
-from _tsproxy.telemetry.counters import Counter, Ledger
-from _tsproxy.telemetry.records import RecordWriter
+from _tsproxy.telemetry.counters import Counter
 from harness import Exchange, Proxy, receive_exactly, reset, wait_until
+from lone_bench import lone_bench
 from unprivileged import BECOME, as_nobody
 
 pytestmark = pytest.mark.skipif(not HAS_SPLICE, reason="os.splice came with Python 3.10")
@@ -61,16 +60,8 @@ class Way(NamedTuple):
 
 @pytest.fixture
 def bench() -> Iterator[Workbench]:
-    ledger = Ledger.create(1)
-    row, nobody = ledger.worker(0), None
-    made: Any = nobody
-    rules = Rules(Tuning(), 0, 0, 0, log_connections=True, log_debug=False, zero_copy=True)
-    bench = Workbench(0, rules, made, made, row, RecordWriter(-1, row), [], BUFFER)
-    os.close(ledger.fd)
-    yield bench
-    bench.close()
-    vars(bench).clear()
-    del row, ledger
+    with lone_bench(BUFFER) as bench:
+        yield bench
 
 
 @contextlib.contextmanager

@@ -12,28 +12,17 @@ from _tsproxy.dataplane.buffers import Buffers
 from _tsproxy.dataplane.poller import READ, WRITE, Poller
 from _tsproxy.dataplane.states import Event, Flow, IllegalTransition, Phase, flow_after, phase_after
 from _tsproxy.dataplane.timers import TICK_NS, Timers
-from _tsproxy.dataplane.workbench import Rules, Workbench
+from _tsproxy.dataplane.workbench import Workbench
 from _tsproxy.host.addresses import Address
-from _tsproxy.host.sockets import Tuning
-from _tsproxy.telemetry.counters import Ledger
-from _tsproxy.telemetry.records import RecordWriter
 from hypothesis import given
 from hypothesis import strategies as st
+from lone_bench import lone_bench
 
 
 @pytest.fixture
 def bench() -> Iterator[Workbench]:
-    ledger = Ledger.create(1)
-    row, nobody = ledger.worker(0), None
-    sources = [Address(socket.AF_INET, f"127.0.0.{last}", 0) for last in (2, 3, 4)]
-    made: Any = nobody
-    rules = Rules(Tuning(), 0, 0, 0, log_connections=True, log_debug=False, zero_copy=True)
-    bench = Workbench(0, rules, made, made, row, RecordWriter(-1, row), sources, 4096)
-    os.close(ledger.fd)
-    yield bench
-    bench.close()
-    vars(bench).clear()  # the ledger's map goes with its last reference, and its descriptor with it
-    del row, ledger
+    with lone_bench(4096, [Address(socket.AF_INET, f"127.0.0.{last}", 0) for last in (2, 3, 4)]) as bench:
+        yield bench
 
 
 def test_a_buried_socket_keeps_its_number_until_the_end_of_the_turn(bench: Workbench) -> None:

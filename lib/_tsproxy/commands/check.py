@@ -6,6 +6,7 @@ witness is clean: that SYN would be the leak. What a target answers does not cha
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -188,7 +189,7 @@ def _try(config: Config, gate: Gate, address: Address, capture: Optional[Capture
         sock = sockets.dial(address.family, tuning_of(config), _source(config, address.family))
     except OSError as error:
         return _Attempt(Connection(str(address), "failed", error.strerror or str(error)), [], "no SYN was sent")
-    with sock:
+    with contextlib.closing(sock):
         begun = time.monotonic_ns()
         number = sock.connect_ex(address.sockaddr)
         ours = sock.getsockname()
@@ -202,7 +203,7 @@ def _source(config: Config, family: int) -> Optional[Address]:
     return next((Address(family, ip, 0) for ip in config.sources if (":" in ip) == (family == socket.AF_INET6)), None)
 
 
-def _outcome(sock: socket.socket, to: Address, gate: Gate, patience_s: float, begun: int, number: int) -> Connection:
+def _outcome(sock: socket.SocketType, to: Address, gate: Gate, patience_s: float, begun: int, number: int) -> Connection:
     """`number` is what connect(2) answered at once: without a route that is all there is."""
     if number in linux.RETRY:
         if not _writable(sock, patience_s):
@@ -216,7 +217,7 @@ def _outcome(sock: socket.socket, to: Address, gate: Gate, patience_s: float, be
     return Connection(str(to), "connected", what, took_us, negotiated, gate.may_relay(sock, negotiated))
 
 
-def _writable(sock: socket.socket, patience_s: float) -> bool:
+def _writable(sock: socket.SocketType, patience_s: float) -> bool:
     """poll(2), since a descriptor may be beyond what select(2) can take."""
     poller = select.poll()
     poller.register(sock, select.POLLOUT)

@@ -15,6 +15,6 @@ class Gate(Protocol):
         """Whether a SYN may leave now. False: none is sent, and the client is reset. OSError: no room to find out."""
         ...
 
-    def may_relay(self, upstream: socket.socket, timestamps: bool) -> bool:
+    def may_relay(self, upstream: socket.SocketType, timestamps: bool) -> bool:
         """Whether bytes may pass on this established connection; `timestamps`: TSopt was negotiated on it."""
         ...

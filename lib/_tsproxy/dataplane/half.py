@@ -78,10 +78,10 @@ class Half:
         "woke",
     )
     twin: Half
-    sink: socket.socket
+    sink: socket.SocketType
     woke: int
 
-    def __init__(self, owner: Owner, bench: Workbench, source: socket.socket, tally: Tally) -> None:
+    def __init__(self, owner: Owner, bench: Workbench, source: socket.SocketType, tally: Tally) -> None:
         """`sink` and `twin` are set once the other side is there."""
         self.owner, self.bench, self.source, self.tally = owner, bench, source, tally
         self.fd = source.fileno()
@@ -106,7 +106,7 @@ class Half:
             self._end_of_file()
             return
         try:
-            sent = self.sink.send(bench.buffer[:received])
+            sent = self.sink.send(bench.heads[received])
         except OSError as error:
             self._send_failed(received, error)
             return
@@ -267,10 +267,9 @@ class Half:
     @property
     def interest(self) -> int:
         """What to wait for on the source's descriptor: derived, never toggled. It is the twin's sink, hence WRITE."""
-        reading = self.flow is Flow.OPEN and self.held is None
-        if self.twin.held is None:
-            return READ_EDGES if reading else 0
-        return READ | WRITE if reading else WRITE
+        if self.twin.held is not None:
+            return READ | WRITE if self.is_reading else WRITE
+        return READ_EDGES if self.held is None else 0  # after FIN nothing more comes but a hang-up, which is an edge too
 
     def detach(self) -> None:
         """Let go of everything: the garbage collector is off in a worker, so no cycle may be left."""

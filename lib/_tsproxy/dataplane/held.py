@@ -19,7 +19,7 @@ class Held(Protocol):
         """How many are not sent yet."""
         ...
 
-    def send(self, sink: socket.socket) -> int:
+    def send(self, sink: socket.SocketType) -> int:
         """Send what the sink takes; how many bytes. OSError as sendto(2) gives it: EAGAIN if the sink is full."""
         ...
 
@@ -42,7 +42,7 @@ class InBuffer:
         """See Held."""
         return len(self._unsent)
 
-    def send(self, sink: socket.socket) -> int:
+    def send(self, sink: socket.SocketType) -> int:
         """See Held."""
         sent = sink.send(self._unsent)
         self._unsent = self._unsent[sent:]

@@ -31,13 +31,13 @@ class Pipe:
         self._reader, self._writer = reader, writer
         self.left = 0
 
-    def fill(self, source: socket.socket) -> int:
+    def fill(self, source: socket.SocketType) -> int:
         """Move in what the source has, as far as there is room; how much, 0 at end of file. OSError as recv(2) gives it."""
         received: int = os.splice(source.fileno(), self._writer, SIZE, flags=_FLAGS)
         self.left += received
         return received
 
-    def send(self, sink: socket.socket) -> int:
+    def send(self, sink: socket.SocketType) -> int:
         """Move out what the sink takes; how many bytes. OSError as sendto(2) gives it."""
         sent: int = os.splice(self._reader, sink.fileno(), self.left, flags=_FLAGS)
         self.left -= sent

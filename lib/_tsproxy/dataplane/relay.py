@@ -102,7 +102,7 @@ class Relay:
             self.end(Ending.POLICY)
         return allowed
 
-    def _syn(self, packed: bytes) -> socket.socket:
+    def _syn(self, packed: bytes) -> socket.SocketType:
         """A socket whose SYN is out. Without timestamps TIME_WAIT ports can't be reused, so each source gets its try."""
         address = unpack(packed)
         code = 0
@@ -116,7 +116,7 @@ class Relay:
                 break
         raise OSError(code, "connect")
 
-    def _await(self, sock: socket.socket) -> None:
+    def _await(self, sock: socket.SocketType) -> None:
         """Wait for the answer; a target on this host has given it already."""
         half = Half(self, self._bench, sock, FROM_UPSTREAM)
         self._halves.append(half)

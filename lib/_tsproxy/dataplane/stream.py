@@ -23,8 +23,8 @@ class Direction(Protocol):
     bench: Workbench
     fd: int  # of the source
     owner: Any
-    source: socket.socket
-    sink: socket.socket
+    source: socket.SocketType
+    sink: socket.SocketType
 
     def ready(self, mask: int) -> None:
         """Any event of the source's descriptor that is not just "readable"."""

@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
-from _tsproxy.dataplane.buffers import Buffers
+from _tsproxy.dataplane.buffers import Buffers, Heads
 from _tsproxy.dataplane.gate import Gate
 from _tsproxy.dataplane.pipes import Pipes
 from _tsproxy.dataplane.poller import Poller
@@ -41,7 +41,10 @@ class Rules(NamedTuple):
 
 
 class Workbench:
-    """See the module. `handlers` maps a descriptor to what takes its events; `woke` is when this turn's events came."""
+    """See the module. `woke` is when this turn's events came.
+
+    `handlers` maps a descriptor to what takes its events. `heads` are the slices of `buffer`.
+    """
 
     def __init__(
         self,
@@ -59,6 +62,7 @@ class Workbench:
         self.counters, self.records = counters, records
         self.buffers = Buffers(buffer_size)
         self.buffer = self.buffers.take()
+        self.heads = Heads(self.buffer)
         self.full = buffer_size  # a receive of this size has not emptied the socket, and may be of a stream
         self.pipes = Pipes(PIPES_A_WORKER if rules.zero_copy else 0)
         self.poller = Poller()
@@ -67,7 +71,7 @@ class Workbench:
         self.relays: Dict[int, Any] = {}  # connection id -> relay, all that are alive
         self.woke = time.monotonic_ns()
         self._sources = _by_family(sources)
-        self.buried: List[socket.socket] = []
+        self.buried: List[socket.SocketType] = []
         self._complained: Dict[str, int] = defaultdict(lambda: -_COMPLAINT_NS)
 
     def watch(self, fd: int, events: int, handler: Any) -> None:
@@ -75,7 +79,7 @@ class Workbench:
         self.poller.expect(fd, events)
         self.handlers[fd] = handler
 
-    def bury(self, sock: socket.socket) -> None:
+    def bury(self, sock: socket.SocketType) -> None:
         """Stop watching a socket now and close it at the end of the turn: its number must not come back within it."""
         fd = sock.fileno()
         self.handlers.pop(fd, None)
@@ -91,6 +95,7 @@ class Workbench:
     def swap_buffer(self) -> memoryview:
         """The buffer with the bytes just received, for a half to keep; the worker goes on with another."""
         kept, self.buffer = self.buffer, self.buffers.take()
+        self.heads = Heads(self.buffer)
         return kept
 
     def sources(self, family: int) -> List[Optional[Address]]:
@@ -119,8 +124,8 @@ class Workbench:
 
     def close(self) -> None:
         """Close what is buried, the pipes and the poller; let go of the handlers, which know the workbench."""
-        self.handlers.clear()
         self.close_buried()
+        self.handlers.clear()
         self.pipes.close()
         self.poller.close()
 

@@ -1,16 +1,27 @@
 """A worker: one thread's loop over the descriptors of its connections.
 
-Knows its inbox and its workbench. Knows nothing of other workers, of accepting, or of how it was started: plain
-numbers and shared memory go in, records and counters come out.
+Knows its inbox, its workbench and, if it is the only worker, its doors. Knows nothing of other workers, of who may come
+in, or of how it was started: plain numbers and shared memory go in, records and counters come out.
 """
 
 from __future__ import annotations
 
 import time
 import traceback
-from typing import Any, Optional
+from typing import Any, List, Optional
 
-from _tsproxy.dataplane.inbox import ACCEPTED, DRAIN, DRIFTED_ALL, DRIFTED_CONNECTING, KILL, Consumer, Entry
+from _tsproxy.dataplane.door import Door
+from _tsproxy.dataplane.inbox import (
+    ACCEPTED,
+    DRAIN,
+    DRIFTED_ALL,
+    DRIFTED_CONNECTING,
+    KILL,
+    LEAVE,
+    OPEN,
+    Consumer,
+    Entry,
+)
 from _tsproxy.dataplane.poller import READ, READABLE
 from _tsproxy.dataplane.relay import Relay
 from _tsproxy.dataplane.workbench import Workbench
@@ -26,14 +37,16 @@ class Worker:
 
     def __init__(self, bench: Workbench, inbox: Consumer, busy_poll_us: int = 0) -> None:
         """With `busy_poll_us` the loop spins that long after the last event before it sleeps."""
-        self._bench, self._inbox = bench, inbox
+        self.bench, self._inbox = bench, inbox
         self._spin_ns = busy_poll_us * 1000
         self._draining = False
+        self.doors: List[Door] = []
+        self.upstreams = b""  # where clients that come in by a door are to go
         bench.watch(inbox.fileno, READ, self)
 
     def run(self) -> None:
         """The loop. What raises in a connection's handler is a bug: that connection is closed, the others go on."""
-        bench = self._bench
+        bench = self.bench
         wait, handlers, clock = bench.poller.wait, bench.handlers, time.monotonic_ns
         last_event = clock()
         while not (self._draining and not bench.relays):
@@ -44,11 +57,14 @@ class Worker:
             if events:
                 last_event = bench.woke
             for fd, mask in events:
-                handler = handlers.get(fd)  # None: closed by an earlier event of this turn
                 try:
-                    if mask == READABLE and handler is not None:
+                    handler = handlers[fd]
+                except KeyError:  # closed by an earlier event of this turn, or here but not yet by who handed it over
+                    continue
+                try:
+                    if mask == READABLE:
                         handler.readable()
-                    elif handler is not None:
+                    else:
                         handler.ready(mask)
                 except Exception as bug:
                     self._contain(handler, bug)
@@ -59,16 +75,17 @@ class Worker:
 
     def close(self) -> None:
         """End what there is (after a bug outside any connection, there may be some) and close the poller."""
+        self._shut_doors()
         self._end_all(Ending.BUG)
-        self._bench.close()
+        self.bench.close()
 
     def _patience_s(self, due: Optional[int]) -> float:
         """How long to sleep at most; -1 is for ever."""
-        return -1 if due is None else min(max(0, due - self._bench.woke) / 1e9, _LONGEST_S)
+        return -1 if due is None else min(max(0, due - self.bench.woke) / 1e9, _LONGEST_S)
 
     def _expire(self) -> None:
-        now = self._bench.woke
-        for relay in self._bench.timers.due(now):
+        now = self.bench.woke
+        for relay in self.bench.timers.due(now):
             try:
                 relay.on_deadline(now)
             except Exception as bug:
@@ -78,7 +95,9 @@ class Worker:
         """The inbox has entries."""
         for entry in self._inbox.take():
             if entry.kind == ACCEPTED:
-                self._begin(entry)
+                self.begin(entry)
+            elif entry.kind == OPEN:
+                self._open_doors(entry.upstreams)
             else:
                 self._obey(entry.kind)
 
@@ -86,26 +105,39 @@ class Worker:
         """Any other event of the inbox's descriptor: look, too."""
         self.readable()
 
-    def _begin(self, entry: Entry) -> None:
-        self._bench.count_client(entry.pair)
-        self._bench.count(Counter.BEGUN)
+    def _open_doors(self, upstreams: bytes) -> None:
+        self.upstreams = upstreams
+        for door in self.doors:
+            door.open()
+
+    def _shut_doors(self) -> None:
+        while self.doors:
+            self.doors.pop().close()
+
+    def begin(self, entry: Entry) -> bool:
+        """A client, from the inbox or by a door: connect and relay. There is always room: True."""
+        self.bench.count_client(entry.pair)
+        self.bench.count(Counter.BEGUN)
         if entry.fd < 0:
-            self._bench.count_client(entry.pair, ended=True)
-            self._bench.count(Counter.ENDED)
-            self._bench.complain("error", "no fd", "a client was lost: out of file descriptors: raise LimitNOFILE (ulimit -n)")
-            return
-        relay = Relay(self._bench, entry)
+            self.bench.count_client(entry.pair, ended=True)
+            self.bench.count(Counter.ENDED)
+            self.bench.complain("error", "no fd", "a client was lost: out of file descriptors: raise LimitNOFILE (ulimit -n)")
+            return True
+        relay = Relay(self.bench, entry)
         try:
             relay.start()
         except Exception as bug:
             self._contain(relay, bug)
+        return True
 
     def _obey(self, order: int) -> None:
-        """DRAIN: go when the last connection has ended. KILL: end them all now.
+        """LEAVE: accept no more. DRAIN: and go when the last connection has ended. KILL: end them all now.
 
         The policy has drifted: those that still connect end (a SYN sent again would leak), or all of them do.
         """
         self._draining = self._draining or order in (DRAIN, KILL)
+        if order in (LEAVE, DRAIN, KILL):
+            self._shut_doors()
         if order not in (KILL, DRIFTED_ALL, DRIFTED_CONNECTING):
             return
         if order == KILL:
@@ -114,7 +146,7 @@ class Worker:
             self._end_all(Ending.POLICY, only_connecting=order == DRIFTED_CONNECTING)
 
     def _end_all(self, ending: Ending, only_connecting: bool = False) -> None:
-        for relay in list(self._bench.relays.values()):
+        for relay in list(self.bench.relays.values()):
             if relay.is_connecting or not only_connecting:
                 self._end(relay, ending)
 
@@ -128,12 +160,12 @@ class Worker:
     def _contain(self, handler: Any, bug: Exception) -> None:
         """Say what happened, close that connection, and go on; a bug outside any connection ends the worker."""
         self._report(bug)
-        if handler is self:
-            raise bug
         owner = getattr(handler, "owner", handler)
+        if owner is self:
+            raise bug
         if isinstance(owner, Relay):  # else it had ended already, and let go of what handled its events
             self._end(owner, Ending.BUG)
 
     def _report(self, bug: Exception) -> None:
-        self._bench.count(Counter.BUGS)
-        self._bench.complain("error", "bug", "".join(traceback.format_exception(type(bug), bug, bug.__traceback__)))
+        self.bench.count(Counter.BUGS)
+        self.bench.complain("error", "bug", "".join(traceback.format_exception(type(bug), bug, bug.__traceback__)))

@@ -24,6 +24,9 @@ TCPI_OPT_USEC_TS = 64
 # include/uapi/linux/in.h, level IPPROTO_IP (it serves IPv6 sockets too)
 IP_BIND_ADDRESS_NO_PORT = 24
 
+# include/net/scm.h: the most descriptors in one message
+SCM_MAX_FD = 253
+
 # include/uapi/linux/fcntl.h
 F_SETPIPE_SZ = 1031
 

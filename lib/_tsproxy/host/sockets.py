@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
+from socket import SocketType
 from typing import NamedTuple, Optional
 
 from _tsproxy.host import linux
@@ -16,6 +17,8 @@ TAG = 4
 _LINGER_ZERO = struct.pack("ii", 1, 0)
 _KEEPALIVE_PROBES = 3
 _LONGEST_SYN = 1024
+# A relayed socket is a plain SocketType, which is all C: socket.socket adds makefile() and Python frames to making and closing.
+_STREAM = int(socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
 
 
 class TcpInfo(NamedTuple):
@@ -26,24 +29,24 @@ class TcpInfo(NamedTuple):
     retransmits: int
 
 
-def tcp_info(sock: socket.socket) -> TcpInfo:
+def tcp_info(sock: SocketType) -> TcpInfo:
     """TCP_INFO of an established (or since closed) connection. While SYN_SENT the options read 0."""
     raw = sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, 104)
     return TcpInfo(bool(raw[5] & linux.TCPI_OPT_TIMESTAMPS), *struct.unpack_from("=I28xI", raw, 68))
 
 
-def has_timestamps(sock: socket.socket) -> bool:
+def has_timestamps(sock: SocketType) -> bool:
     """Whether this connection negotiated TSopt: TCP_INFO's option byte alone, the cheapest read."""
     return bool(sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, 8)[5] & linux.TCPI_OPT_TIMESTAMPS)
 
 
-def connected_with_timestamps(sock: socket.socket) -> Optional[bool]:
+def connected_with_timestamps(sock: SocketType) -> Optional[bool]:
     """After connect(): whether TSopt was negotiated; None if there is no connection (any more)."""
     info = sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, 8)
     return bool(info[5] & linux.TCPI_OPT_TIMESTAMPS) if info[0] in linux.TCP_CONNECTED else None
 
 
-def counts_microseconds(sock: socket.socket) -> bool:
+def counts_microseconds(sock: SocketType) -> bool:
     """Whether this connection's timestamps would count microseconds (a route's feature, TCPI_OPT_USEC_TS)."""
     return bool(sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, 8)[5] & linux.TCPI_OPT_USEC_TS)
 
@@ -54,7 +57,7 @@ class Tuning(NamedTuple):
     keepalive_s: int = 0
     user_timeout_ms: int = 0
 
-    def apply(self, sock: socket.socket) -> None:
+    def apply(self, sock: SocketType) -> None:
         """Set the options that a connection keeps. On a listener they are inherited by what it accepts (tcp(7))."""
         tcp = socket.IPPROTO_TCP
         # A small order must not wait for the previous one's ACK.
@@ -70,12 +73,12 @@ class Tuning(NamedTuple):
             sock.setsockopt(tcp, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
 
 
-def acknowledge_at_once(sock: socket.socket) -> None:
+def acknowledge_at_once(sock: SocketType) -> None:
     """Leave delayed-ACK mode now (TCP_QUICKACK, tcp(7)); the kernel may enter it again later."""
     sock.setsockopt(socket.IPPROTO_TCP, linux.TCP_QUICKACK, 1)
 
 
-def reset_on_close(sock: socket.socket) -> None:
+def reset_on_close(sock: SocketType) -> None:
     """close(2) will send RST, not FIN, and drop what is unsent (SO_LINGER with a time of 0, socket(7))."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_ZERO)
 
@@ -85,7 +88,7 @@ def save_syns(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, linux.TCP_SAVE_SYN, 1)
 
 
-def saved_syn(sock: socket.socket) -> bytes:
+def saved_syn(sock: SocketType) -> bytes:
     """IP and TCP header of the SYN that made this accepted connection.
 
     b"" if it was read before, if the connection was made from a SYN cookie, or if the headers are longer than Python
@@ -97,7 +100,7 @@ def saved_syn(sock: socket.socket) -> bytes:
         return b""
 
 
-def timestamp_clock(sock: socket.socket) -> int:
+def timestamp_clock(sock: SocketType) -> int:
     """The clock that TSval would be taken from, in ms modulo 2**32, this connection's offset included (TCP_TIMESTAMP)."""
     return sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_TIMESTAMP) & 0xFFFFFFFF
 
@@ -119,9 +122,9 @@ def listener(address: Address, backlog: int, tuning: Tuning, reuse_port: bool = 
     return sock
 
 
-def dial(family: int, tuning: Tuning, source: Optional[Address]) -> socket.socket:
+def dial(family: int, tuning: Tuning, source: Optional[Address]) -> SocketType:
     """An unconnected, non-blocking upstream socket with the tag, bound to `source` if one is given. OSError as it comes."""
-    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    sock = SocketType(family, _STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, TAG)
         tuning.apply(sock)
@@ -135,8 +138,15 @@ def dial(family: int, tuning: Tuning, source: Optional[Address]) -> socket.socke
     return sock
 
 
-def adopt(fd: int, family: int) -> socket.socket:
+def inherit(fd: int) -> socket.socket:
+    """A non-blocking socket object around a listener's descriptor, which it then owns; the family is the kernel's to tell."""
+    sock = socket.socket(fileno=fd)
+    sock.setblocking(False)
+    return sock
+
+
+def adopt(fd: int, family: int) -> SocketType:
     """A non-blocking socket object around an accepted descriptor, which it then owns."""
-    sock = socket.socket(family, socket.SOCK_STREAM, 0, fileno=fd)
+    sock = SocketType(family, socket.SOCK_STREAM, 0, fd)
     sock.setblocking(False)
     return sock

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import time
-from typing import List, NamedTuple, Optional, Set, Tuple
+from typing import List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from _tsproxy.dataplane import inbox
 from _tsproxy.host import wakeup
@@ -28,12 +29,14 @@ class Death(NamedTuple):
 class Crew:
     """Make it before any thread is started: under `processes` it forks."""
 
-    def __init__(self, plan: Plan, ledger: Ledger, records_fd: int) -> None:
+    def __init__(self, plan: Plan, ledger: Ledger, records_fd: int, listeners: Sequence[socket.socket] = ()) -> None:
+        """A worker that is the only one accepts by itself, if it is given the listeners; open() lets it."""
         self.gone = wakeup.create()
         self._ledger = ledger
         self._next = 0
         self._zygote = Zygote({ledger.fd, records_fd}, self.gone) if plan.config.runtime == "processes" else None
-        self._seats = _seats(plan, ledger, records_fd, self.gone, self._zygote)
+        self.accepts = bool(listeners)
+        self._seats = _seats(plan, ledger, records_fd, self.gone, self._zygote, tuple(sock.fileno() for sock in listeners))
         self._vacant: Set[int] = set()  # seats that nobody will sit on any more
         self._started = [0.0] * len(self._seats)
         self._quick = [0] * len(self._seats)
@@ -65,6 +68,11 @@ class Crew:
         self._owed += [(seat, inbox.Entry(kind)) for seat in self._seats]
         self.deliver()
 
+    def open(self, upstreams: bytes) -> None:
+        """Let workers with listeners accept, and send what comes to these addresses from now on."""
+        self._owed += [(seat, inbox.Entry(inbox.OPEN, upstreams=upstreams)) for seat in self._seats]
+        self.deliver()
+
     def deliver(self) -> None:
         """Put the orders that an inbox had no room for. Call it again and again while `owes`."""
         self._owed = [(seat, order) for seat, order in self._owed if not seat.box.put(order)]
@@ -81,7 +89,7 @@ class Crew:
                 seat.box.put(inbox.Entry(inbox.PING))
 
     def all_answered(self) -> bool:
-        """Whether each worker has emptied its inbox since the last ping."""
+        """Whether each worker has emptied its inbox: of the last ping, or of the last order that is not owed any more."""
         return all(seat.box.is_empty for seat in self._seats)
 
     def replace_the_dead(self) -> List[Death]:
@@ -128,16 +136,25 @@ class Crew:
             time.sleep(0.002)
 
 
-def _seats(plan: Plan, ledger: Ledger, records_fd: int, gone: wakeup.Wakeup, zygote: Optional[Zygote]) -> List[Seat]:
+def _seats(
+    plan: Plan,
+    ledger: Ledger,
+    records_fd: int,
+    gone: wakeup.Wakeup,
+    zygote: Optional[Zygote],
+    listeners: Tuple[int, ...],
+) -> List[Seat]:
     numbers = range(plan.config.workers)
     if zygote:
         channels = [inbox.ChannelProducer(ledger.worker(number)) for number in numbers]
         nowhere = inbox.Channel(-1)  # the zygote puts the number in under which it got the worker's end
         return [
-            ProcessSeat(Spec(number, *plan, ledger.fd, nowhere, records_fd, gone), channels[number], zygote)
+            ProcessSeat(Spec(number, *plan, ledger.fd, nowhere, records_fd, gone, listeners), channels[number], zygote)
             for number in numbers
         ]
     kind = InterpreterSeat if plan.config.runtime == "interpreters" else ThreadSeat
     rings = [inbox.create_ring() for _ in numbers]
     boxes = [inbox.RingProducer(ring, ledger.worker(number)) for number, ring in enumerate(rings)]
-    return [kind(Spec(number, *plan, ledger.fd, rings[number], records_fd, gone), boxes[number]) for number in numbers]
+    return [
+        kind(Spec(number, *plan, ledger.fd, rings[number], records_fd, gone, listeners), boxes[number]) for number in numbers
+    ]

@@ -5,6 +5,7 @@ Knows how to start a worker and to see that it is gone. Knows nothing of what to
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
 import threading
@@ -72,7 +73,11 @@ class ThreadSeat:
             self._spec.gone.ring()
 
     def _work(self) -> None:
-        run_worker(self._spec)
+        run_worker(self._lent())
+
+    def _lent(self) -> Spec:
+        """The Spec with descriptors of its own: the worker closes them."""
+        return self._spec._replace(listeners=tuple(map(os.dup, self._spec.listeners)))
 
     def _tell(self, why: str) -> None:
         """What the worker can't tell itself: it was never there."""
@@ -115,7 +120,7 @@ class InterpreterSeat(ThreadSeat):
             raise RuntimeError(failure.formatted)
 
     def _shared(self) -> Dict[str, object]:
-        return {"origin": origin.find(), "bundled": origin.is_bundle(), "spec": pickle.dumps(self._spec)}
+        return {"origin": origin.find(), "bundled": origin.is_bundle(), "spec": pickle.dumps(self._lent())}
 
     @property
     def fate(self) -> str:

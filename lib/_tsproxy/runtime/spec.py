@@ -13,9 +13,12 @@ from typing import NamedTuple, Tuple, Union
 
 from _tsproxy.config import Config
 from _tsproxy.dataplane import inbox
+from _tsproxy.dataplane.acceptor import Acceptor
+from _tsproxy.dataplane.clients import Clients
+from _tsproxy.dataplane.door import Door
 from _tsproxy.dataplane.workbench import Rules, Workbench
 from _tsproxy.dataplane.worker import Worker
-from _tsproxy.host import cpus, wakeup
+from _tsproxy.host import cpus, sockets, wakeup
 from _tsproxy.host.addresses import Address
 from _tsproxy.host.sockets import Tuning
 from _tsproxy.telemetry.counters import Ledger
@@ -44,14 +47,17 @@ class Spec(NamedTuple):
     inbox: Union[inbox.Ring, inbox.Channel]
     records_fd: int
     gone: wakeup.Wakeup  # rung by whoever started the worker, when it has ended
+    listeners: Tuple[int, ...] = ()  # for a worker that accepts by itself; run_worker() closes them
 
 
 def run_worker(spec: Spec) -> None:
     """Build a worker and run it to its end. A bug that ends it is reported."""
-    row = Ledger(spec.ledger_fd).worker(spec.number)
+    ledger = Ledger(spec.ledger_fd)
+    row = ledger.worker(spec.number)
     records = RecordWriter(spec.records_fd, row)
     try:
         worker = _build(spec, row, records)
+        _hang_doors(worker, spec, ledger, row)
         try:
             worker.run()
         finally:
@@ -72,6 +78,22 @@ def _build(spec: Spec, row: memoryview, records: RecordWriter) -> Worker:
     gate = policy.gate_for(spec.lever, spec.wanted)
     bench = Workbench(spec.number, rules_of(config), gate, syn.offered_tsval, row, records, spec.sources, config.buffer_size)
     return Worker(bench, inbox.consumer(spec.inbox, row), config.busy_poll_us)
+
+
+def _hang_doors(worker: Worker, spec: Spec, ledger: Ledger, row: memoryview) -> None:
+    """Let the worker accept by itself, if it has listeners; the doors stay shut until an order says what upstreams."""
+    if spec.listeners:
+        acceptor = Acceptor(
+            spec.config,
+            ledger,
+            row,
+            Clients(ledger, 0, 0),
+            upstreams=lambda: worker.upstreams,
+            hand=worker.begin,
+            complain=lambda why: worker.bench.complain("error", "accept", why),
+        )
+        listeners = [sockets.inherit(fd) for fd in spec.listeners]
+        worker.doors += [Door(worker, worker.bench, acceptor, listener) for listener in listeners]
 
 
 def rules_of(config: Config) -> Rules:

@@ -17,12 +17,15 @@ import select
 import signal
 import socket
 import struct
+import time
 from typing import Dict, List, Set
 
 from _tsproxy.dataplane import inbox
+from _tsproxy.host import linux
 from _tsproxy.host.wakeup import Wakeup
 from _tsproxy.runtime.spec import Spec, run_worker
 
+_LAST_S = 2.0
 _STATUS = struct.Struct("=Hi")  # worker's number, wait status
 
 
@@ -57,7 +60,8 @@ class Zygote:
             with open(os.memfd_create("tsproxy-spec"), "w+b") as text:  # a message has no room for 3,000 --allow
                 pickle.dump(spec, text)
                 text.flush()
-                socket.send_fds(self._control, [b"."], [box.theirs.fileno(), lifeline, text.fileno()])
+                fds = [text.fileno(), box.theirs.fileno(), lifeline, *spec.listeners]
+                socket.send_fds(self._control, [b"."], fds)
         except (BrokenPipeError, ConnectionResetError):
             pass  # nobody has the other end of the lifeline now
         finally:
@@ -173,10 +177,33 @@ def _serve(control: socket.socket, gone: Wakeup) -> None:
             os.read(deaths, 4096)
             _reap(workers, control, gone)
         if asked in ready:
-            request, fds, _, _ = socket.recv_fds(control, 1, 3)
+            request, fds, _, _ = socket.recv_fds(control, 1, linux.SCM_MAX_FD)
             if not request:
+                _outlive(workers, deaths)
                 return
-            _fork(_spec(fds.pop()), fds, workers, {asked, deaths, wake})
+            _fork(_spec(fds.pop(0)), fds, workers, {asked, deaths, wake})
+
+
+def _outlive(workers: Dict[int, int], deaths: int) -> None:
+    """The main process is gone, which its workers see as well. One that is stuck would keep what it has open: the port."""
+    deadline = time.monotonic() + _LAST_S
+    while workers and select.select([deaths], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        os.read(deaths, 4096)
+        for pid in _ended(workers):
+            del workers[pid]
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+
+
+def _ended(workers: Dict[int, int]) -> Dict[int, int]:
+    """Process id -> wait status of those that have ended since the last time."""
+    found: Dict[int, int] = {}
+    while len(found) < len(workers):
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if not pid:
+            break
+        found[pid] = status
+    return found
 
 
 def _spec(fd: int) -> Spec:
@@ -187,7 +214,7 @@ def _spec(fd: int) -> Spec:
 
 
 def _fork(spec: Spec, fds: List[int], workers: Dict[int, int], private: Set[int]) -> None:
-    """`fds`: its end of the inbox, and of its lifeline, which it holds till it ends.
+    """`fds`: its end of the inbox, and of its lifeline, which it holds till it ends; then its listeners.
 
     `private` is what it must not keep: with the zygote's own ends its death would go unnoticed.
     """
@@ -196,7 +223,7 @@ def _fork(spec: Spec, fds: List[int], workers: Dict[int, int], private: Set[int]
         signal.set_wakeup_fd(-1)
         for fd in private:
             os.close(fd)
-        _be_worker(spec._replace(inbox=inbox.Channel(fds[0])))
+        _be_worker(spec._replace(inbox=inbox.Channel(fds[0]), listeners=tuple(fds[2:])))
     workers[pid] = spec.number
     for fd in fds:
         os.close(fd)
@@ -213,9 +240,6 @@ def _be_worker(spec: Spec) -> None:
 
 
 def _reap(workers: Dict[int, int], control: socket.socket, gone: Wakeup) -> None:
-    while workers:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if not pid:
-            return
+    for pid, status in _ended(workers).items():
         control.send(_STATUS.pack(workers.pop(pid), status))
         gone.ring()

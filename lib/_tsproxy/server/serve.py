@@ -9,23 +9,25 @@ import os
 import selectors
 import socket
 import time
-from typing import List, Optional
+from collections import deque
+from typing import Deque, List, Optional, Tuple
 
 from _tsproxy import exits
 from _tsproxy.config import Config
-from _tsproxy.dataplane.inbox import DRAIN, DRIFTED_ALL, DRIFTED_CONNECTING, KILL
+from _tsproxy.dataplane.acceptor import Acceptor
+from _tsproxy.dataplane.clients import Clients, slots_for
+from _tsproxy.dataplane.inbox import DRAIN, DRIFTED_ALL, DRIFTED_CONNECTING, KILL, LEAVE
+from _tsproxy.host import linux, wakeup
 from _tsproxy.host.systemd import Notifier
 from _tsproxy.runtime.crew import Crew, Death
 from _tsproxy.server import start_line, startup
-from _tsproxy.server.acceptor import Acceptor
-from _tsproxy.server.clients import Clients, slots_for
 from _tsproxy.server.drift import DriftWatch
 from _tsproxy.server.leaving import Leaving
 from _tsproxy.server.signals import DRAINING, Signals
 from _tsproxy.server.startup import Ready
 from _tsproxy.server.watchdog import Watchdog
 from _tsproxy.telemetry import metrics
-from _tsproxy.telemetry.counters import Counter, Ledger
+from _tsproxy.telemetry.counters import ACCEPTOR_ROW, Counter, Ledger
 from _tsproxy.telemetry.records import RecordPipe
 from _tsproxy.telemetry.reporter import Reporter
 from _tsproxy.timestamps import policy
@@ -34,6 +36,8 @@ _END_NOW_S = 5.0
 _ORDER_AGAIN_S = 0.005
 _LEAVE_S = 3.0  # a client whose handshake takes longer is given up
 _LEAVE_PACE_S = 0.005
+_MOST_DOORS = linux.SCM_MAX_FD - 3  # the other three: what it is told, its inbox, its lifeline
+_ANSWER_S = 1.0  # a worker that does not answer by then is stuck
 _STDOUT = 1  # by number: sys.stdout is None when it was closed at the start
 
 
@@ -48,19 +52,15 @@ class Server:
     def __init__(self, ready: Ready) -> None:
         self._ready, self._config = ready, ready.plan.config
         self._signals = Signals()
-        slots = slots_for(self._config.max_connections, self._config.max_connections_per_client)
-        self._ledger = Ledger.create(self._config.workers, slots)
+        self._slots = slots_for(self._config.max_connections, self._config.max_connections_per_client)
+        self._ledger = Ledger.create(self._config.workers, self._slots)
         pipe = RecordPipe.create()
-        self._crew = Crew(ready.plan, self._ledger, pipe.writer)
+        self._crew = Crew(ready.plan, self._ledger, pipe.writer, ready.listeners if _worker_accepts(ready) else ())
         self._reporter = self._make_reporter(pipe)
-        self._acceptor = Acceptor(
-            self._config,
-            self._crew,
-            self._ledger,
-            Clients(self._ledger, slots, self._config.max_connections_per_client),
-            lambda: ready.resolver.packed,
-            lambda why: self._say("error", "error", why),
-        )
+        self._acceptor = self._make_acceptor()
+        self._told: Optional[bytes] = None  # the upstream addresses that a worker which accepts was told last
+        self._news: Deque[Tuple[str, str, str]] = deque()  # what the resolver's thread wants said
+        self._has_news = wakeup.create()
         self._notifier = Notifier(os.environ, os.getpid())
         self._watchdog = Watchdog(self._notifier, self._crew)
         self._drift = DriftWatch(ready.inspector, ready.plan.lever, self._on_drift, self._on_held)
@@ -79,6 +79,17 @@ class Server:
             witness_words=policy.WITNESS_WORDS,
         )
 
+    def _make_acceptor(self) -> Acceptor:
+        return Acceptor(
+            self._config,
+            self._ledger,
+            self._ledger.rows[ACCEPTOR_ROW],
+            Clients(self._ledger, self._slots, self._config.max_connections_per_client),
+            upstreams=lambda: self._ready.resolver.packed,
+            hand=self._crew.hand,
+            complain=lambda why: self._say("error", "error", why),
+        )
+
     def run(self) -> int:
         """Start everything, accept until told to end, drain, say the last words; the exit code."""
         self._reporter.start()
@@ -86,28 +97,36 @@ class Server:
         self._reporter.say("start", **start_line.fields(self._ready))
         for target, reason in self._ready.resolver.failures:
             self._say("warning", "warning", f"can't resolve {target}: {reason}; the other targets are in use")
-        self._ready.resolver.follow(lambda: self._ledger.total(Counter.CONNECT_FAIL), self._say)
-        self._selector.register(self._signals.fd, selectors.EVENT_READ)
-        for fd in self._crew.watched:
+        self._ready.resolver.follow(lambda: self._ledger.total(Counter.CONNECT_FAIL), self._tell)
+        for fd in (self._signals.fd, self._has_news.reader, *self._crew.watched):
             self._selector.register(fd, selectors.EVENT_READ)
         self._notifier.say(READY=1, STATUS="relaying")
         self._accept_until_told()
         return self._stop(self._drain())
 
     def _accept_until_told(self) -> None:
-        """Accept, one client for each readiness; rest when there is no room; leave at a signal or a worker's death."""
+        """Accept, or let the worker accept, until a signal or a worker's death."""
         listening = False
         while not self._ended_by and not self._died:
-            pause = self._acceptor.pause_s
-            if listening == (pause > 0):
-                listening = not listening
-                self._listen(listening)
+            self._open_doors()
+            pause = 0.0
+            if not self._crew.accepts:
+                pause = self._acceptor.pause_s
+                if listening == (pause > 0):
+                    listening = not listening
+                    self._listen(listening)
             for key, _ in self._selector.select(self._patience_s(pause)):
                 if key.data is not None:
                     self._acceptor.accept(key.data)
                 else:
                     self._on_word(key.fd)
             self._keep_time()
+
+    def _open_doors(self) -> None:
+        """Tell a worker that accepts where to connect to, if it does not know yet, or not any more."""
+        if self._crew.accepts and self._told is not self._ready.resolver.packed:
+            self._told = self._ready.resolver.packed
+            self._crew.open(self._told)
 
     def _patience_s(self, pause: float) -> Optional[float]:
         """How long to sleep: until accepting goes on, an order is tried again, or the policy or the watchdog is due."""
@@ -130,17 +149,26 @@ class Server:
                 self._selector.unregister(listener)
 
     def _on_word(self, fd: int) -> None:
-        """A signal, or the end of a worker."""
+        """A signal, news of the resolver, or the end of a worker."""
         if fd == self._signals.fd:
             for number in self._signals.take():
                 if number in DRAINING:
                     self._ended_by.append(number.name)
                 else:
                     self._reporter.metrics_now()
+        elif fd == self._has_news.reader:
+            self._on_news()
         else:
             self._on_loss(self._crew.loss())
             for death in self._crew.replace_the_dead():
                 self._on_death(death)
+
+    def _on_news(self) -> None:
+        """Other addresses are said to be in use only when they are."""
+        self._has_news.collect()
+        self._open_doors()
+        while self._news:
+            self._say(*self._news.popleft())
 
     def _on_loss(self, fate: str) -> None:
         """Nobody can start workers any more. Those that run go on: to end them would cost the clients more."""
@@ -151,6 +179,7 @@ class Server:
     def _on_death(self, death: Death) -> None:
         """Its connections are closed, the others are untouched; one that dies again and again ends the whole."""
         self._died = self._died or bool(death.obstacle)
+        self._told = None
         then = f"{death.obstacle}: draining, then ending" if death.obstacle else "a successor took its place"
         about = f"worker {death.number} died ({death.fate}); {death.connections} connections closed; {then}"
         self._say("error", "error", about)
@@ -170,6 +199,8 @@ class Server:
         """Close the listeners, let connections end; at the deadline or the next signal end them. How many were cut."""
         self._notifier.say(STOPPING=1, STATUS="draining")
         deadline = time.monotonic() + self._config.drain_timeout_s
+        if self._crew.accepts:
+            self._accept_instead(min(deadline, time.monotonic() + _ANSWER_S))
         for listener in self._ready.listeners:
             if listener in self._selector.get_map():
                 self._selector.unregister(listener)
@@ -181,6 +212,13 @@ class Server:
         while self._crew.alive and self._may_wait(deadline):
             self._attend(max(0.0, min(0.05, deadline - time.monotonic())))
         return self._kill()
+
+    def _accept_instead(self, until: float) -> None:
+        """A worker that accepts shall stop; who is in the backlog by then is for the main thread to take."""
+        self._crew.order(LEAVE)
+        while self._crew.alive and (self._crew.owes or not self._crew.all_answered()) and self._may_wait(until):
+            self._attend(_LEAVE_PACE_S)
+        self._acceptor = self._make_acceptor()
 
     def _leave(self, listener: socket.socket, until: float) -> None:
         """Take whoever has connected, or is about to on a shared port, and close: that would reset them."""
@@ -228,5 +266,16 @@ class Server:
         self._reporter.close()
         return exits.FAILED if self._died else exits.DRAINED
 
+    def _tell(self, event: str, level: str, message: str) -> None:
+        """In the resolver's thread."""
+        self._news.append((event, level, message))
+        self._has_news.ring()
+
     def _say(self, event: str, level: str, message: str) -> None:
         self._reporter.say(event, level, message=message)
+
+
+def _worker_accepts(ready: Ready) -> bool:
+    """One worker needs nobody to deal clients out. Those of an address are counted here; and SCM_RIGHTS has a limit."""
+    config = ready.plan.config
+    return config.workers == 1 and not config.max_connections_per_client and len(ready.listeners) <= _MOST_DOORS

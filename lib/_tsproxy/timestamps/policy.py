@@ -123,7 +123,7 @@ class Preserve:
         """Always."""
         return True
 
-    def may_relay(self, upstream: socket.socket, timestamps: bool) -> bool:
+    def may_relay(self, upstream: socket.SocketType, timestamps: bool) -> bool:
         """Always."""
         return True
 
@@ -144,11 +144,11 @@ class BySysctl:
         except (OSError, ValueError):
             return False  # what can't be read is not known to be off
 
-    def may_relay(self, upstream: socket.socket, timestamps: bool) -> bool:
+    def may_relay(self, upstream: socket.SocketType, timestamps: bool) -> bool:
         """Only if nothing was negotiated, the sysctl still reads 0, and no SYN of this connection was sent under 1."""
         return not timestamps and self.may_connect() and not self._has_random_offset(upstream)
 
-    def _has_random_offset(self, sock: socket.socket) -> bool:
+    def _has_random_offset(self, sock: socket.SocketType) -> bool:
         """Whether this connection's clock got the random offset that connect() gives it only while the sysctl is 1.
 
         TCP_TIMESTAMP is CLOCK_MONOTONIC in ms, as of now or, on some kernels, of the connection's last packet, plus the
@@ -185,7 +185,7 @@ class ByRules:
             self._held_at = now
         return True
 
-    def may_relay(self, upstream: socket.socket, timestamps: bool) -> bool:
+    def may_relay(self, upstream: socket.SocketType, timestamps: bool) -> bool:
         """Strip: only if nothing was negotiated. Rewrite: TSval can't be read off a socket; the witness stands for it."""
         return self._wanted.mode == "rewrite" or not timestamps
 
@@ -202,7 +202,7 @@ class ByTrust:
         """Always: our SYN is stripped where we can't see it."""
         return True
 
-    def may_relay(self, upstream: socket.socket, timestamps: bool) -> bool:
+    def may_relay(self, upstream: socket.SocketType, timestamps: bool) -> bool:
         """Strip: only if nothing was negotiated, since a stripped SYN leaves nothing to negotiate."""
         return self._wanted.mode == "rewrite" or not timestamps
 

@@ -1,6 +1,7 @@
-"""Accepting: one client a time, checked for room and right, handed to a worker with the addresses to try.
+"""Accepting: one client a time, checked for room and right, handed on with the addresses to try.
 
-Knows the listener, the limits and the crew. Knows nothing of what becomes of a connection. When the host or the
+Knows the listener and the limits. Knows nothing of what becomes of a connection, or of who accepts: the main thread for
+several workers, or the one worker there is for itself. When the host or the
 workers have no room it pauses by the clock; it never spins (compare trio's _highlevel_serve_listeners.py).
 """
 
@@ -13,17 +14,18 @@ import time
 from typing import Any, Callable, Optional, Protocol, Tuple
 
 from _tsproxy.config import Config
+from _tsproxy.dataplane.clients import Clients
 from _tsproxy.dataplane.inbox import ACCEPTED, Entry
 from _tsproxy.host import linux, sockets
 from _tsproxy.host.addresses import pack, raw_ip
-from _tsproxy.runtime.crew import Crew
-from _tsproxy.server.clients import Clients
 from _tsproxy.telemetry import metrics
-from _tsproxy.telemetry.counters import ACCEPTOR_ROW, Counter, Ledger
+from _tsproxy.telemetry.counters import Counter, Ledger
 
 _PAUSE_S = 0.1
 _LOOK_AGAIN_S = 0.005  # how soon a freed place is noticed: in an inbox, or under --on-full=queue
 _COMPLAINT_S = 1.0
+# By the length of the address in Python's form: to ask the client's socket object makes an enum each time.
+_FAMILIES = {2: socket.AF_INET, 4: socket.AF_INET6}
 
 # accept(2): "treat these errors like EAGAIN by retrying": they are the new connection's, not the listener's.
 _THEIRS = linux.PEER_GONE | linux.RETRY | {errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.EPERM}
@@ -37,31 +39,36 @@ class Listener(Protocol):
 
 
 class Acceptor:
-    """Turns the clients of listening sockets into inbox entries. The main loop calls it; it has no thread of its own."""
+    """Turns the clients of listening sockets into inbox entries. A loop calls it; it has no thread of its own."""
 
     def __init__(
         self,
         config: Config,
-        crew: Crew,
         ledger: Ledger,
+        row: memoryview,
         clients: Clients,
+        *,
         upstreams: Callable[[], bytes],
+        hand: Callable[[Entry], bool],
         complain: Callable[[str], None],
     ) -> None:
-        """`upstreams` gives the packed addresses to try; `complain` takes the text of an error line."""
-        self._config, self._crew, self._ledger, self._clients = config, crew, ledger, clients
-        self._upstreams, self._complain = upstreams, complain
-        self._counters = ledger.rows[ACCEPTOR_ROW]
+        """Count in `row`, which the caller's loop owns.
+
+        `upstreams` gives the packed addresses to try, `hand` takes a client (False: there is no room for it now),
+        `complain` the text of an error line. Connection ids go on where those of the ledger's earlier acceptor ended.
+        """
+        self._config, self._ledger, self._counters, self._clients = config, ledger, row, clients
+        self._upstreams, self._hand, self._complain = upstreams, hand, complain
         self._allowed = [(net.version, int(net.network_address), int(net.netmask)) for net in config.allow]
         self._resume_at = 0.0
         self._complained_at = -_COMPLAINT_S
-        self._connection_id = 0
+        self._connection_id = ledger.total(Counter.ACCEPTED)
         self._waiting: Optional[Entry] = None
 
     @property
     def pause_s(self) -> float:
         """How long accepting must rest from now on: 0 while there is room."""
-        if self.is_held_up or (self._config.on_full == "queue" and self._is_full()):
+        if self._must_wait:
             return _LOOK_AGAIN_S
         return max(0.0, self._resume_at - time.monotonic())
 
@@ -69,13 +76,17 @@ class Acceptor:
         return metrics.active(self._ledger) >= self._config.max_connections
 
     @property
+    def _must_wait(self) -> bool:
+        return self.is_held_up or (self._config.on_full == "queue" and self._is_full())
+
+    @property
     def is_held_up(self) -> bool:
         """Whether a client waits for room in a worker's inbox."""
         return self._waiting is not None
 
     def accept(self, listener: Listener) -> bool:
-        """Take one client, if there is one; False if there was none to take, or if one waits already."""
-        if self.is_held_up:
+        """Take one client, if there is one; False if there was none to take, or if they have to wait."""
+        if self._must_wait:
             return False
         try:
             client, sockaddr = listener.accept()
@@ -83,7 +94,7 @@ class Acceptor:
             self._refused(error)
             return False
         accepted_ns = time.monotonic_ns()
-        packed = pack(client.family, sockaddr)
+        packed = pack(_FAMILIES[len(sockaddr)], sockaddr)
         if self._allowed and not self._may_enter(packed):
             self._turn_away(client, Counter.DENIED)
         elif self._is_full():
@@ -123,7 +134,7 @@ class Acceptor:
         """Hand over the client that waits, if there is room by now. Call it by the clock of pause_s."""
         if self._waiting is None:
             return
-        if self._crew.hand(self._waiting):
+        if self._hand(self._waiting):
             self._waiting = None
         elif time.monotonic_ns() - self._waiting.accepted_ns > _COMPLAINT_S * 1e9:
             self._say_seldom("no worker takes connections: their inboxes are full; clients wait")

@@ -1,0 +1,132 @@
+"""A bug in what a worker calls: it costs one connection, or the worker, and it is said; nobody else notices."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from typing import Any, Iterator, List, NamedTuple
+
+import pytest
+from _tsproxy.dataplane.door import Door
+from _tsproxy.dataplane.inbox import ACCEPTED, DRAIN, OPEN, Entry, RingConsumer, RingProducer, create_ring
+from _tsproxy.dataplane.worker import Worker
+from _tsproxy.host.addresses import pack
+from _tsproxy.telemetry.counters import Counter
+from _tsproxy.telemetry.records import Notice, decode
+from harness import Exchange
+from lone_bench import lone_bench
+
+PATIENCE = 10
+
+
+class Gate:
+    """May have a bug."""
+
+    witness = 0
+
+    def __init__(self) -> None:
+        self.bugs = 0
+
+    def may_connect(self) -> bool:
+        if self.bugs:
+            self.bugs -= 1
+            raise ValueError("a bug")
+        return True
+
+    def may_relay(self, upstream: socket.socket, timestamps: bool) -> bool:
+        return True
+
+
+class BrokenAcceptor:
+    """Has a bug."""
+
+    pause_s = 0.0
+
+    def accept(self, listener: socket.socket) -> bool:
+        raise ValueError("a bug")
+
+
+class Stand(NamedTuple):
+    """A worker, what feeds it, and where its records arrive."""
+
+    worker: Worker
+    inbox: RingProducer
+    gate: Gate
+    records: int
+
+    def run(self) -> threading.Thread:
+        thread = threading.Thread(target=self.worker.run)
+        thread.start()
+        return thread
+
+    def said(self) -> List[str]:
+        found, _ = decode(os.read(self.records, 65536))
+        return [record.message for record in found if isinstance(record, Notice)]
+
+
+@pytest.fixture
+def stand() -> Iterator[Stand]:
+    reader, writer = os.pipe()
+    ring, gate = create_ring(), Gate()
+    with lone_bench(4096, gate=gate, records=writer) as bench:
+        consumer, producer = RingConsumer(ring, bench.counters), RingProducer(ring, bench.counters)
+        worker = Worker(bench, consumer)
+        yield Stand(worker, producer, gate, reader)
+        worker.close()
+        vars(consumer).clear()
+        vars(producer).clear()
+        vars(worker).clear()
+    ring.bell.close()
+    for fd in (reader, writer, ring.memory):
+        os.close(fd)
+
+
+def client_of(stand: Stand, listener: socket.socket, number: int, upstreams: bytes) -> socket.socket:
+    client = socket.create_connection(listener.getsockname(), PATIENCE)
+    accepted, address = listener.accept()
+    packed = pack(socket.AF_INET, address)
+    assert stand.inbox.put(Entry(ACCEPTED, accepted.detach(), number, 0, packed, upstreams))
+    return client
+
+
+def test_a_bug_costs_the_connection_it_happened_in(stand: Stand, echoing: Exchange) -> None:
+    upstreams = pack(socket.AF_INET, ("127.0.0.1", echoing.port))
+    stand.gate.bugs = 1
+    thread = stand.run()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        with client_of(stand, listener, 1, upstreams) as unlucky, pytest.raises(ConnectionResetError):
+            unlucky.recv(1)
+        with client_of(stand, listener, 2, upstreams) as client:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+    assert stand.inbox.put(Entry(DRAIN))
+    thread.join(PATIENCE)
+    counters = stand.worker.bench.counters
+    assert (counters[Counter.BUGS], counters[Counter.BEGUN], counters[Counter.ENDED]) == (1, 2, 2)
+    (said,) = stand.said()
+    assert said.startswith("Traceback") and said.endswith("ValueError: a bug\n")
+
+
+def test_a_bug_in_accepting_ends_the_worker(stand: Stand) -> None:
+    """It is outside any connection: a successor begins anew, and one that dies at once again and again is the end."""
+    broken: Any = BrokenAcceptor()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        stand.worker.doors.append(Door(stand.worker, stand.worker.bench, broken, listener.dup()))
+        assert stand.inbox.put(Entry(OPEN))
+        with socket.create_connection(listener.getsockname(), PATIENCE), pytest.raises(ValueError, match="a bug"):
+            stand.worker.run()
+    assert stand.said()[0].endswith("ValueError: a bug\n")
+
+
+def test_a_door_that_is_shut_wakes_nobody_though_the_main_process_has_the_listener_open(stand: Stand) -> None:
+    acceptor: Any = BrokenAcceptor()
+    bench = stand.worker.bench
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        door = Door(stand.worker, bench, acceptor, listener.dup())
+        door.open()
+        with socket.create_connection(listener.getsockname(), PATIENCE):
+            assert len(bench.poller.wait(PATIENCE, 8)) == 1
+            door.close()
+            bench.close_buried()
+            assert bench.poller.wait(0, 8) == []
