@@ -207,8 +207,9 @@ class Half:
                 self.owner.on_broken_sink(self, error)
             return
         self._withheld_less(sent)
-        self.moved_at = monotonic_ns()
-        if not held.left:
+        if held.left:
+            self.moved_at = monotonic_ns()
+        else:
             self.delivered(self.woke)
             self.release()
             self._shut_if_drained()
