@@ -20,7 +20,7 @@ import sys
 from functools import partial
 from typing import Dict, List
 
-from common import charts, far_end, figures, layout, load, memory, options, relays, report, session
+from common import charts, far_end, figures, layout, load, options, relays, report, session, usage
 from common.figures import Figure
 from common.session import Case
 
@@ -73,9 +73,9 @@ def resident(idle: int, relay: relays.Running) -> load.Sample:
     assert relay.pid
     for sock in load.idle(relay.port, 1):
         sock.close()  # what the first connection costs is paid once
-    before = memory.resident_kib(relay.pid)
+    before = usage.resident_kib(relay.pid)
     held = load.idle(relay.port, idle)
-    after = memory.resident_kib(relay.pid)
+    after = usage.resident_kib(relay.pid)
     for sock in held:
         sock.close()
     return {"kib_per_connection": max(0, after - before) / idle, "rss_mib": before / 1024}

@@ -19,7 +19,7 @@ import sys
 from functools import partial
 from typing import Dict, List
 
-from common import charts, far_end, figures, layout, load, memory, options, relays, report, session
+from common import charts, far_end, figures, layout, load, options, relays, report, session, usage
 from common.figures import Figure
 from common.session import Case
 
@@ -61,10 +61,10 @@ def cases_of(stage: session.Stage) -> List[Case]:
 
 def measure(stage: session.Stage, size: int, relay: relays.Running) -> load.Sample:
     """One stream, and what the relay worked for it."""
-    before = relay.pid and memory.cpu_seconds(relay.pid)
+    before = relay.pid and usage.cpu_seconds(relay.pid)
     sample = stage.load(partial(load.bulk, relay.port, size, stage.args.seconds))[0]
     if relay.pid and before is not None:
-        sample["cpu_s_per_gib"] = (memory.cpu_seconds(relay.pid) - before) / (sample["sent_bytes"] / 2**30)
+        sample["cpu_s_per_gib"] = (usage.cpu_seconds(relay.pid) - before) / (sample["sent_bytes"] / 2**30)
     return sample
 
 

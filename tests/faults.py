@@ -122,6 +122,15 @@ def sleeps(proxy: Proxy) -> None:
     wait_until(lambda: shares.append(share_of_cpu(proxy)) or shares[-1] < IDLE, "idle below 1 % of a CPU", 3)
 
 
+def are_kept_at_rest(proxy: Proxy, clients: List[socket.socket]) -> None:
+    """Nobody says anything: they cost nothing, are not ended, and end well when the clients shut down."""
+    sleeps(proxy)
+    assert proxy.metrics()["downstream_cx_active"] == len(clients)
+    for client in clients:
+        client.shutdown(socket.SHUT_WR)
+    assert [fate_of(client) for client in clients] == [Fate(b"", False)] * len(clients)
+
+
 # The stand
 
 

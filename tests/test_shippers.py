@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Set
+from typing import Any, Callable, Dict, Iterator, List, Set, Tuple
 
 import pytest
 import shippers
@@ -376,12 +376,17 @@ def test_a_shipper_that_is_killed_and_comes_back_goes_on_with_the_file(
     proxy.relay(20)
     shipper.start()
     proxy.relay(20)
+    records, wanted = stopped(proxy, shipper)
+    assert all(record in wanted for record in records)  # whole lines: some twice, where the position had not been saved
+    assert all(line in records for line in wanted)
+
+
+def stopped(proxy: Shipped, shipper: Shipper) -> Tuple[List[Line], List[Line]]:
+    """What the shipper has written when it has the stop line, and what it should have."""
     lines = proxy.stop()
     last = ecs_of(lines[-1])
     wait_until(lambda: last in map(flat, shipper.records()), "the stop line", 3 * PATIENCE)
-    records, wanted = [flat(record) for record in shipper.records()], [ecs_of(line) for line in lines]
-    assert all(record in wanted for record in records)  # whole lines: some twice, where the position had not been saved
-    assert all(line in records for line in wanted)
+    return [flat(record) for record in shipper.records()], [ecs_of(line) for line in lines]
 
 
 def test_a_shipper_that_is_killed_and_comes_back_gets_whole_lines_from_the_pipe(
@@ -396,13 +401,10 @@ def test_a_shipper_that_is_killed_and_comes_back_gets_whole_lines_from_the_pipe(
     proxy.relay(20)
     shipper.start()
     proxy.relay(20)
-    lines = proxy.stop()
-    last = ecs_of(lines[-1])
-    wait_until(lambda: last in map(flat, shipper.records()), "the stop line", 3 * PATIENCE)
-    records, wanted = [flat(record) for record in shipper.records()], [ecs_of(line) for line in lines]
+    records, wanted = stopped(proxy, shipper)
     assert all(record in wanted for record in records)
     assert len([record for record in records if record["event.action"] == "connection"]) >= 40
-    assert len(lines) == 1 + 61 + 3
+    assert len(wanted) == 1 + 61 + 3
 
 
 def test_a_file_that_is_rotated_under_way_goes_on_at_its_beginning(

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Dict, Iterator, NamedTuple
 
-from common import memory
+from common import usage
 
 
 class Vitals(NamedTuple):
@@ -26,11 +26,11 @@ class Vitals(NamedTuple):
 
 def of(pid: int) -> Vitals:
     """As they are now."""
-    family = memory.family(pid)
+    family = usage.family(pid)
     kinds = [kind for member in family for kind in _descriptors(member)]
     sockets, pipes = kinds.count("socket"), kinds.count("pipe")
     threads = sum(_count(f"/proc/{member}/task") for member in family)
-    return Vitals(len(family), memory.resident_kib(pid), threads, sockets, pipes, len(kinds) - sockets - pipes)
+    return Vitals(len(family), usage.resident_kib(pid), threads, sockets, pipes, len(kinds) - sockets - pipes)
 
 
 def _descriptors(pid: int) -> Iterator[str]:

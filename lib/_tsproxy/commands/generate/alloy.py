@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Iterator
 
 from _tsproxy.commands.generate import fields
-from _tsproxy.commands.generate.text import LINES_FILE, fill
+from _tsproxy.commands.generate.text import fill_shipper
 
 _CONF = """\
 // tsproxy @VERSION@: its lines through Grafana Alloy, as OpenTelemetry. What is called what: tsproxy.py generate fields
@@ -67,7 +67,7 @@ otelcol.exporter.otlphttp "tsproxy" {
 
 def text() -> str:
     """A file for /etc/alloy."""
-    return fill(_CONF, LINES_FILE=LINES_FILE, STATEMENTS="\n".join(f"      `{line}`," for line in _statements()))
+    return fill_shipper(_CONF, STATEMENTS="\n".join(f"      `{line}`," for line in _statements()))
 
 
 def _statements() -> Iterator[str]:

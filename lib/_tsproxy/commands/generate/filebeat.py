@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from _tsproxy.commands.generate import fields
-from _tsproxy.commands.generate.text import LINES_FILE, fill
+from _tsproxy.commands.generate.text import fill_shipper
 
 _CONF = """\
 # tsproxy @VERSION@: its lines through Filebeat 8 or later, in ECS. What is called what: tsproxy.py generate fields
@@ -83,9 +83,9 @@ function process(event) {
 
 def text() -> str:
     """A file of inputs."""
-    script = fill(_SCRIPT, MOVES=_moves(), ECS_VERSION=fields.ECS_VERSION)
+    script = fill_shipper(_SCRIPT, MOVES=_moves())
     indented = "\n".join(f"          {line}" for line in script.splitlines())
-    return fill(_CONF, LINES_FILE=LINES_FILE, SCRIPT=indented)
+    return fill_shipper(_CONF, SCRIPT=indented)
 
 
 def _moves() -> str:

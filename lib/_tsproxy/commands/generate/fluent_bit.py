@@ -6,7 +6,7 @@ import os
 from typing import Iterator
 
 from _tsproxy.commands.generate import fields
-from _tsproxy.commands.generate.text import DIRECTORY, ECS_FILE, LINES_FILE, fill
+from _tsproxy.commands.generate.text import ECS_FILE, fill_shipper
 
 _CONF = """\
 # tsproxy @VERSION@: its lines through Fluent Bit 3.2 or later, in ECS. What is called what: tsproxy.py generate fields
@@ -79,13 +79,9 @@ pipeline:
 
 def text() -> str:
     """A configuration of its own, or a part of one."""
-    return fill(
+    return fill_shipper(
         _CONF,
-        DIR=DIRECTORY,
-        LINES_FILE=LINES_FILE,
-        ECS_FILE=ECS_FILE,
         ECS_BASE=os.path.basename(ECS_FILE),
-        ECS_VERSION=fields.ECS_VERSION,
         MOVES="\n".join(f"          {move}" for move in _moves()),
     )
 

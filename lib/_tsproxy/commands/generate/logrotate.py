@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from _tsproxy.commands.generate.text import DIRECTORY, LINES_FILE, fill
+from _tsproxy.commands.generate.text import fill_shipper
 
 _CONF = """\
 # tsproxy @VERSION@: keeps the file of its lines small, where they go to one: tsproxy ... >>@LINES_FILE@
@@ -33,4 +33,4 @@ _CONF = """\
 
 def text() -> str:
     """A file for /etc/logrotate.d."""
-    return fill(_CONF, DIR=DIRECTORY, LINES_FILE=LINES_FILE)
+    return fill_shipper(_CONF)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from _tsproxy.commands.generate.text import LINES_FILE, fill
+from _tsproxy.commands.generate.text import fill_shipper
 
 _CONF = """\
 # tsproxy @VERSION@: its lines through Promtail to Loki. Promtail is at its end; for new set-ups: tsproxy.py generate alloy
@@ -43,4 +43,4 @@ scrape_configs:
 
 def text() -> str:
     """A configuration of its own."""
-    return fill(_CONF, LINES_FILE=LINES_FILE)
+    return fill_shipper(_CONF)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Iterator
 
 from _tsproxy.commands.generate import fields
-from _tsproxy.commands.generate.text import DIRECTORY, ECS_FILE, LINES_FILE, fill
+from _tsproxy.commands.generate.text import fill_shipper
 
 _CONF = """\
 # tsproxy @VERSION@: its lines through rsyslog 8.2010 or later, in ECS. What is called what: tsproxy.py generate fields
@@ -70,12 +70,8 @@ if $programname == "tsproxy" then call tsproxy
 
 def text() -> str:
     """A file for /etc/rsyslog.d."""
-    return fill(
+    return fill_shipper(
         _CONF,
-        DIR=DIRECTORY,
-        LINES_FILE=LINES_FILE,
-        ECS_FILE=ECS_FILE,
-        ECS_VERSION=fields.ECS_VERSION,
         MOVES="\n".join(_moves()),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Iterator
 
 from _tsproxy.commands.generate import fields
-from _tsproxy.commands.generate.text import DIRECTORY, ECS_FILE, LINES_FILE, fill
+from _tsproxy.commands.generate.text import fill_shipper
 
 _CONF = """\
 # tsproxy @VERSION@: its lines through syslog-ng, in ECS. What is called what: tsproxy.py generate fields
@@ -83,12 +83,8 @@ _KEPT = ("@timestamp", "message", "tsproxy.*", "event.*", "ecs.*", "service.*", 
 
 def text() -> str:
     """A file for /etc/syslog-ng/conf.d."""
-    return fill(
+    return fill_shipper(
         _CONF,
-        DIR=DIRECTORY,
-        LINES_FILE=LINES_FILE,
-        ECS_FILE=ECS_FILE,
-        ECS_VERSION=fields.ECS_VERSION,
         MOVES="\n".join(_moves()),
         KEYS=" ".join(f"--key {key}" for key in _keys()),
     )

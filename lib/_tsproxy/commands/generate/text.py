@@ -9,6 +9,7 @@ import shlex
 from typing import Any, Iterator, List, Sequence
 
 import _tsproxy
+from _tsproxy.commands.generate import fields
 from _tsproxy.config import OPTIONS, REPEATED, Config
 
 DIRECTORY = "/var/log/tsproxy"
@@ -26,6 +27,12 @@ def fill(template: str, **values: object) -> str:
     for name in [name for name, value in values.items() if value == ""]:
         template = re.sub(rf"^[ \t]*@{name}@\n", "", template, flags=re.MULTILINE)
     return re.sub(r"@([A-Z_]+)@", lambda match: str(values[match[1]]), template)
+
+
+def fill_shipper(template: str, **values: object) -> str:
+    """fill() with what the shippers' configurations share: where the lines are and go, and the version of ECS."""
+    shared = {"DIR": DIRECTORY, "LINES_FILE": LINES_FILE, "ECS_FILE": ECS_FILE, "ECS_VERSION": fields.ECS_VERSION}
+    return fill(template, **shared, **values)
 
 
 def words(config: Config, without: Sequence[str] = ()) -> List[str]:

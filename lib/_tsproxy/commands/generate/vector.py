@@ -6,7 +6,7 @@ import json
 from typing import Dict, Iterator
 
 from _tsproxy.commands.generate import fields
-from _tsproxy.commands.generate.text import DIRECTORY, ECS_FILE, LINES_FILE, fill
+from _tsproxy.commands.generate.text import fill, fill_shipper
 
 _CONF = """\
 # tsproxy @VERSION@: its lines through Vector, in ECS or as OpenTelemetry. What is called what: tsproxy.py generate fields
@@ -122,11 +122,8 @@ resource = {"attributes": [{"key": "service.name", "value": {"stringValue": "tsp
 
 def text() -> str:
     """A configuration of its own, or a part of one."""
-    return fill(
+    return fill_shipper(
         _CONF,
-        DIR=DIRECTORY,
-        LINES_FILE=LINES_FILE,
-        ECS_FILE=ECS_FILE,
         ECS=_indented(_ecs()),
         OTEL=_indented(_otel()),
     )
@@ -136,7 +133,7 @@ def _ecs() -> str:
     groups: Dict[str, Dict[str, str]] = {group: {} for group in ("ecs", "event", "network", "service")}
     groups.update((name.partition(".")[0], {}) for _, names in fields.ecs() for name in names.ecs if "." in name)
     moves = "\n".join(_ecs_moves())
-    return fill(_ECS, GROUPS=json.dumps(groups), MOVES=moves, ECS_VERSION=fields.ECS_VERSION)
+    return fill_shipper(_ECS, GROUPS=json.dumps(groups), MOVES=moves)
 
 
 def _otel() -> str:
