@@ -6,6 +6,9 @@ what more workers bring can't be seen there. A load process for each CPU of the 
 loops. Which runtimes there are is asked by starting tsproxy with each; what it refuses, or takes for another, is shown
 as "not in this version" (of tsproxy, or of the Python that runs it).
 
+--pieces makes the relay's work outweigh the load's, so that workers can be seen to scale where all share two CPUs: each
+message passes tsproxy in pieces of so many bytes, while load and far end send and receive it whole. Peers are left out.
+
 How to read it: a row that grows from left to right scales. A row that shrinks has workers that wait for each other
 (threads under one GIL do). "0.80x" beside a figure is its ratio to direct (no relay): where direct is not well
 above the rest, the load generator is the limit. haproxy has as many threads, nginx as many processes as workers.
@@ -37,6 +40,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--connections", type=options.whole(1, 500), default=16, help="of each load process (default: %(default)s)"
     )
+    parser.add_argument("--pieces", type=options.whole(1024, 65536), help="tsproxy's --buffer-size, without zero-copy")
     parser.add_argument("--workers", type=options.wholes(1, 256), help="comma-separated (default: 1, 2, 4 .. the relay's CPUs)")
     return parser.parse_args()
 
@@ -66,8 +70,11 @@ def refusal(stage: session.Stage, runtime: str, target: int) -> str:
 
 def relays_of(stage: session.Stage, runtimes: Sequence[str], workers: int) -> List[Relay]:
     """Direct, each runtime, and the peers that have workers."""
-    peers = [relay for relay in stage.bed.all(workers=workers) if relay.name in ("haproxy", "nginx")]
-    ours = [stage.bed.ours(runtime, f"--runtime={runtime}", f"--workers={workers}") for runtime in runtimes]
+    pieces = stage.args.pieces
+    rivals = () if pieces else ("haproxy", "nginx")
+    peers = [relay for relay in stage.bed.all(workers=workers) if relay.name in rivals]
+    more = [f"--buffer-size={pieces}", "--zero-copy=never"] if pieces else []
+    ours = [stage.bed.ours(runtime, f"--runtime={runtime}", f"--workers={workers}", *more) for runtime in runtimes]
     return [relay for relay in (Relay(DIRECT, relays.direct), *ours, *peers) if relay.name in (stage.args.only or [relay.name])]
 
 
@@ -85,7 +92,8 @@ def cases_of(stage: session.Stage, runtimes: Sequence[str]) -> List[Case]:
     found = []
     for count in counts_of(stage.args, len(stage.place.relay)):
         chosen, title = relays_of(stage, runtimes, count), f"{count} worker{'s' if count > 1 else ''}"
-        found.append(Case(f"workers-{count}", title, [RATE], far_end.echo, partial(measure, stage), chosen, far_ends=cpus))
+        name, how = f"workers-{count}", partial(measure, stage)
+        found.append(Case(name, title, [RATE], far_end.echo, how, chosen, far_ends=cpus, wake_at=stage.args.size))
     return found
 
 

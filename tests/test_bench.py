@@ -8,6 +8,7 @@ import os
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -159,6 +160,35 @@ def test_a_runtime_that_is_taken_for_another_is_not_in_this_version(tmp_path: Pa
     assert done.returncode == 1, "nothing was measured"
     absent = json.loads(done.stdout.splitlines()[-1])
     assert (absent["event"], absent["relay"], absent["detail"]) == ("absent", "processes", "it takes threads instead")
+
+
+def test_pieces_are_the_relays_alone_and_leave_the_peers_out(tmp_path: Path) -> None:
+    asked = tmp_path / "asked"
+    program = tmp_path / "tsproxy"
+    program.write_text(
+        f"import os, sys\nopen({str(asked)!r}, 'a').write(' '.join(sys.argv[1:]) + chr(10))\n"
+        f"os.execv(sys.executable, [sys.executable, {str(ROOT / 'tsproxy.py')!r}, *sys.argv[1:]])\n"
+    )
+    words = [*SMALL["workers"], "--rounds=1", "--size=4096", "--pieces=1024", f"--tsproxy={program}"]
+    done = bench("workers", *words, "--only=direct,threads,haproxy,nginx", "--json")
+    assert done.returncode == 0, done.stderr
+    figures = [line for line in map(json.loads, done.stdout.splitlines()) if line["event"] == "figure"]
+    assert {line["relay"] for line in figures} == {"direct", "threads"}
+    assert all(line["value"] > 0 for line in figures)
+    started = [words for words in asked.read_text().splitlines() if "--workers" in words]
+    assert [words.endswith("--buffer-size=1024 --zero-copy=never") for words in started] == [False, True, True], "a probe first"
+
+
+@pytest.mark.usefixtures("room")
+def test_a_far_end_that_wakes_for_whole_messages_answers_them_in_one_piece() -> None:
+    from common import far_end
+
+    cpus = frozenset(os.sched_getaffinity(0))
+    with far_end.running(far_end.echo, cpus, wake_at=1000) as port, socket.create_connection(("127.0.0.1", port), 20) as client:
+        client.sendall(bytes(999))
+        assert not select.select([client], [], [], 0.05)[0]
+        client.sendall(b"x")
+        assert len(client.recv(4096)) == 1000
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -252,3 +252,20 @@ def test_no_byte_of_an_order_stands_in_any_line_or_on_standard_error(start: Any,
     assert proxy.stop() == 0
     assert not any("7f3a91" in str(line) for line in proxy.lines)
     assert proxy.stderr() == ""
+
+
+_READ_ONLY = 'mount -o remount,bind,ro / && mount -o remount,bind,ro /dev/shm && ! touch "$PWD/probe" 2>&- && exec "$@"'
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_file_is_written(bundle: Path, echoing: Exchange, kind: str) -> None:
+    """It relays, replaces nothing, reports and ends where each file system is read-only."""
+    require_root()
+    python = PYTHON["3.13"] if kind == "interpreters" else next(iter(PYTHON.values()))
+    words = ["unshare", "--mount", "sh", "-c", _READ_ONLY, "sh", python, "-I", "-S", str(bundle)]
+    for start in _starter(words, None):
+        proxy = start(echoing, f"--runtime={kind}")
+        works(proxy)
+        assert proxy.metrics()["downstream_cx_total"] == 1
+        assert proxy.stop() == 0
+        assert proxy.stderr() == ""

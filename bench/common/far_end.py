@@ -19,9 +19,15 @@ Answer = Callable[[socket.socket], bool]  # takes what came; False at the end of
 
 
 @contextlib.contextmanager
-def running(answer: Callable[[], Answer], cpus: FrozenSet[int], processes: int = 1) -> Iterator[int]:
-    """Serve every connection with `answer`, until the end of the `with`; the port."""
+def running(answer: Callable[[], Answer], cpus: FrozenSet[int], processes: int = 1, wake_at: int = 1) -> Iterator[int]:
+    """Serve every connection with `answer`, until the end of the `with`; the port.
+
+    With `wake_at`, the length of a message, it is not woken for a piece of one (SO_RCVLOWAT, socket(7)).
+    """
     with socket.create_server(("127.0.0.1", 0), backlog=_BACKLOG) as listener:
+        # What is accepted inherits both. Pieces of an answer must not wait for each other's ACK.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wake_at)
         listener.setblocking(False)  # several processes may be woken for one connection
         with tasks([partial(_serve, listener, answer)] * processes, cpus):
             yield listener.getsockname()[1]

@@ -42,10 +42,11 @@ class Span(NamedTuple):
         return (self.end - self.begin) / 1e9
 
 
-def dial(port: int) -> socket.socket:
-    """A blocking connection that sends at once."""
+def dial(port: int, wake_at: int = 1) -> socket.socket:
+    """A blocking connection that sends at once, and becomes readable when so many bytes are there (SO_RCVLOWAT, socket(7))."""
     sock = socket.create_connection(("127.0.0.1", port))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wake_at)
     return sock
 
 
@@ -69,9 +70,9 @@ def distribution(took: MutableSequence[int]) -> Sample:
 
 
 def ping_pong(port: int, size: int, connections: int, span: Span) -> Sample:
-    """Closed loop: each connection sends its next message when the last one has come back."""
+    """Closed loop: each connection sends its next message when the last one has come back, and wakes for whole ones only."""
     with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(dial(port)) for _ in range(connections)]
+        socks = [stack.enter_context(dial(port, size)) for _ in range(connections)]
         took = _alone(socks[0], size, span) if connections == 1 else _together(socks, size, span)
     return {"round_trips_per_s": len(took) / span.seconds, **distribution(took)}
 

@@ -33,6 +33,7 @@ class Case(NamedTuple):
     measure: Callable[[Running], Sample]
     relays: Sequence[Relay]
     far_ends: int = 1
+    wake_at: int = 1  # bytes that must have come before a far end looks
 
 
 def run(benchmark: str, work: Callable[[], int]) -> int:
@@ -105,7 +106,10 @@ class Stage:
     def _measure(self, case: Case, relay: Relay) -> List[Sample]:
         """One sample, or none; why not is said once."""
         try:
-            with far_end.running(case.answer, self.place.load, case.far_ends) as target, relay.start(target) as running:
+            with (
+                far_end.running(case.answer, self.place.load, case.far_ends, case.wake_at) as target,
+                relay.start(target) as running,
+            ):
                 return [case.measure(running)]
         except (Failed, OSError) as problem:
             if (relay.name, str(problem)) not in self._failed:
