@@ -199,20 +199,17 @@ class FullCrew:
         return not self.full
 
 
+def acceptor_of(wanted: config.Config, world: Any, crew: Any) -> Acceptor:
+    row = world.ledger.rows[ACCEPTOR_ROW]
+    return Acceptor(wanted, world.ledger, row, world.clients, upstreams=lambda: b"", hand=crew.hand, complain=lambda why: None)
+
+
 def test_a_client_that_no_worker_takes_keeps_its_share() -> None:
     """It waits for room in an inbox; reset at last, it has used up nothing."""
     crew: Any = FullCrew()
     wanted = config.Config(targets=(), max_connections_per_client=1)
     with model(limit=1) as world, socket.create_server(("127.0.0.1", 0)) as listener:
-        acceptor = Acceptor(
-            wanted,
-            world.ledger,
-            world.ledger.rows[ACCEPTOR_ROW],
-            world.clients,
-            upstreams=lambda: b"",
-            hand=crew.hand,
-            complain=lambda why: None,
-        )
+        acceptor = acceptor_of(wanted, world, crew)
         for crew.full in (True, True, False):
             with socket.create_connection(listener.getsockname(), PATIENCE) as client:
                 assert acceptor.accept(listener)
@@ -221,6 +218,24 @@ def test_a_client_that_no_worker_takes_keeps_its_share() -> None:
                     with pytest.raises(ConnectionResetError):
                         client.recv(1)
         assert len(crew.taken) == 1
+        crew.taken.pop().close()
+        del acceptor
+
+
+def test_with_queue_nobody_is_taken_beyond_the_limit_though_a_listener_is_ready() -> None:
+    """Of two that are ready in one turn, the first may have used up the room."""
+    crew: Any = FullCrew()
+    wanted = config.Config(targets=(), max_connections=1, on_full="queue")
+    with model(limit=0) as world, socket.create_server(("127.0.0.1", 0)) as listener:
+        acceptor = acceptor_of(wanted, world, crew)
+        world.ledger.worker(0)[Counter.ACCEPTED] = 1
+        with socket.create_connection(listener.getsockname(), PATIENCE) as client:
+            client.sendall(b"x")
+            assert not acceptor.accept(listener)
+            world.ledger.worker(0)[Counter.ENDED] = 1
+            crew.full = False
+            assert acceptor.accept(listener)
+            assert crew.taken[0].recv(1) == b"x"
         crew.taken.pop().close()
         del acceptor
 

@@ -203,3 +203,20 @@ def test_bytes_that_are_held_between_two_looks_are_never_taken_for_sent_ones(see
     fields = totals_while(bytes_come_and_are_held, watched, times=1)
     assert fields["downstream_cx_tx_bytes_total"] <= 0
     assert fields["upstream_cx_tx_bytes_total"] <= 0
+
+
+def test_a_client_that_its_killed_worker_had_counted_but_not_begun_with_is_not_active_for_ever() -> None:
+    """The worker accepted it by itself. Its successor's row goes on, and may be written off again."""
+    with ledger_for(1) as ledger:
+        row = ledger.worker(0)
+        row[Counter.ACCEPTED], row[Counter.BEGUN], row[Counter.ENDED] = 7, 6, 4
+        assert ledger.write_off(0) == 3
+        assert metrics.active(ledger) == 0
+        row[Counter.ACCEPTED] += 1
+        row[Counter.BEGUN] += 1
+        assert ledger.write_off(0) == 1
+        assert metrics.active(ledger) == 0
+        ledger.rows[ACCEPTOR_ROW][Counter.ACCEPTED] += 1  # handed over in the drain
+        row[Counter.BEGUN] += 1
+        del row
+        assert metrics.active(ledger) == 1

@@ -88,10 +88,14 @@ class Ledger:
         return sum(row[pair + 1] for row in self.rows[FIRST_WORKER_ROW:])
 
     def write_off(self, worker: int) -> int:
-        """A dead worker's connections are closed: count them as ended; how many. Its row must have no other writer now."""
+        """A dead worker's connections are closed: count them as ended; how many. Its row must have no other writer now.
+
+        One that accepts by itself may have been killed after it had counted a client, and before it began with it.
+        """
         row = self.worker(worker)
-        lost = int(row[Counter.BEGUN] - row[Counter.ENDED])
-        row[Counter.ENDED] = row[Counter.BEGUN]
+        begun = max(row[Counter.BEGUN], row[Counter.ACCEPTED])
+        lost = int(begun - row[Counter.ENDED])
+        row[Counter.ENDED] = begun
         row[Counter.CONNECTS_ENDED] = row[Counter.CONNECTS]
         row[_CLIENTS + 1 :: 2] = row[_CLIENTS::2]
         return lost
