@@ -395,3 +395,18 @@ def test_nobody_is_sent_away_by_a_listener_that_may_not_share(group: Any) -> Non
     assert Leaving(two[0], False).has_left
     with contextlib.ExitStack() as stack:
         assert 0 not in counted(stack, two, 60)
+
+
+@pytest.mark.parametrize("family, host", [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+def test_both_ways_to_see_who_is_in_the_handshake_agree(family: int, host: str) -> None:
+    with contextlib.closing(Namespace()) as namespace, contextlib.ExitStack() as stack:
+        namespace.run("nft", "-f", "-", input=HOLD_BACK.replace("table ip ", "table inet "))
+        with namespace:
+            listener, other = (
+                stack.enter_context(socket.create_server((host, 0), family=socket.AddressFamily(family))) for _ in range(2)
+            )
+            ask, read = reuseport._ask_half_open, reuseport._read_half_open
+            assert ask(listener) == read(listener) == frozenset()
+            clients = [stack.enter_context(socket.create_connection(listener.getsockname()[:2], 20)) for _ in range(3)]
+            stack.enter_context(socket.create_connection(other.getsockname()[:2], 20))
+            assert ask(listener) == read(listener) == {client.getsockname()[1] for client in clients}
