@@ -107,6 +107,29 @@ def pass_on(way: Way, count: int) -> bytes:
     return arrived
 
 
+class NeverGone:
+    """Held bytes of which the sink takes one at a time."""
+
+    left = 2
+
+    def send(self, sink: socket.SocketType) -> int:
+        return sink.send(b"x")
+
+    def release(self) -> None:
+        """Nothing to give back."""
+
+
+def test_a_sink_that_takes_a_part_counts_as_movement(bench: Workbench) -> None:
+    """A slow reader is not idle: what is left over may take longer than --idle-timeout."""
+    with way(bench) as one:
+        one.half.account(2, 0)
+        one.half.hold(NeverGone())
+        one.half.moved_at = 0
+        one.half.drain()
+        assert one.far.recv(1) == b"x"
+        assert one.half.moved_at > 0
+
+
 def test_four_full_buffers_in_a_row_begin_a_stream_and_four_small_turns_end_it(bench: Workbench) -> None:
     with way(bench) as one:
         pass_on(one, 3 * BUFFER)
