@@ -1,8 +1,8 @@
 """Accepting: one client a time, checked for room and right, handed on with the addresses to try.
 
 Knows the listener and the limits. Knows nothing of what becomes of a connection, or of who accepts: the main thread for
-several workers, or the one worker there is for itself. When the host or the
-workers have no room it pauses by the clock; it never spins (compare trio's _highlevel_serve_listeners.py).
+several workers, or the one worker there is for itself. When the host or the workers have no room it pauses by the clock;
+it never spins (compare trio's _highlevel_serve_listeners.py).
 """
 
 from __future__ import annotations

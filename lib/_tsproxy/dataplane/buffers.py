@@ -28,7 +28,7 @@ class Buffers:
 
 
 class Heads(Dict[int, memoryview]):
-    """The first n bytes of a buffer, by n. Messages come in few sizes: a slice that is there costs a third of a new one."""
+    """The first n bytes of a buffer, by n. Messages come in few sizes: a slice that is there costs half of a new one."""
 
     def __init__(self, buffer: memoryview) -> None:
         super().__init__()

@@ -12,7 +12,9 @@ import os
 import socket
 import struct
 from array import array
-from typing import Dict, FrozenSet, Iterator, List, NamedTuple, Set, Tuple
+from typing import Dict, FrozenSet, Iterator, List, NamedTuple
+
+from _tsproxy.host import netlink
 
 # include/uapi/asm-generic/socket.h
 _SO_ATTACH_REUSEPORT_CBPF = 51
@@ -21,13 +23,9 @@ _SO_DETACH_REUSEPORT_BPF = 68  # from Linux 5.3 on
 _RETURN = 0x06  # BPF_RET | BPF_K (include/uapi/linux/bpf_common.h)
 _SYN_RECV, _LISTEN = "03", "0A"  # include/net/tcp_states.h, as /proc/net/tcp has them
 # include/uapi/linux/netlink.h, sock_diag.h, inet_diag.h
-_NETLINK = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence number, port
 _NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY = 4, 20
-_DUMP = 0x301  # NLM_F_REQUEST | NLM_F_DUMP
-_ERROR, _DONE = 2, 3
 _DIAG_REQUEST = struct.Struct("=BBBBI")  # struct inet_diag_req_v2: family, protocol, extensions, padding, states
 _PEER_PORT = struct.Struct("!6xH")  # struct inet_diag_msg: behind family, state, timer, retransmissions and our port
-_DIAG_BYTES = 1 << 16
 _TABLES: Dict[int, str] = {socket.AF_INET: "tcp", socket.AF_INET6: "tcp6"}
 
 
@@ -64,25 +62,8 @@ def half_open(listener: socket.socket) -> FrozenSet[int]:
 def _ask_half_open(listener: socket.socket) -> FrozenSet[int]:
     local = struct.pack("!H46x", listener.getsockname()[1])  # struct inet_diag_sockid: the rest may be anything
     request = _DIAG_REQUEST.pack(listener.family, socket.IPPROTO_TCP, 0, 0, 1 << int(_SYN_RECV, 16)) + local
-    head = _NETLINK.pack(_NETLINK.size + len(request), _SOCK_DIAG_BY_FAMILY, _DUMP, 0, 0)
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as monitor:
-        monitor.send(head + request)
-        found: Set[int] = set()
-        while True:
-            for kind, body in _messages(monitor.recv(_DIAG_BYTES)):
-                if kind == _DONE:
-                    return frozenset(found)
-                if kind == _ERROR:
-                    raise OSError(-struct.unpack_from("=i", body)[0], "sock_diag")
-                found.add(_PEER_PORT.unpack_from(body)[0])
-
-
-def _messages(data: bytes) -> Iterator[Tuple[int, bytes]]:
-    """(type, body) of each netlink message (netlink(7)); they begin at multiples of four."""
-    while len(data) >= _NETLINK.size:
-        size, kind = _NETLINK.unpack_from(data)[:2]
-        yield kind, data[_NETLINK.size : size]
-        data = data[(size + 3) & ~3 :]
+    answers = netlink.dump(_NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY, request)
+    return frozenset(_PEER_PORT.unpack_from(body)[0] for body in answers)
 
 
 def _read_half_open(listener: socket.socket) -> FrozenSet[int]:

@@ -30,7 +30,7 @@ class Crew:
     """Make it before any thread is started: under `processes` it forks."""
 
     def __init__(self, plan: Plan, ledger: Ledger, records_fd: int, listeners: Sequence[socket.socket] = ()) -> None:
-        """A worker that is the only one accepts by itself, if it is given the listeners; open() lets it."""
+        """A worker that is the only one accepts by itself, if it is given the listeners; the order OPEN lets it."""
         self.gone = wakeup.create()
         self._ledger = ledger
         self._next = 0
@@ -62,15 +62,10 @@ class Crew:
                 return True
         return False
 
-    def order(self, kind: int) -> None:
-        """Send an order to all. After DRAIN or KILL a worker that ends has done as it was told."""
+    def order(self, kind: int, upstreams: bytes = b"") -> None:
+        """Send an order to all; OPEN goes with addresses. After DRAIN or KILL a worker that ends has done as it was told."""
         self._ending = self._ending or kind in (inbox.DRAIN, inbox.KILL)
-        self._owed += [(seat, inbox.Entry(kind)) for seat in self._seats]
-        self.deliver()
-
-    def open(self, upstreams: bytes) -> None:
-        """Let workers with listeners accept, and send what comes to these addresses from now on."""
-        self._owed += [(seat, inbox.Entry(inbox.OPEN, upstreams=upstreams)) for seat in self._seats]
+        self._owed += [(seat, inbox.Entry(kind, upstreams=upstreams)) for seat in self._seats]
         self.deliver()
 
     def deliver(self) -> None:

@@ -16,7 +16,7 @@ from _tsproxy import exits
 from _tsproxy.config import Config
 from _tsproxy.dataplane.acceptor import Acceptor
 from _tsproxy.dataplane.clients import Clients, slots_for
-from _tsproxy.dataplane.inbox import DRAIN, DRIFTED_ALL, DRIFTED_CONNECTING, KILL, LEAVE
+from _tsproxy.dataplane.inbox import DRAIN, DRIFTED_ALL, DRIFTED_CONNECTING, KILL, LEAVE, OPEN
 from _tsproxy.host import linux, wakeup
 from _tsproxy.host.systemd import Notifier
 from _tsproxy.runtime.crew import Crew, Death
@@ -126,7 +126,7 @@ class Server:
         """Tell a worker that accepts where to connect to, if it does not know yet, or not any more."""
         if self._crew.accepts and self._told is not self._ready.resolver.packed:
             self._told = self._ready.resolver.packed
-            self._crew.open(self._told)
+            self._crew.order(OPEN, self._told)
 
     def _patience_s(self, pause: float) -> Optional[float]:
         """How long to sleep: until accepting goes on, an order is tried again, or the policy or the watchdog is due."""
