@@ -59,13 +59,17 @@ def faulty(directory: Path, patch: str) -> str:
 _RUN = f"runpy.run_path({str(ROOT / 'tsproxy.py')!r}, run_name='__main__')\n"
 
 # What is patched is the data path's one way to the kernel, so that the proxy itself believes that all went well.
+# It happens to each larger piece, behind what may be a header: one piece alone could be the last of its connection,
+# whose loss can only be waited for, or go to somebody who resets without reading it.
 _SEND = """
 import socket
 class Sender(socket.socket):
     sent = 0
     def send(self, data, *flags):
         Sender.sent += 1
-        return {send}
+        if Sender.sent < 200 or len(data) < 400:
+            return super().send(data)
+        {send}
 from _tsproxy.host import sockets
 real_adopt, real_dial = sockets.adopt, sockets.dial
 def turned(sock):
@@ -83,11 +87,11 @@ sockets.adopt, sockets.dial = adopt, dial
 
 FAULTS = {
     "a byte is changed": (
-        _SEND.format(send="super().send(bytes([data[0] ^ 1]) + bytes(data[1:]) if Sender.sent == 200 else data)"),
+        _SEND.format(send="return super().send(bytes(data[:200]) + bytes([data[200] ^ 1]) + bytes(data[201:]))"),
         "not those that were sent",
     ),
     "a piece is lost": (
-        _SEND.format(send="len(data) if Sender.sent == 200 else super().send(data)"),
+        _SEND.format(send="n = super().send(bytes(data[:200]) + bytes(data[300:])); return n + 100 if n > 200 else n"),
         "not those that were sent",
     ),
     "a cut stream looks complete": (
