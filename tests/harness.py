@@ -109,7 +109,10 @@ class Proxy:
             found.append(self.metrics())
             return predicate(found[-1])
 
-        wait_until(fits, what or "metrics")
+        try:
+            wait_until(fits, what or "metrics")
+        except AssertionError as late:
+            raise AssertionError(f"{late}; {found[-1:]}; lines: {self.lines[-5:]}") from None
         return found[-1]
 
     def connect(self, timeout: float = PATIENCE, **options: Any) -> socket.socket:
@@ -183,6 +186,17 @@ class Proxy:
 def children(pid: int) -> List[int]:
     """The processes that a process has started and not yet reaped."""
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def pause(pid: int) -> None:
+    """SIGSTOP, and wait: another thread of the process may run on for a moment after kill(2) has returned."""
+
+    def is_stopped() -> bool:
+        stats = [task.read_text() for task in Path(f"/proc/{pid}/task").glob("*/stat")]
+        return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
+
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(is_stopped, f"process {pid} is stopped")
 
 
 class Exchange:

@@ -17,7 +17,7 @@ from _tsproxy.dataplane.clients import Clients, slots_for
 from _tsproxy.dataplane.inbox import MOST_UPSTREAMS, Entry
 from _tsproxy.host.addresses import pack, without_port
 from _tsproxy.telemetry.counters import ACCEPTOR_ROW, Counter, Ledger, client_pair
-from harness import PATIENCE, Exchange, Proxy, receive_exactly, reset
+from harness import PATIENCE, Exchange, Proxy, pause, receive_exactly, reset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_runtime import begin as begin
@@ -327,7 +327,7 @@ def test_clients_that_wait_in_a_dead_workers_inbox_keep_their_places(start: Any,
     proxy = start(echoing, "--runtime=processes", "--workers=1", "--max-connections-per-client=3")
     clients = held(proxy, 1)
     (worker,) = workers_of(proxy)
-    os.kill(worker, signal.SIGSTOP)
+    pause(worker)
     clients += [proxy.connect() for _ in range(2)]
     proxy.expect_reset()  # so the two before it have been accepted
     os.kill(worker, signal.SIGKILL)

@@ -13,7 +13,7 @@ from typing import Any, Iterator
 
 import pytest
 from conftest import CHECKOUT
-from harness import Exchange, Proxy, receive_all, receive_exactly, reset, wait_until
+from harness import Exchange, Proxy, pause, receive_all, receive_exactly, reset, wait_until
 from namespaces import Namespace, require_root
 
 MIB = 1 << 20
@@ -131,7 +131,7 @@ def test_a_server_that_broke_is_heard_out_even_if_we_learn_of_it_by_sending(star
     server = exchange.accept()
     client.sendall(b"x")
     assert server.recv(1) == b"x"
-    proxy.process.send_signal(signal.SIGSTOP)
+    pause(proxy.process.pid)
     client.sendall(b"too late")
     server.sendall(b"logout")
     reset(server)

@@ -28,7 +28,7 @@ from faults import (
     make_stand,
     sleeps,
 )
-from harness import Proxy, reset, wait_until
+from harness import Proxy, pause, reset, wait_until
 
 BURST = 10_000
 # What was needed at once, and stays with the workers for the next time: 16 buffers of 64 KiB and 2 pipes each at most.
@@ -92,7 +92,7 @@ def test_clients_that_reset_while_they_wait_for_the_upstream_leave_nothing(stand
 def test_clients_that_reset_in_the_backlog_before_they_are_accepted_leave_nothing(stand: Stand) -> None:
     proxy = stand.start()
     with stand.unharmed(proxy):
-        proxy.process.send_signal(signal.SIGSTOP)
+        pause(proxy.process.pid)
         for client in stand.crowd(proxy, b"e"):
             reset(client)
         proxy.process.send_signal(signal.SIGCONT)
@@ -176,7 +176,7 @@ def served(clients: List[socket.socket]) -> int:
 def test_ten_thousand_connects_at_once_overflow_the_backlog_and_each_is_served(stand: Stand, many_descriptors: None) -> None:
     proxy = stand.start("--max-connections=500", "--on-full=queue")
     with stand.unharmed(proxy, growth_kib=HIGH_WATER_KIB):
-        proxy.process.send_signal(signal.SIGSTOP)  # so that the backlog is full for sure
+        pause(proxy.process.pid)  # so that the backlog is full for sure
         clients = burst(stand, proxy)
         wait_until(lambda: overflows(stand) > 0, "the backlog is full")
         proxy.process.send_signal(signal.SIGCONT)

@@ -14,7 +14,7 @@ from typing import Dict, Iterator
 
 import pytest
 from faults import CROWD, EACH, RESET, Stand, conserved, ends, fate_of, lowest_free, make_stand, sleeps, storm
-from harness import Line, Proxy, children, receive_exactly, wait_until
+from harness import Line, Proxy, children, pause, receive_exactly, wait_until
 
 
 @pytest.fixture(params=EACH)
@@ -217,7 +217,7 @@ def test_clients_that_find_the_workers_inbox_full_wait_and_are_served(forked: St
     proxy = forked.start("--workers=1", "--max-connections-per-client=1000")  # so that the main thread accepts
     with forked.unharmed(proxy, growth_kib=8192):  # what 600 connections at once needed
         (worker,) = children(zygote_of(proxy))
-        os.kill(worker, signal.SIGSTOP)
+        pause(worker)
         clients = [client for _ in range(30) for client in forked.crowd(proxy, b"eA")]
         said = proxy.line("error")["message"]
         os.kill(worker, signal.SIGCONT)
@@ -292,7 +292,7 @@ def test_a_worker_whose_zygote_died_in_the_same_moment_is_no_crash(forked: Stand
     forked.ask(proxy)
     zygote = zygote_of(proxy)
     workers = children(zygote)
-    proxy.process.send_signal(signal.SIGSTOP)  # it learns of both at once
+    pause(proxy.process.pid)  # it learns of both at once
     for pid in (zygote, *workers):
         os.kill(pid, signal.SIGKILL)
     proxy.process.send_signal(signal.SIGCONT)

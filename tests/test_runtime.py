@@ -19,7 +19,7 @@ from _tsproxy.runtime.spec import Spec
 from _tsproxy.telemetry.counters import Ledger
 from _tsproxy.telemetry.records import Notice, RecordPipe, decode
 from conftest import _starter
-from harness import ROOT, Exchange, Proxy, children, pythons, receive_exactly, wait_until
+from harness import ROOT, Exchange, Proxy, children, pause, pythons, receive_exactly, wait_until
 
 PYTHON = dict(pythons())
 KINDS = ["threads", "processes", *(["interpreters"] if "3.13" in PYTHON else [])]
@@ -160,7 +160,7 @@ def _answers(client: socket.socket) -> bool:
 def stop_the_workers(proxy: Proxy) -> List[int]:
     workers = workers_of(proxy)
     for worker in workers:
-        os.kill(worker, signal.SIGSTOP)
+        pause(worker)
     return workers
 
 
@@ -299,7 +299,7 @@ def test_a_reader_of_standard_output_sees_its_end_with_the_main_process(start: A
     client = proxy.connect()
     client.sendall(b"x")
     assert client.recv(1) == b"x"
-    os.kill(workers_of(proxy)[0], signal.SIGSTOP)  # it can't end, and must not hold the pipe open
+    pause(workers_of(proxy)[0])  # it can't end, and must not hold the pipe open
     worker = workers_of(proxy)[0]
     proxy.process.kill()
     proxy.process.wait()
