@@ -12,7 +12,7 @@ from typing import Any, Dict, List
 
 import pytest
 from _tsproxy.telemetry import encoder
-from _tsproxy.telemetry.encoder import line, rfc3339, with_json
+from _tsproxy.telemetry.encoder import Stamps, line, with_json
 from harness import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -168,7 +168,7 @@ def test_a_line_does_not_change_the_fields_it_was_given() -> None:
 @example(1_699_999_999_999_999_999)
 @example(951_827_696_000_001_000)
 def test_a_time_is_utc_with_six_digits_rounded_down(at_ns: int) -> None:
-    text = rfc3339(at_ns)
+    text = Stamps().rfc3339(at_ns)
     micros = datetime(1970, 1, 1, tzinfo=timezone.utc) + timedelta(microseconds=at_ns // 1000)
     assert datetime.strptime(text, "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=timezone.utc) == micros
     assert len(text) == len("2001-02-03T04:05:06.123456Z")
@@ -176,11 +176,17 @@ def test_a_time_is_utc_with_six_digits_rounded_down(at_ns: int) -> None:
 
 @given(st.integers(0, 2**62), st.integers(0, 2**62))
 def test_times_sort_as_their_texts_do(one: int, other: int) -> None:
-    assert (rfc3339(one) < rfc3339(other)) is (one // 1000 < other // 1000)
+    assert (Stamps().rfc3339(one) < Stamps().rfc3339(other)) is (one // 1000 < other // 1000)
+
+
+@given(st.lists(st.integers(0, 2**33), min_size=2))
+def test_a_time_does_not_depend_on_the_ones_before(moments: List[int]) -> None:
+    stamps = Stamps()
+    assert [stamps.rfc3339(at_ns) for at_ns in moments] == [Stamps().rfc3339(at_ns) for at_ns in moments]
 
 
 def test_the_time_does_not_depend_on_the_time_zone() -> None:
-    code = "from _tsproxy.telemetry.encoder import rfc3339; print(rfc3339(1_700_000_000_123_456_789))"
+    code = "from _tsproxy.telemetry.encoder import Stamps; print(Stamps().rfc3339(1_700_000_000_123_456_789))"
     environment = {**os.environ, "TZ": "Asia/Kathmandu", "PYTHONPATH": str(ROOT / "lib")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout == "2023-11-14T22:13:20.123456Z\n"

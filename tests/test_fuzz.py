@@ -818,7 +818,7 @@ def test_a_frame_that_is_broken_costs_itself_and_is_said(stream: bytes, step: in
         assert isinstance(record, (Connection, Notice))
         told = record.fields() if isinstance(record, Connection) else {"message": record.message}
         at_ns = record.closed_at_ns if isinstance(record, Connection) else record.at_ns
-        assert encoder.line({"timestamp": encoder.rfc3339(at_ns), **told}).endswith(b"}\n")
+        assert encoder.line({"timestamp": encoder.Stamps().rfc3339(at_ns), **told}).endswith(b"}\n")
 
 
 @pytest.mark.parametrize("at", [2, 21, -2], ids=["kind", "client", "ending"])

@@ -24,9 +24,9 @@ def counts_of(times: List[int]) -> Counts:
     return sorted(Counter(map(slot, times)).items())
 
 
-def row_of(times: List[int]) -> List[int]:
+def row_of(times: List[int]) -> memoryview:
     """The run of counts that a worker would have."""
-    row = [0] * SLOTS
+    row = memoryview(bytearray(8 * SLOTS)).cast("Q")
     for took in times:
         row[slot(took)] += 1
     return row
@@ -119,3 +119,11 @@ def test_each_limit_is_the_edge_of_a_slot() -> None:
 def test_the_sum_of_several_workers_is_what_one_would_have_counted(workers: List[List[int]]) -> None:
     together = [took for times in workers for took in times]
     assert histogram.add(map(row_of, workers)) == counts_of(together)
+
+
+def test_no_slot_is_passed_over() -> None:
+    row = row_of([])
+    for index in range(SLOTS):
+        row[index] = 7
+        assert histogram.add([row]) == [(index, 7)]
+        row[index] = 0

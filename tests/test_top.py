@@ -14,7 +14,7 @@ import threading
 import time
 import tracemalloc
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import pytest
 from _tsproxy.commands.terminal import Style
@@ -40,7 +40,7 @@ BEGAN = 1_790_000_000  # 2026-09-21T14:13:20Z
 
 
 def at(second: float) -> str:
-    return encoder.rfc3339(int((BEGAN + second) * SECOND))
+    return encoder.Stamps().rfc3339(int((BEGAN + second) * SECOND))
 
 
 def head(event: str, second: float, level: str = "info", pid: int = 100) -> Line:
@@ -88,11 +88,16 @@ def connection(second: float = 1, pid: int = 100, **fields: Any) -> Line:
     }
 
 
+def tally(times: Iterable[int]) -> memoryview:
+    """The run of counts that a worker would have."""
+    slots = memoryview(bytearray(8 * histogram.SLOTS)).cast("Q")
+    for took in times:
+        slots[histogram.slot(took)] += 1
+    return slots
+
+
 def metrics(second: float, pid: int = 100, relays: Tuple[int, ...] = (), began: float = 0, **fields: Any) -> Line:
     """As of `second`; the interval reaches back to the last whole ten. `relays`: all times so far, in nanoseconds."""
-    slots: List[int] = [0] * histogram.SLOTS
-    for took in relays:
-        slots[histogram.slot(took)] += 1
     interval = second % 10 or min(10, second)
     return {
         **head("metrics", second, pid=pid),
@@ -109,7 +114,7 @@ def metrics(second: float, pid: int = 100, relays: Tuple[int, ...] = (), began: 
         "upstream_cx_policy_refused_total": 0,
         "rx_bytes_per_s": 0,
         "tx_bytes_per_s": 0,
-        **histogram.summary("relay_us", histogram.add([slots])),
+        **histogram.summary("relay_us", histogram.add([tally(relays)])),
         **histogram.summary("connect_us", []),
         **fields,
     }
@@ -379,13 +384,6 @@ def test_the_last_intervals_percentiles_are_the_limits_of_the_buckets_they_lie_i
         assert most is not None
         assert shown == min(limits[0] if limits else float("inf"), most)
         assert shown >= exact
-
-
-def tally(times: List[int]) -> List[int]:
-    slots = [0] * histogram.SLOTS
-    for took in times:
-        slots[histogram.slot(took)] += 1
-    return slots
 
 
 def test_latency_shows_the_last_interval_as_limits_and_the_whole_as_it_is() -> None:

@@ -81,7 +81,7 @@ class Ledger:
 
     def total(self, counter: Counter) -> int:
         """One counter over all rows. Rows may move on while it adds up; each is read once."""
-        return sum(row[counter] for row in self.rows)
+        return sum([row[counter] for row in self.rows])
 
     def client_ended(self, pair: int) -> int:
         """How many connections have ended of the client whose pair that is, over all workers."""
@@ -102,7 +102,7 @@ class Ledger:
 
     def histogram(self, start: int) -> histogram.Counts:
         """The histogram that starts at RELAY or CONNECT, over all workers."""
-        return histogram.add(row[start : start + histogram.SLOTS].tolist() for row in self.rows[FIRST_WORKER_ROW:])
+        return histogram.add(row[start : start + histogram.SLOTS] for row in self.rows[FIRST_WORKER_ROW:])
 
 
 def client_pair(slot: int) -> int:

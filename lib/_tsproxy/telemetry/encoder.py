@@ -39,11 +39,23 @@ def _dumps(fields: Fields) -> bytes:
     return with_json(fields) if orjson is None else with_orjson(fields)
 
 
-def rfc3339(at_ns: int) -> str:
-    """UTC with six digits and Z, from nanoseconds of CLOCK_REALTIME."""
-    seconds, rest = divmod(at_ns, 1_000_000_000)
-    year, month, day, hour, minute, second, *_ = time.gmtime(seconds)  # strftime(3) would cost 2 us a line
-    return f"{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{rest // 1000:06}Z"
+class Stamps:
+    """Timestamps of lines that come in a row: most share their second with the one before, so its text is kept."""
+
+    def __init__(self) -> None:
+        self._second, self._text = -1, ""
+
+    def rfc3339(self, at_ns: int) -> str:
+        """UTC with six digits and Z, from nanoseconds of CLOCK_REALTIME."""
+        second, rest = divmod(at_ns, 1_000_000_000)
+        if second != self._second:
+            self._second, self._text = second, _to_the_second(second)
+        return f"{self._text}.{rest // 1000:06}Z"
+
+
+def _to_the_second(at_s: int) -> str:
+    year, month, day, hour, minute, second, *_ = time.gmtime(at_s)  # strftime(3) would cost 2 us more
+    return f"{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}"
 
 
 def line(fields: Fields) -> bytes:

@@ -49,6 +49,7 @@ class Reporter:
         self._wakeup = wakeup.create()
         self._closing_until: Optional[float] = None
         self._rest = b""
+        self._stamps = encoder.Stamps()
         self._rates = Rates(ledger)
         self._next_metrics = time.monotonic() + interval_s if interval_s else float("inf")
         self._poller = select.poll()
@@ -148,8 +149,9 @@ class Reporter:
     def _line(self, at_ns: int, level: str, event: str, fields: Fields) -> None:
         if NOTICE_LEVELS.index(level) < self._threshold:
             return
-        head = {"timestamp": encoder.rfc3339(at_ns), "level": level, "event": event, "pid": os.getpid()}
-        self._outlet.put(encoder.line({**head, **fields}), seldom=event != "connection")
+        timestamp = self._stamps.rfc3339(at_ns)
+        line = encoder.line({"timestamp": timestamp, "level": level, "event": event, "pid": os.getpid(), **fields})
+        self._outlet.put(line, seldom=event != "connection")
 
     def _count_dropped(self, lines: int) -> None:
         self._ledger.rows[REPORTER_ROW][Counter.LINES_DROPPED] += lines
@@ -161,7 +163,7 @@ class Rates:
     def __init__(self, ledger: Ledger, clock: Callable[[], float] = time.monotonic) -> None:
         self._ledger, self._clock = ledger, clock
         self._started = self._last = clock()
-        self._start_time = encoder.rfc3339(time.time_ns())
+        self._start_time = encoder.Stamps().rfc3339(time.time_ns())
         self._totals = metrics.totals(ledger)
 
     def fields(self) -> Fields:
