@@ -16,6 +16,7 @@ from _tsproxy.dataplane.acceptor import Acceptor
 from _tsproxy.dataplane.clients import Clients, slots_for
 from _tsproxy.dataplane.inbox import MOST_UPSTREAMS, Entry
 from _tsproxy.host.addresses import pack, without_port
+from _tsproxy.host.sockets import taker
 from _tsproxy.telemetry.counters import ACCEPTOR_ROW, Counter, Ledger, client_pair
 from harness import PATIENCE, Exchange, Proxy, pause, receive_exactly, reset
 from hypothesis import given, settings
@@ -212,7 +213,7 @@ def test_a_client_that_no_worker_takes_keeps_its_share() -> None:
         acceptor = acceptor_of(wanted, world, crew)
         for crew.full in (True, True, False):
             with socket.create_connection(listener.getsockname(), PATIENCE) as client:
-                assert acceptor.accept(listener)
+                assert acceptor.accept(taker(listener))
                 acceptor.give_up()
                 if crew.full:
                     with pytest.raises(ConnectionResetError):
@@ -231,10 +232,10 @@ def test_with_queue_nobody_is_taken_beyond_the_limit_though_a_listener_is_ready(
         world.ledger.worker(0)[Counter.ACCEPTED] = 1
         with socket.create_connection(listener.getsockname(), PATIENCE) as client:
             client.sendall(b"x")
-            assert not acceptor.accept(listener)
+            assert not acceptor.accept(taker(listener))
             world.ledger.worker(0)[Counter.ENDED] = 1
             crew.full = False
-            assert acceptor.accept(listener)
+            assert acceptor.accept(taker(listener))
             assert crew.taken[0].recv(1) == b"x"
         crew.taken.pop().close()
         del acceptor

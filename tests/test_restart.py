@@ -356,7 +356,7 @@ def left(stack: contextlib.ExitStack, leaving: Leaving, peer: socket.socket) -> 
         come(stack, peer, 2)
         with contextlib.suppress(BlockingIOError):
             while True:
-                leaving.accept()[0].close()
+                os.close(leaving.take()[0])
         if not leaving.has_left:
             leaving.look()
         return leaving.has_left

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from typing import Any, Iterator, List, NamedTuple
+from typing import Any, Iterator, List, NamedTuple, Sequence, Tuple
 
 import pytest
 from _tsproxy.dataplane.door import Door
 from _tsproxy.dataplane.inbox import ACCEPTED, DRAIN, OPEN, Entry, RingConsumer, RingProducer, create_ring
-from _tsproxy.dataplane.poller import READ_EDGES
+from _tsproxy.dataplane.poller import BROKEN, READ_EDGES, WRITE
 from _tsproxy.dataplane.worker import Worker
 from _tsproxy.host.addresses import pack
 from _tsproxy.telemetry.counters import Counter
@@ -142,3 +142,88 @@ def test_an_event_of_a_descriptor_that_nobody_handles_any_more_is_ignored(stand:
     stand.worker.run()
     os.close(reader)
     os.close(writer)
+
+
+class Peer:
+    """A handler that notes what it is told of its descriptor, and closes others when it is."""
+
+    def __init__(self, name: str, log: List[str], closes: Sequence[int] = ()) -> None:
+        self.name, self.log, self.closes = name, log, closes
+        self.handlers: Any = None
+
+    def readable(self) -> None:
+        self.log.append(f"{self.name} says something")
+        for fd in self.closes:
+            del self.handlers[fd]
+
+    def ready(self, mask: int) -> None:
+        self.log.append(f"{self.name} leaves" if mask & BROKEN else f"{self.name} has room")
+
+
+def peers(stand: Stand, *watched: Tuple[Peer, int]) -> List[Tuple[socket.socket, socket.socket]]:
+    """A pair of sockets for each: ours, watched, and the peer's."""
+    pairs = [socket.socketpair() for _ in watched]
+    for (peer, events), (ours, _) in zip(watched, pairs):
+        peer.handlers = stand.worker.bench.handlers
+        stand.worker.bench.watch(ours.fileno(), events, peer)
+    return pairs
+
+
+def one_turn(stand: Stand, pairs: List[Tuple[socket.socket, socket.socket]]) -> None:
+    assert stand.inbox.put(Entry(DRAIN))
+    stand.worker.run()
+    for ours, theirs in pairs:
+        ours.close()
+        theirs.close()
+
+
+def test_in_a_turn_those_who_leave_come_last(stand: Stand) -> None:
+    """Nobody who has something to say, or room for it, waits until others are buried."""
+    log: List[str] = []
+    leaver, connecting, speaker = Peer("leaver", log), Peer("connecting", log), Peer("speaker", log)
+    pairs = peers(stand, (leaver, READ_EDGES), (connecting, WRITE), (speaker, READ_EDGES))
+    pairs[0][1].close()
+    pairs[2][1].send(b"order")
+    one_turn(stand, pairs)
+    assert log == ["connecting has room", "speaker says something", "leaver leaves"]
+
+
+def test_who_was_closed_in_this_turn_does_not_leave_once_more(stand: Stand) -> None:
+    log: List[str] = []
+    closes: List[int] = []
+    leaver, speaker = Peer("leaver", log), Peer("speaker", log, closes)
+    pairs = peers(stand, (leaver, READ_EDGES), (speaker, READ_EDGES))
+    closes.append(pairs[0][0].fileno())
+    pairs[0][1].close()
+    pairs[1][1].send(b"order")
+    one_turn(stand, pairs)
+    assert log == ["speaker says something"]
+    assert stand.worker.bench.counters[Counter.BUGS] == 0
+
+
+def test_who_leaves_is_told_once(stand: Stand) -> None:
+    log: List[str] = []
+    leaver, speaker = Peer("leaver", log), Peer("speaker", log)
+    stubborn: Any = speaker
+    stubborn.readable = lambda: log.append("speaker says something") or stand.inbox.put(Entry(DRAIN))  # so there is a turn more
+    pairs = peers(stand, (leaver, READ_EDGES), (speaker, READ_EDGES))
+    pairs[0][1].close()
+    pairs[1][1].send(b"order")
+    stand.worker.run()
+    for ours, theirs in pairs:
+        ours.close()
+        theirs.close()
+    assert log == ["speaker says something", "leaver leaves"]
+
+
+def test_a_bug_in_burying_one_keeps_no_other_from_it(stand: Stand) -> None:
+    log: List[str] = []
+    first, second = Peer("first", log), Peer("second", log)
+    broken: Any = first
+    broken.ready = lambda mask: {}["a bug"]
+    pairs = peers(stand, (first, READ_EDGES), (second, READ_EDGES))
+    for _, theirs in pairs:
+        theirs.close()
+    one_turn(stand, pairs)
+    assert log == ["second leaves"]
+    assert stand.said()[0].endswith("KeyError: 'a bug'\n")

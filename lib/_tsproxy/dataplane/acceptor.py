@@ -11,7 +11,7 @@ import errno
 import os
 import socket
 import time
-from typing import Any, Callable, Optional, Protocol, Tuple
+from typing import Callable, Optional
 
 from _tsproxy.config import Config
 from _tsproxy.dataplane.clients import Clients
@@ -29,13 +29,6 @@ _FAMILIES = {2: socket.AF_INET, 4: socket.AF_INET6}
 
 # accept(2): "treat these errors like EAGAIN by retrying": they are the new connection's, not the listener's.
 _THEIRS = linux.PEER_GONE | linux.RETRY | {errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.EPERM}
-
-
-class Listener(Protocol):
-    """What clients are taken from: a listening socket, or one that is about to leave."""
-
-    def accept(self) -> Tuple[socket.socket, Any]:
-        """See socket.accept()."""
 
 
 class Acceptor:
@@ -60,6 +53,7 @@ class Acceptor:
         self._config, self._ledger, self._counters, self._clients = config, ledger, row, clients
         self._upstreams, self._hand, self._complain = upstreams, hand, complain
         self._allowed = [(net.version, int(net.network_address), int(net.netmask)) for net in config.allow]
+        self._queues = config.on_full == "queue"
         self._resume_at = 0.0
         self._complained_at = -_COMPLAINT_S
         self._connection_id = ledger.total(Counter.ACCEPTED)
@@ -70,37 +64,37 @@ class Acceptor:
         """How long accepting must rest from now on: 0 while there is room."""
         if self._must_wait:
             return _LOOK_AGAIN_S
-        return max(0.0, self._resume_at - time.monotonic())
+        return max(0.0, self._resume_at - time.monotonic()) if self._resume_at else 0.0
 
     def _is_full(self) -> bool:
         return metrics.active(self._ledger) >= self._config.max_connections
 
     @property
     def _must_wait(self) -> bool:
-        return self.is_held_up or (self._config.on_full == "queue" and self._is_full())
+        return self._waiting is not None or (self._queues and self._is_full())
 
     @property
     def is_held_up(self) -> bool:
         """Whether a client waits for room in a worker's inbox."""
         return self._waiting is not None
 
-    def accept(self, listener: Listener) -> bool:
+    def accept(self, take: sockets.Take) -> bool:
         """Take one client, if there is one; False if there was none to take, or if they have to wait."""
         if self._must_wait:
             return False
         try:
-            client, sockaddr = listener.accept()
+            fd, sockaddr = take()
         except OSError as error:
             self._refused(error)
             return False
         accepted_ns = time.monotonic_ns()
         packed = pack(_FAMILIES[len(sockaddr)], sockaddr)
         if self._allowed and not self._may_enter(packed):
-            self._turn_away(client, Counter.DENIED)
+            self._turn_away(fd, Counter.DENIED)
         elif self._is_full():
-            self._turn_away(client, Counter.OVERFLOW)
+            self._turn_away(fd, Counter.OVERFLOW)
         else:
-            self._take(client, packed, accepted_ns)
+            self._take(fd, packed, accepted_ns)
         return True
 
     def _may_enter(self, packed: bytes) -> bool:
@@ -108,25 +102,25 @@ class Acceptor:
         version = 6 if family == socket.AF_INET6 else 4
         return any(version == of and number & mask == net for of, net, mask in self._allowed)
 
-    def _turn_away(self, client: socket.socket, counter: Counter) -> None:
+    def _turn_away(self, fd: int, counter: Counter) -> None:
         """Reset at once: the client must not think that anybody listens to it."""
         self._counters[counter] += 1
+        client = sockets.adopt(fd, socket.AF_INET)
         sockets.reset_on_close(client)
         client.close()
 
-    def _take(self, client: socket.socket, packed: bytes, accepted_ns: int) -> None:
+    def _take(self, fd: int, packed: bytes, accepted_ns: int) -> None:
         """It may come in: if its address has not its share already."""
         pair = self._clients.enter(packed)
         if pair is None:
-            self._turn_away(client, Counter.CLIENT_OVERFLOW)
+            self._turn_away(fd, Counter.CLIENT_OVERFLOW)
         else:
-            self._hand_over(client, packed, accepted_ns, pair)
+            self._hand_over(fd, packed, accepted_ns, pair)
 
-    def _hand_over(self, client: socket.socket, packed: bytes, accepted_ns: int, pair: int) -> None:
+    def _hand_over(self, fd: int, packed: bytes, accepted_ns: int, pair: int) -> None:
         """Give the descriptor away. While no worker has room for it, it waits, and so do those behind it in the backlog."""
         self._connection_id += 1
         self._counters[Counter.ACCEPTED] += 1
-        fd = client.detach()
         self._waiting = Entry(ACCEPTED, fd, self._connection_id, accepted_ns, packed, self._upstreams(), pair)
         self.offer_again()
 
@@ -144,7 +138,7 @@ class Acceptor:
         if self._waiting is not None:
             self._counters[Counter.ACCEPTED] -= 1
             self._clients.leave(self._waiting.client)
-            self._turn_away(socket.socket(fileno=self._waiting.fd), Counter.OVERFLOW)
+            self._turn_away(self._waiting.fd, Counter.OVERFLOW)
             self._waiting = None
 
     def _refused(self, error: OSError) -> None:

@@ -12,16 +12,18 @@ import socket
 from _tsproxy.dataplane.acceptor import Acceptor
 from _tsproxy.dataplane.poller import READ
 from _tsproxy.dataplane.workbench import Workbench
+from _tsproxy.host import sockets
 
 
 class Door:
     """Owns the worker's descriptor of the listener. Shut until open() is called."""
 
-    __slots__ = ("_acceptor", "_bench", "_listener", "owner")
+    __slots__ = ("_acceptor", "_bench", "_listener", "_take", "owner")
 
     def __init__(self, owner: object, bench: Workbench, acceptor: Acceptor, listener: socket.socket) -> None:
         """`owner` is the worker: a bug here is a bug outside any connection."""
         self.owner, self._bench, self._acceptor, self._listener = owner, bench, acceptor, listener
+        self._take = sockets.taker(listener)
 
     def open(self) -> None:
         """Accept from now on, as soon as there is room."""
@@ -32,7 +34,7 @@ class Door:
 
     def readable(self) -> None:
         """Take one client; rest when there is no room for the next."""
-        self._acceptor.accept(self._listener)
+        self._acceptor.accept(self._take)
         if self._acceptor.pause_s:
             self.open()
 

@@ -12,7 +12,7 @@ from typing import NamedTuple, Optional, Protocol, Union
 
 from _tsproxy.dataplane.held import Held, InBuffer
 from _tsproxy.dataplane.poller import READ, READ_EDGES, WRITE
-from _tsproxy.dataplane.states import Event, Flow, flow_after
+from _tsproxy.dataplane.states import DRAINING, EOF, FLUSHED, OPEN, SHUT, flow_after
 from _tsproxy.dataplane.stream import Stream
 from _tsproxy.dataplane.workbench import Workbench
 from _tsproxy.host import linux
@@ -86,7 +86,7 @@ class Half:
         self.owner, self.bench, self.source, self.tally = owner, bench, source, tally
         self.fd = source.fileno()
         self.received_slot = int(tally.received)  # a plain number: this is done for each message
-        self.flow = Flow.OPEN
+        self.flow = OPEN
         self.received = 0
         self.withheld = 0  # received but not sent: held now, or discarded in the end
         self.held: Optional[Held] = None
@@ -244,26 +244,26 @@ class Half:
 
     def _end_of_file(self) -> None:
         """FIN came: pass it on when all before it is sent."""
-        self.flow = flow_after(self.flow, Event.EOF)
+        self.flow = flow_after(self.flow, EOF)
         self.moved_at = monotonic_ns()
         self._shut_if_drained()
 
     def _shut_if_drained(self) -> None:
         """Half-close: FIN goes on only after the bytes before it. The second one is left to the close() that follows."""
-        if self.flow is Flow.DRAINING:
+        if self.flow is DRAINING:
             try:
-                if self.twin.flow is not Flow.SHUT:
+                if self.twin.flow is not SHUT:
                     self.sink.shutdown(socket.SHUT_WR)
             except OSError as error:
                 self.owner.on_broken_sink(self, error)
                 return
-            self.flow = flow_after(self.flow, Event.FLUSHED)
+            self.flow = flow_after(self.flow, FLUSHED)
         self.owner.on_flow()
 
     @property
     def is_reading(self) -> bool:
         """Whether the source is to be read now."""
-        return self.flow is Flow.OPEN and self.held is None
+        return self.flow is OPEN and self.held is None
 
     @property
     def interest(self) -> int:
@@ -274,8 +274,10 @@ class Half:
 
     def detach(self) -> None:
         """Let go of everything: the garbage collector is off in a worker, so no cycle may be left."""
-        self.release()
-        self._drop_stream()
+        if self.held is not None:
+            self.release()
+        if self.stream is not None:
+            self._drop_stream()
         del self.owner
         if hasattr(self, "twin"):
             del self.twin, self.sink

@@ -21,6 +21,7 @@ READABLE = select.EPOLLIN
 WRITABLE = select.EPOLLOUT
 MORE = select.EPOLLRDHUP | select.EPOLLPRI  # what a receive stops short of: FIN, or the mark of urgent data
 BROKEN = select.EPOLLERR | select.EPOLLHUP
+ENDING = BROKEN | select.EPOLLRDHUP  # nothing more comes from there, or soon
 _BATCH = 256
 READ_EDGES = 4  # instead of READ; not together with WRITE
 _MASKS = {
@@ -53,8 +54,10 @@ class Poller(selectors.BaseSelector):
         self._events[fd] = events
 
     def again(self, fd: int) -> None:
-        """Look afresh: an event comes in the next turn if the descriptor is ready then."""
-        self._epoll.modify(fd, _MASKS[self._events[fd]])
+        """Look afresh: an event comes in the next turn if the descriptor is ready then. Not watched yet: nothing to do."""
+        known = self._events.get(fd)
+        if known is not None:
+            self._epoll.modify(fd, _MASKS[known])
 
     def forget(self, fd: int) -> None:
         """Stop knowing a descriptor that is about to be closed: close(2) itself ends the watch. Unknown ones are no error."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 import errno
 import socket
 import time
-from typing import List, Optional
+from typing import Optional
 
 from _tsproxy.dataplane.half import FROM_DOWNSTREAM, FROM_UPSTREAM, Half
 from _tsproxy.dataplane.inbox import Entry
 from _tsproxy.dataplane.poller import BROKEN, MORE, READABLE, WRITABLE, WRITE
-from _tsproxy.dataplane.states import Event, Flow, Phase, phase_after
+from _tsproxy.dataplane.states import CLOSED, CONNECTED, CONNECTING, ENDED, OPEN, RELAYING, SHUT, phase_after
 from _tsproxy.dataplane.timers import TICK_NS
 from _tsproxy.dataplane.workbench import Workbench
 from _tsproxy.host import linux, sockets
@@ -50,9 +50,9 @@ class Relay:
     def __init__(self, bench: Workbench, entry: Entry) -> None:
         """Adopt the client's descriptor. Nothing happens before start()."""
         self._bench, self._entry = bench, entry
-        self._phase = Phase.CONNECTING
+        self._phase = CONNECTING
         self._failure = Ending.CONNECT_FAILED
-        self._candidates = _split(entry.upstreams)
+        self._candidates = entry.upstreams
         self._upstream: Optional[bytes] = None
         self._started_ns = entry.accepted_ns
         self._connect_us: Optional[int] = None
@@ -68,13 +68,14 @@ class Relay:
         """Begin to connect. Of the client only a hang-up is noticed: what it says waits until it can go on."""
         self._bench.count(Counter.DOWNSTREAM_TIMESTAMPS, int(self._client_timestamps))
         self._connect()
-        if self._phase is Phase.CONNECTING:
+        if self._phase is CONNECTING:
             self._bench.watch(self._entry.fd, 0, self._halves[0])
 
     def _connect(self) -> None:
         """Try the addresses that are left, in order, until one is on its way; none left: end as the last one failed."""
-        while self._candidates and self._phase is Phase.CONNECTING:
-            if self._dial(self._candidates.pop(0)):
+        while self._candidates and self._phase is CONNECTING:
+            packed, self._candidates = self._candidates[:PACKED_SIZE], self._candidates[PACKED_SIZE:]
+            if self._dial(packed):
                 return
         self.end(self._failure)
 
@@ -138,7 +139,7 @@ class Relay:
         self._bench.count(Counter.CONNECT_FAIL)
         self._bench.count(Counter.CONNECT_TIMEOUT, int(self._failure is Ending.CONNECT_TIMEOUT))
         if self._failure is Ending.NO_DESCRIPTORS:
-            self._candidates.clear()  # the next address would need a descriptor too
+            self._candidates = b""  # the next address would need a descriptor too
         about = f"connect to {unpack(self._upstream or b'')}: {errno.errorcode.get(code, code)}"
         if self._failure in _ADVICE:
             self._bench.complain("error", self._failure.name, f"{about}: {_ADVICE[self._failure]}")
@@ -148,7 +149,7 @@ class Relay:
     @property
     def is_connecting(self) -> bool:
         """Whether bytes may not pass yet."""
-        return self._phase is Phase.CONNECTING
+        return self._phase is CONNECTING
 
     def _on_connect_event(self, half: Half, mask: int) -> None:
         """The client hung up, or the upstream socket has its answer."""
@@ -171,7 +172,7 @@ class Relay:
         now = time.monotonic_ns()
         self._connect_us = (now - self._started_ns) // 1000
         self._bench.counters[CONNECT + slot(now - self._started_ns)] += 1
-        self._phase = phase_after(self._phase, Event.CONNECTED)
+        self._phase = phase_after(self._phase, CONNECTED)
         up.twin, up.sink, up.moved_at = down, down.source, now
         down.twin, down.sink, down.moved_at = up, up.source, now
         self._upstream_timestamps = timestamps
@@ -181,21 +182,21 @@ class Relay:
             return
         for half in (up, down):
             sockets.acknowledge_at_once(half.source)
+        up.readable()  # what the client has said meanwhile need not wait, not even until the descriptors are watched
         self.on_flow()
-        up.readable()  # what the client has said meanwhile need not wait for another turn of the loop
 
     def on_event(self, half: Half, mask: int) -> None:
         """Whatever is not plain readability: connecting, room for the twin's bytes, a hang-up while nothing is waited for."""
-        if self._phase is Phase.CONNECTING:
+        if self._phase is CONNECTING:
             self._on_connect_event(half, mask)
             return
         if mask & ~(READABLE | MORE) and half.twin.held is not None:
             half.twin.drain()
-        if mask & ~WRITABLE and half.is_reading and self._phase is Phase.RELAYING:
+        if mask & ~WRITABLE and half.is_reading and self._phase is RELAYING:
             half.reader.readable()
-            if mask & MORE and self._phase is Phase.RELAYING and half.is_reading:
+            if mask & MORE and self._phase is RELAYING and half.is_reading:
                 self._bench.poller.again(half.fd)
-        if mask & BROKEN and self._phase is Phase.RELAYING and not half.is_reading:
+        if mask & BROKEN and self._phase is RELAYING and not half.is_reading:
             self._on_hang_up(half)
 
     def _on_hang_up(self, half: Half) -> None:
@@ -206,10 +207,10 @@ class Relay:
 
     def on_flow(self) -> None:
         """Derive anew what each descriptor and the clock are waited for; both halves shut: the end."""
-        if self._phase is not Phase.RELAYING:
+        if self._phase is not RELAYING:
             return
         up, down = self._halves
-        if up.flow is Flow.SHUT and down.flow is Flow.SHUT:
+        if up.flow is SHUT and down.flow is SHUT:
             self.end(Ending.CLOSED)
             return
         self._bench.watch(up.fd, up.interest, up.reader)
@@ -217,16 +218,16 @@ class Relay:
         self._set_timer()
 
     def _set_timer(self) -> None:
-        limit = self._silence_ns
+        limit, timers = self._silence_ns, self._bench.timers
         if limit:
-            self._bench.timers.arm(self, self._moved_at + limit, limit // _GRAINS_NS or 1)
+            timers.arm(self, self._moved_at + limit, limit // _GRAINS_NS or 1)
         else:
-            self._bench.timers.disarm(self)
+            timers.disarm(self)
 
     @property
     def _is_half_closed(self) -> bool:
         up, down = self._halves
-        return up.flow is not Flow.OPEN or down.flow is not Flow.OPEN
+        return up.flow is not OPEN or down.flow is not OPEN
 
     @property
     def _moved_at(self) -> int:
@@ -244,7 +245,7 @@ class Relay:
 
     def on_deadline(self, now_ns: int) -> None:
         """The timer that was armed has come: give the address up, or see whether the silence is real."""
-        if self._phase is Phase.CONNECTING:
+        if self._phase is CONNECTING:
             self._attempt_failed(errno.ETIMEDOUT)
             self._connect()
             return
@@ -269,7 +270,7 @@ class Relay:
         if up.held is not None or down.held is not None:
             return up.held is not None
         if self._is_half_closed:
-            return down.flow is Flow.OPEN
+            return down.flow is OPEN
         return up.moved_at > down.moved_at
 
     # Ending
@@ -295,9 +296,9 @@ class Relay:
 
     def end(self, ending: Ending) -> None:
         """Close both sides, give everything back, write the record. What is held is lost, and counted. Idempotent."""
-        if self._phase is Phase.CLOSED:
+        if self._phase is CLOSED:
             return
-        self._phase = phase_after(self._phase, Event.ENDED)
+        self._phase = phase_after(self._phase, ENDED)
         bench = self._bench
         for half in self._halves:
             if ending is not Ending.CLOSED:
@@ -305,7 +306,8 @@ class Relay:
             bench.bury(half.source)
             half.detach()
         bench.timers.disarm(self)
-        bench.count(Counter.POLICY_REFUSED, int(ending is Ending.POLICY))
+        if ending is Ending.POLICY:
+            bench.count(Counter.POLICY_REFUSED)
         bench.count(Counter.CONNECTS_ENDED, len(self._halves) - 1)
         bench.count_client(self._entry.pair, ended=True)
         bench.count(Counter.ENDED)
@@ -355,7 +357,3 @@ def _connect_ending(code: int) -> Ending:
     if code in (errno.ECONNREFUSED, errno.ECONNRESET):
         return Ending.CONNECT_REFUSED
     return Ending.CONNECT_TIMEOUT if code == errno.ETIMEDOUT else Ending.CONNECT_FAILED
-
-
-def _split(packed: bytes) -> List[bytes]:
-    return [packed[start : start + PACKED_SIZE] for start in range(0, len(packed), PACKED_SIZE)]

@@ -36,6 +36,11 @@ class Event(IntEnum):
     ENDED = auto()
 
 
+# By themselves, since Python 3.11 takes 50 ns to find one in its class.
+OPEN, DRAINING, SHUT = Flow
+CONNECTING, RELAYING, CLOSED = Phase
+EOF, FLUSHED, CONNECTED, ENDED = Event
+
 _FLOWS = {
     (Flow.OPEN, Event.EOF): Flow.DRAINING,
     (Flow.DRAINING, Event.FLUSHED): Flow.SHUT,

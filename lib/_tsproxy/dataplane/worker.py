@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from typing import Any, List, Optional
+from typing import Any, List, Optional, Tuple
 
 from _tsproxy.dataplane.door import Door
 from _tsproxy.dataplane.inbox import (
@@ -22,7 +22,7 @@ from _tsproxy.dataplane.inbox import (
     Consumer,
     Entry,
 )
-from _tsproxy.dataplane.poller import READ, READABLE
+from _tsproxy.dataplane.poller import ENDING, READ, READABLE
 from _tsproxy.dataplane.relay import Relay
 from _tsproxy.dataplane.workbench import Workbench
 from _tsproxy.telemetry.counters import Counter
@@ -48,6 +48,7 @@ class Worker:
         """The loop. What raises in a connection's handler is a bug: that connection is closed, the others go on."""
         bench = self.bench
         wait, handlers, clock = bench.poller.wait, bench.handlers, time.monotonic_ns
+        endings: List[Tuple[int, int]] = []
         last_event = clock()
         while not (self._draining and not bench.relays):
             due = bench.timers.next_ns()
@@ -64,14 +65,30 @@ class Worker:
                 try:
                     if mask == READABLE:
                         handler.readable()
+                    elif mask & ENDING:
+                        endings.append((fd, mask))
                     else:
                         handler.ready(mask)
                 except Exception as bug:
                     self._contain(handler, bug)
+            if endings:
+                self._finish(endings)
             if due is not None and due <= bench.woke:
                 self._expire()
             if bench.buried:
                 bench.close_buried()
+
+    def _finish(self, endings: List[Tuple[int, int]]) -> None:
+        """Hang-ups and ends of file, last in a turn: new clients and the bytes of the living do not wait for a farewell."""
+        for fd, mask in endings:
+            handler = self.bench.handlers.get(fd)
+            if handler is None:  # closed by an earlier event of this turn
+                continue
+            try:
+                handler.ready(mask)
+            except Exception as bug:
+                self._contain(handler, bug)
+        endings.clear()
 
     def close(self) -> None:
         """End what there is (after a bug outside any connection, there may be some) and close the poller."""

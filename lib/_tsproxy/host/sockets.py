@@ -5,10 +5,10 @@ from __future__ import annotations
 import socket
 import struct
 from socket import SocketType
-from typing import NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional, Tuple
 
 from _tsproxy.host import linux
-from _tsproxy.host.addresses import Address
+from _tsproxy.host.addresses import Address, SockAddr
 
 # SO_PRIORITY of each upstream socket: nftables knows tsproxy's connections by it ("meta priority 0:4"). No privilege
 # needed, not on the wire; TC_PRIO_INTERACTIVE_BULK (include/uapi/linux/pkt_sched.h), which no ordinary program's TOS
@@ -143,6 +143,19 @@ def inherit(fd: int) -> socket.socket:
     sock = socket.socket(fileno=fd)
     sock.setblocking(False)
     return sock
+
+
+Take = Callable[[], Tuple[int, SockAddr]]
+
+
+def taker(listener: socket.socket) -> Take:
+    """accept4(2) on a listener: each call gives a client's descriptor and address. OSError as it comes.
+
+    This is what socket.accept() itself calls (Lib/socket.py); the object it wraps the descriptor in, with an enum each
+    for its family and type, costs as much again as the system call.
+    """
+    take: Take = listener._accept  # type: ignore[attr-defined]
+    return take
 
 
 def adopt(fd: int, family: int) -> SocketType:

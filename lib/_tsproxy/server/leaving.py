@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import socket
 import time
-from typing import Any, FrozenSet, Optional, Tuple
+from typing import FrozenSet, Optional, Tuple
 
-from _tsproxy.host import reuseport
+from _tsproxy.host import reuseport, sockets
+from _tsproxy.host.addresses import SockAddr
 from _tsproxy.host.reuseport import Group
 
 _SETTLE_S = 0.01  # a SYN that was under way in the kernel when the others were sent elsewhere has been taken by then
@@ -23,7 +24,7 @@ class Leaving:
 
     def __init__(self, listener: socket.socket, may_share: bool) -> None:
         """`listener` stays the caller's to close. One that shares its port with nobody has left at once."""
-        self._listener = listener
+        self._listener, self._accept = listener, sockets.taker(listener)
         group = _group_of(listener) if may_share else _ALONE
         self._members = group.members
         # A member joins at the end, so there is the newest: the one that is to go on.
@@ -41,9 +42,9 @@ class Leaving:
         except OSError:
             self.has_left = True  # before Linux 4.6: there is no way to leave but to close
 
-    def accept(self) -> Tuple[socket.socket, Any]:
-        """See socket.accept(). A client that was not under way shows that its SYN came to us: then that place is ours."""
-        client, address = self._listener.accept()
+    def take(self) -> Tuple[int, SockAddr]:
+        """See sockets.taker(). A client that was not under way shows that its SYN came to us: then that place is ours."""
+        client, address = self._accept()
         if self._judges and address[1] not in (self._under_way or ()):
             self._place, self.has_left = (self._place - 1) % self._members, False
             self._steer()

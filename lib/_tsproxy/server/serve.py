@@ -17,7 +17,7 @@ from _tsproxy.config import Config
 from _tsproxy.dataplane.acceptor import Acceptor
 from _tsproxy.dataplane.clients import Clients, slots_for
 from _tsproxy.dataplane.inbox import DRAIN, DRIFTED_ALL, DRIFTED_CONNECTING, KILL, LEAVE, OPEN
-from _tsproxy.host import linux, wakeup
+from _tsproxy.host import linux, sockets, wakeup
 from _tsproxy.host.systemd import Notifier
 from _tsproxy.runtime.crew import Crew, Death
 from _tsproxy.server import start_line, startup
@@ -144,7 +144,7 @@ class Server:
     def _listen(self, listening: bool) -> None:
         for listener in self._ready.listeners:
             if listening:
-                self._selector.register(listener, selectors.EVENT_READ, listener)
+                self._selector.register(listener, selectors.EVENT_READ, sockets.taker(listener))
             else:
                 self._selector.unregister(listener)
 
@@ -235,7 +235,7 @@ class Server:
         while time.monotonic() < until and (leaving.is_alone or not self._acceptor.pause_s):
             if self._acceptor.is_held_up:
                 self._attend(_LEAVE_PACE_S)
-            elif not self._acceptor.accept(leaving):
+            elif not self._acceptor.accept(leaving.take):
                 return
 
     def _may_wait(self, until: float) -> bool:

@@ -11,6 +11,7 @@ from typing import Iterator, List, NamedTuple, Optional, Tuple
 EOL, NOP, MSS, WINDOW_SCALE, SACK_PERMITTED, TIMESTAMP = 0, 1, 2, 3, 4, 8
 _TCP = 6
 _FRAGMENT = 44  # 8 bytes, no length of its own. The kernel keeps it where the fragment is the whole packet (RFC 6946).
+_OFFER = bytes((TIMESTAMP, 10))  # how TSopt begins, with its one length
 _EXTENSIONS = frozenset({0, 43, _FRAGMENT, 60})  # IPv6 hop-by-hop, routing, destination options: length in the second byte
 _NAMES = {EOL: "eol", NOP: "nop", MSS: "mss", WINDOW_SCALE: "wscale", SACK_PERMITTED: "sackOK", TIMESTAMP: "TS"}
 
@@ -56,8 +57,10 @@ def parse(headers: bytes) -> Syn:
 
 def offered_tsval(headers: bytes) -> Optional[int]:
     """TSval of a saved SYN; None if it offered none, was not kept (b"", SYN cookies), or is beyond this parser."""
+    if _OFFER not in headers:  # most often so, and five times as fast as to read the options
+        return None
     try:
-        return parse(headers).tsval if headers else None
+        return parse(headers).tsval
     except Malformed:
         return None
 
