@@ -358,3 +358,13 @@ def test_where_standard_error_is_closed_the_line_does_not_go_to_standard_output(
     shell = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, str(ROOT / "tsproxy.py"), "--max=5"]
     done = subprocess.run(shell, stdout=subprocess.PIPE, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (2, b"")
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["generate", "fields"], ["generate", "nftables", "-t", "[::1]:5"]]
+)
+def test_an_output_that_can_not_be_written_is_said_and_1(words: List[str]) -> None:
+    command = [sys.executable, str(ROOT / "tsproxy.py"), *words]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (1, "tsproxy: standard output: No space left on device\n")

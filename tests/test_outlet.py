@@ -36,7 +36,8 @@ class Station:
 
     def __init__(self, fd: int) -> None:
         self.clock, self.dropped, self.put = Clock(), 0, 0
-        self.outlet = Outlet(fd, self.clock, self._count)
+        self.complaints: List[str] = []
+        self.outlet = Outlet(fd, self.clock, self._count, self.complaints.append)
 
     def _count(self, lines: int) -> None:
         self.dropped += lines
@@ -307,7 +308,9 @@ def test_a_full_disk_is_tried_again_by_the_clock_and_loses_nothing_that_the_back
         assert full % 99  # the last write was taken in part, in the middle of a line
         assert not station.outlet.wants_room  # no spinning: only the clock brings the next try
         station.outlet.write()
+        station.later()
         assert (log.stat().st_size, station.dropped) == (full, 0)
+        assert station.complaints == ["No space left on device; trying again every 1 s; 4,096 lines are kept"]
         (tiny_disk / "ballast").unlink()
         station.later()
         assert log.stat().st_size > full
@@ -316,6 +319,7 @@ def test_a_full_disk_is_tried_again_by_the_clock_and_loses_nothing_that_the_back
         assert station.outlet.is_empty
         assert log.read_bytes() == b"".join(lines_of(0, 1000, 99))
         assert station.dropped == 0
+        assert len(station.complaints) == 2, "once for each time that it was full"
 
 
 def test_a_disk_that_stays_full_costs_what_is_beyond_the_backlog(tiny_disk: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import socket
+import sys
 import threading
 import time
 from typing import Any, Callable, Iterator, List, Optional
@@ -433,3 +434,26 @@ def test_a_full_disk_is_no_end_and_closing_does_not_wait_for_it() -> None:
             assert desk.dropped() == 50
     finally:
         os.close(full)
+
+
+def test_a_full_disk_is_said_on_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
+    with open("/dev/full", "wb") as full, desk_with(full.fileno()) as desk:
+        for _ in range(50):
+            desk.reporter.say("said")
+        desk.reporter.close()
+    line = "tsproxy: standard output: No space left on device; trying again every 1 s; 4,096 lines are kept\n"
+    assert capfd.readouterr() == ("", line)
+
+
+@pytest.mark.parametrize("broken", ["full", "gone", "none"])
+def test_nobody_waits_for_standard_error(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pipe(4096) as (reader, writer), open("/dev/full", "wb") as full, desk_with(full.fileno()) as desk:
+        with os.fdopen(os.dup(writer), "w") as error:
+            os.write(writer, b"x" * 4096)
+            if broken == "gone":
+                os.close(reader)
+            monkeypatch.setattr(sys, "stderr", None if broken == "none" else error)
+            desk.reporter.say("said")
+            desk.reporter.close()
+            assert desk.dropped() == 1
+            monkeypatch.undo()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import Any, Callable, Dict, List
@@ -10,6 +11,8 @@ import _tsproxy
 from _tsproxy import cli, config, exits
 from _tsproxy.config import UsageError
 from _tsproxy.exits import Exit
+
+_UNWRITTEN = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
 Docopt = Callable[..., Dict[str, Any]]
 
@@ -31,9 +34,15 @@ def run(manual: str, words: List[str], docopt: Docopt) -> int:
     except OSError as problem:
         _forget_output()
         gone = isinstance(problem, BrokenPipeError)  # who read our output: nobody to tell
-        return exits.FAILED if gone else _fail(exits.FAILED, str(problem))
+        return exits.FAILED if gone else _fail(exits.FAILED, _told(problem))
     except KeyboardInterrupt:
         return 130
+
+
+def _told(problem: OSError) -> str:
+    """For people: what it was about, and no number. Without a name, what can't be written is what commands print."""
+    about = problem.filename or ("standard output" if problem.errno in _UNWRITTEN else "")
+    return f"{about}: {problem.strerror}" if about else str(problem.strerror or problem)
 
 
 def _open_standard_descriptors() -> None:

@@ -23,11 +23,17 @@ _DEAD = frozenset({errno.EPIPE, errno.EBADF, errno.ECONNRESET, errno.ENOTCONN, e
 class Outlet:
     """A bounded queue of lines in front of a descriptor."""
 
-    def __init__(self, fd: int, clock: Callable[[], float], dropped: Callable[[int], None]) -> None:
-        """`dropped` is told how many lines were given up. `clock` is in seconds and never goes back."""
+    def __init__(
+        self, fd: int, clock: Callable[[], float], dropped: Callable[[int], None], complain: Callable[[str], None]
+    ) -> None:
+        """`dropped` is told how many lines were given up, `complain` once why none can be written for now (a full disk).
+
+        `clock` is in seconds and never goes back.
+        """
         self.fd = fd
         self._clock = clock
-        self._dropped = dropped
+        self._dropped, self._complain = dropped, complain
+        self._is_failing = False
         self._room = select.poll()
         self._room.register(fd, select.POLLOUT)
         self._lines: Deque[bytes] = deque()
@@ -66,6 +72,7 @@ class Outlet:
             self._failed(error, chunk)
             return False
         self._cut = chunk[written:]
+        self._is_failing = False
         return True
 
     def _next_chunk(self) -> bytes:
@@ -87,6 +94,10 @@ class Outlet:
             self.give_up()
         elif error.errno not in (errno.EAGAIN, errno.EINTR):
             self._not_before = self._clock() + _RETRY_S
+            if not self._is_failing:
+                why = os.strerror(error.errno or 0)
+                self._complain(f"{why}; trying again every {_RETRY_S:g} s; {_BACKLOG:,} lines are kept")
+            self._is_failing = True
 
     def give_up(self) -> None:
         """Drop and count what is queued."""

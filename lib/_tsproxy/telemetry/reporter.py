@@ -5,8 +5,10 @@ Knows the ledger, the record pipe and the outlet. Knows nothing of sockets, rela
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
+import sys
 import threading
 import time
 from collections import deque
@@ -44,7 +46,7 @@ class Reporter:
         self._ledger, self._pipe, self._interval_s = ledger, pipe, interval_s
         self._witness_words = witness_words
         self._threshold = NOTICE_LEVELS.index(level)
-        self._outlet = Outlet(fd, time.monotonic, self._count_dropped)
+        self._outlet = Outlet(fd, time.monotonic, self._count_dropped, _say_aside)
         self._said: Deque[Tuple[int, str, str, Fields]] = deque()
         self._wakeup = wakeup.create()
         self._closing_until: Optional[float] = None
@@ -155,6 +157,17 @@ class Reporter:
 
     def _count_dropped(self, lines: int) -> None:
         self._ledger.rows[REPORTER_ROW][Counter.LINES_DROPPED] += lines
+
+
+def _say_aside(problem: str) -> None:
+    """What can't be said on standard output, on standard error, if that takes it now: nobody waits for it."""
+    if sys.stderr is None:
+        return
+    with contextlib.suppress(OSError):
+        room = select.poll()
+        room.register(sys.stderr, select.POLLOUT)
+        if room.poll(0):
+            os.write(sys.stderr.fileno(), f"tsproxy: standard output: {problem}\n".encode())
 
 
 class Rates:
