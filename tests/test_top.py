@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -863,6 +864,27 @@ def test_at_the_end_of_a_pipe_the_last_state_stays_until_q() -> None:
         assert session.process.poll() is None
         session.press(b"q")
         assert_given_back(session, 0)
+
+
+def test_why_tsproxy_did_not_start_stays_to_be_read() -> None:
+    """The terminal is not taken before there is a line, or it has been waited for."""
+    words = " ".join(map(shlex.quote, CHECKOUT))
+    with PtySession(["bash", "-c", f"{words} -t exchange.example:0 | {words} top; echo ended with $?"]) as session:
+        session.wait()
+        assert TAKEN not in session.output
+        first, second, third = session.output.decode().splitlines()
+        assert first.startswith("tsproxy: --target: given 'exchange.example:0'")
+        assert (second, third) == ("tsproxy: standard input: ended before its first line", "ended with 1")
+
+
+def test_a_pipe_that_ends_without_a_line_after_a_while_ends_it() -> None:
+    reader, writer = os.pipe()
+    with watch(stdin=reader) as session:
+        os.close(reader)
+        session.wait_for("waiting for lines on standard input")
+        os.close(writer)
+        assert_given_back(session, 1)
+        assert b"tsproxy: standard input: ended before its first line" in session.output.rpartition(BACK)[2]
 
 
 def test_where_there_are_no_keys_it_ends_with_the_lines(lines: Path) -> None:

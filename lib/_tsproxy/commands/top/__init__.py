@@ -20,15 +20,20 @@ from _tsproxy.commands.top.model import Model
 from _tsproxy.commands.top.picture import View
 from _tsproxy.commands.top.screen import Screen, Signals, open_keys
 from _tsproxy.commands.top.source import Follower, Stream
+from _tsproxy.exits import Exit
 
 Source = Union[Stream, Follower]
 _FRAME_S = 0.25  # no more pictures than an eye can follow, or a slow line can carry
 _FIRST_S = 0.1  # time for what is there already, before the first one
 _TICK_S = 1.0  # "3 s ago" goes on by itself
+_START_S = 2.0  # within which a tsproxy that feeds us has said `start`, or why not
 
 
 def run(path: Optional[str]) -> int:
-    """Watch until `q`, a signal or, without a screen, the end of the lines. Exit 2 if FILE can't be read."""
+    """Watch until `q`, a signal or, without a screen, the end of the lines. Exit 2 if FILE can't be read.
+
+    1 if a screen was wanted and standard input ended before its first line.
+    """
     lines = source.from_(path)
     with closing(lines):
         if os.isatty(1) and os.environ.get("TERM") not in (None, "", "dumb"):
@@ -65,12 +70,28 @@ class _Watch:
         self._keys = open_keys()
         self._screen = Screen(1, self._keys)
         self._pid: Optional[int] = None
+        self._has_lines = False
         self._ended_by = 0  # a signal, or 0
         self._next_frame = time.monotonic() + _FIRST_S
         self._is_done = False
 
     def run(self) -> int:
         """Until told to end. The terminal is given back before anything else happens."""
+        try:
+            self._await_start()
+            if not self._is_done:
+                self._watch()
+        finally:
+            if self._keys is not None:
+                os.close(self._keys)
+        return self._end()
+
+    def _await_start(self) -> None:
+        """Leave the terminal as it is while a tsproxy that does not start may say there why not."""
+        if self._lines.waits_for is not None and _wait([self._lines.waits_for], _START_S):
+            self._read()
+
+    def _watch(self) -> None:
         signals = Signals()
         try:
             self._screen.take()
@@ -79,14 +100,17 @@ class _Watch:
         finally:
             self._screen.give_back()
             signals.close()
-            if self._keys is not None:
-                os.close(self._keys)
-        return self._end()
 
     def _end(self) -> int:
         if self._ended_by:
             os.kill(os.getpid(), self._ended_by)  # its usual action is back: who waits for us sees the signal
+        if self._has_nothing:
+            raise Exit(exits.FAILED, f"{self._name}: ended before its first line")
         return exits.DRAINED
+
+    @property
+    def _has_nothing(self) -> bool:
+        return self._lines.ended and not self._has_lines
 
     def _turn(self, signals: Signals) -> None:
         """Wait for something, take it, and show it if a picture is due."""
@@ -111,11 +135,14 @@ class _Watch:
         lines = self._lines.read()
         for line in lines:
             self._model.feed(line)
+        self._has_lines = self._has_lines or bool(lines)
         if self._lines.gap:
             self._model.skipped()
         if lines or before != (self._lines.note, self._lines.ended):
             self._hurry(_FRAME_S)
-        if self._lines.ended and self._keys is None:
+        if self._has_nothing:
+            self._is_done = True
+        elif self._lines.ended and self._keys is None:
             self._show()
             self._is_done = True  # nobody could press q
 
