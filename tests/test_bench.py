@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import select
@@ -393,6 +394,51 @@ def test_a_closed_loop_sends_nothing_before_the_whole_message_has_come_back(conn
         far.close()
     assert sample["round_trips_per_s"] > 0
     assert not any(too_soon)
+
+
+@pytest.mark.usefixtures("room")
+@pytest.mark.parametrize("connections", [1, 3])
+def test_an_answer_of_which_a_part_is_there_already_is_waited_for(connections: int) -> None:
+    from common import load
+
+    def ahead(client: Any) -> None:
+        """With each answer comes half of the next one, whose other half comes alone, when the load waits for it."""
+        sizes = itertools.cycle((1500, 500))
+        while client.recv(1 << 16):
+            select.select([], [], [], 0.01)
+            client.sendall(bytes(next(sizes)))
+
+    far = Exchange(ahead)
+    try:
+        assert load.ping_pong(far.port, 1000, connections, load.Span.lasting(0.1))["round_trips_per_s"] > 0
+    finally:
+        far.close()
+
+
+@pytest.mark.usefixtures("room")
+@pytest.mark.parametrize("connections", [1, 3])
+def test_a_relay_that_stands_still_is_a_failed_measurement(connections: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from common import load, trouble
+
+    monkeypatch.setattr(load, "_STALLED_S", 1)
+    far = Exchange(lambda client: client.recv(1 << 16) and client.recv(1))
+    try:
+        with pytest.raises(trouble.Failed, match="no byte came for 1 s"):
+            load.ping_pong(far.port, 100, connections, load.Span.lasting(0.5))
+    finally:
+        far.close()
+
+
+@pytest.mark.usefixtures("room")
+def test_an_answer_that_is_cut_short_is_a_failed_measurement() -> None:
+    from common import load, trouble
+
+    far = Exchange(lambda client: client.sendall(client.recv(1 << 16)[:60]))
+    try:
+        with pytest.raises(trouble.Failed, match="after 60 of 100 bytes"):
+            load.ping_pong(far.port, 100, 1, load.Span.lasting(0.5))
+    finally:
+        far.close()
 
 
 @pytest.mark.usefixtures("room")

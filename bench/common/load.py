@@ -9,13 +9,15 @@ import contextlib
 import math
 import select
 import socket
+import struct
 from array import array
 from time import monotonic_ns
-from typing import Any, Dict, List, MutableSequence, NamedTuple, Sequence
+from typing import Any, Dict, List, MutableSequence, NamedTuple, NoReturn, Sequence
 
 from common.trouble import Failed
 
-_STALLED_S = 10.0
+_STALLED_S = 10
+_TIMEVAL = struct.Struct("ll")  # struct timeval (socket(7), SO_RCVTIMEO)
 _WARM_UP = 0.25  # of the time measured, and not more than a third of a second
 _BATCH_BYTES = 1 << 16
 _CURVE_POINTS = 80
@@ -72,20 +74,29 @@ def distribution(took: MutableSequence[int]) -> Sample:
 def ping_pong(port: int, size: int, connections: int, span: Span) -> Sample:
     """Closed loop: each connection sends its next message when the last one has come back, and wakes for whole ones only."""
     with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(dial(port, size)) for _ in range(connections)]
+        wake_at = size if connections > 1 else 1  # for one it is the kernel that waits (MSG_WAITALL)
+        socks = [stack.enter_context(dial(port, wake_at)) for _ in range(connections)]
         took = _alone(socks[0], size, span) if connections == 1 else _together(socks, size, span)
     return {"round_trips_per_s": len(took) / span.seconds, **distribution(took)}
 
 
 def _alone(sock: socket.socket, size: int, span: Span) -> MutableSequence[int]:
-    message, buffer, took = bytes(size), memoryview(bytearray(size)), array("Q")
+    """A blocking recv(2) for the whole message.
+
+    Not with SO_RCVLOWAT: a recv that has a part of the message already would wait for as many bytes again to wake it.
+    """
+    message, buffer, whole, took = bytes(size), memoryview(bytearray(size)), socket.MSG_WAITALL, array("Q")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(_STALLED_S, 0))
     send, receive, clock, note, (begin, end) = sock.send, sock.recv_into, monotonic_ns, took.append, span
     while True:
         sent = clock()
         send(message)
-        missing = size - receive(buffer)
-        if missing:
-            _receive(sock, buffer, missing)
+        try:
+            received = receive(buffer, size, whole)
+        except BlockingIOError:
+            _stalled()
+        if received != size:
+            _cut_short(received, size)
         now = clock()
         if sent >= begin:
             note(now - sent)
@@ -93,19 +104,12 @@ def _alone(sock: socket.socket, size: int, span: Span) -> MutableSequence[int]:
             return took
 
 
-def _receive(sock: socket.socket, buffer: memoryview, missing: int) -> None:
-    while missing:
-        received = sock.recv_into(buffer, missing)
-        if not received:
-            raise Failed("the relay closed the connection")
-        missing -= received
-
-
 def _together(socks: List[socket.socket], size: int, span: Span) -> MutableSequence[int]:
     """One epoll loop. A connection has one message on its way, so what is received is never of two."""
     message, buffer, took = bytes(size), memoryview(bytearray(size)), array("Q")
     clock, note, (begin, end), poll = monotonic_ns, took.append, span, _watch(socks).poll
     calls = {sock.fileno(): (sock.send, sock.recv_into) for sock in socks}
+    wakers = {sock.fileno(): sock for sock in socks}
     missing = dict.fromkeys(calls, size)
     sent = {}
     for fd, (send, _) in calls.items():
@@ -117,6 +121,7 @@ def _together(socks: List[socket.socket], size: int, span: Span) -> MutableSeque
             received = receive(buffer)
             if received != missing[fd]:
                 missing[fd] -= received or _closed()
+                wakers[fd].setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)  # the rest is less than a message
                 continue
             now = clock()
             if sent[fd] >= begin:
@@ -134,11 +139,15 @@ def _watch(socks: Sequence[socket.socket]) -> select.epoll:
     return epoll
 
 
-def _stalled() -> List[Any]:
-    raise Failed(f"no byte came for {_STALLED_S:g} s")
+def _stalled() -> NoReturn:
+    raise Failed(f"no byte came for {_STALLED_S} s")
 
 
-def _closed() -> int:
+def _cut_short(received: int, size: int) -> NoReturn:
+    raise Failed(f"the relay closed the connection, or stood still for {_STALLED_S} s, after {received} of {size} bytes")
+
+
+def _closed() -> NoReturn:
     raise Failed("the relay closed the connection")
 
 
