@@ -174,6 +174,7 @@ def served(clients: List[socket.socket]) -> int:
 @pytest.mark.timeout(90)
 @pytest.mark.parametrize("stand", EACH[1:], indirect=True)
 def test_ten_thousand_connects_at_once_overflow_the_backlog_and_each_is_served(stand: Stand, many_descriptors: None) -> None:
+    stand.host.receive_on_one_cpu()
     proxy = stand.start("--max-connections=500", "--on-full=queue")
     with stand.unharmed(proxy, growth_kib=HIGH_WATER_KIB):
         pause(proxy.process.pid)  # so that the backlog is full for sure
