@@ -6,7 +6,7 @@ import math
 from bisect import bisect_left
 from collections import Counter
 from fractions import Fraction
-from typing import List
+from typing import Iterable, List
 
 import pytest
 from _tsproxy.telemetry import histogram
@@ -24,7 +24,7 @@ def counts_of(times: List[int]) -> Counts:
     return sorted(Counter(map(slot, times)).items())
 
 
-def row_of(times: List[int]) -> memoryview:
+def row_of(times: Iterable[int]) -> memoryview:
     """The run of counts that a worker would have."""
     row = memoryview(bytearray(8 * SLOTS)).cast("Q")
     for took in times:

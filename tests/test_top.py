@@ -15,7 +15,7 @@ import threading
 import time
 import tracemalloc
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 from _tsproxy.commands.terminal import Style
@@ -32,6 +32,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from namespaces import Namespace
 from pty_session import PtySession
+from test_histogram import row_of
 from wcwidth import wcwidth
 
 Line = Dict[str, Any]
@@ -89,14 +90,6 @@ def connection(second: float = 1, pid: int = 100, **fields: Any) -> Line:
     }
 
 
-def tally(times: Iterable[int]) -> memoryview:
-    """The run of counts that a worker would have."""
-    slots = memoryview(bytearray(8 * histogram.SLOTS)).cast("Q")
-    for took in times:
-        slots[histogram.slot(took)] += 1
-    return slots
-
-
 def metrics(second: float, pid: int = 100, relays: Tuple[int, ...] = (), began: float = 0, **fields: Any) -> Line:
     """As of `second`; the interval reaches back to the last whole ten. `relays`: all times so far, in nanoseconds."""
     interval = second % 10 or min(10, second)
@@ -115,7 +108,7 @@ def metrics(second: float, pid: int = 100, relays: Tuple[int, ...] = (), began: 
         "upstream_cx_policy_refused_total": 0,
         "rx_bytes_per_s": 0,
         "tx_bytes_per_s": 0,
-        **histogram.summary("relay_us", histogram.add([tally(relays)])),
+        **histogram.summary("relay_us", histogram.add([row_of(relays)])),
         **histogram.summary("connect_us", []),
         **fields,
     }
@@ -374,14 +367,14 @@ def test_the_last_intervals_percentiles_are_the_limits_of_the_buckets_they_lie_i
     process = model_of(metrics(10, relays=tuple(before)), metrics(20, relays=tuple(before + then))).processes[100]
     assert process.last and process.last.relay
     assert process.last.relay.total == len(then)
-    counts = histogram.add([tally(then)])
+    counts = histogram.add([row_of(then)])
     for share, shown in ((0.5, process.last.relay.p50), (0.99, process.last.relay.p99), (1.0, process.last.relay.most)):
         exact = histogram.percentile(counts, share)
         if exact is None:
             assert shown is None
             continue
         limits = [limit for limit in histogram.LIMITS_US if limit >= exact]
-        most = histogram.percentile(histogram.add([tally(before + then)]), 1.0)
+        most = histogram.percentile(histogram.add([row_of(before + then)]), 1.0)
         assert most is not None
         assert shown == min(limits[0] if limits else float("inf"), most)
         assert shown >= exact

@@ -33,13 +33,12 @@ class Outlet:
         self.fd = fd
         self._clock = clock
         self._dropped, self._complain = dropped, complain
-        self._is_failing = False
         self._room = select.poll()
         self._room.register(fd, select.POLLOUT)
         self._lines: Deque[bytes] = deque()
         self._cut = b""  # the rest of a write that was taken in part: goes first, or the next line would be glued to it
         self._dead = False
-        self._not_before = 0.0
+        self._not_before = 0.0  # when to try again after a write that failed; 0 since one that did not
 
     def put(self, line: bytes, seldom: bool = False) -> None:
         """Queue one line; beyond the backlog, or when the reader is gone for good, it is dropped and counted."""
@@ -72,7 +71,7 @@ class Outlet:
             self._failed(error, chunk)
             return False
         self._cut = chunk[written:]
-        self._is_failing = False
+        self._not_before = 0.0
         return True
 
     def _next_chunk(self) -> bytes:
@@ -93,11 +92,10 @@ class Outlet:
             self._dead = True
             self.give_up()
         elif error.errno not in (errno.EAGAIN, errno.EINTR):
-            self._not_before = self._clock() + _RETRY_S
-            if not self._is_failing:
+            if not self._not_before:
                 why = os.strerror(error.errno or 0)
                 self._complain(f"{why}; trying again every {_RETRY_S:g} s; {_BACKLOG:,} lines are kept")
-            self._is_failing = True
+            self._not_before = self._clock() + _RETRY_S
 
     def give_up(self) -> None:
         """Drop and count what is queued."""

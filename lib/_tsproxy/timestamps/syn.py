@@ -57,7 +57,7 @@ def parse(headers: bytes) -> Syn:
 
 def offered_tsval(headers: bytes) -> Optional[int]:
     """TSval of a saved SYN; None if it offered none, was not kept (b"", SYN cookies), or is beyond this parser."""
-    if _OFFER not in headers:  # most often so, and five times as fast as to read the options
+    if _OFFER not in headers:  # most often so, and in a tenth of the time that reading the options takes
         return None
     try:
         return parse(headers).tsval

@@ -70,7 +70,6 @@ class _Watch:
         self._keys = open_keys()
         self._screen = Screen(1, self._keys)
         self._pid: Optional[int] = None
-        self._has_lines = False
         self._ended_by = 0  # a signal, or 0
         self._next_frame = time.monotonic() + _FIRST_S
         self._is_done = False
@@ -110,7 +109,7 @@ class _Watch:
 
     @property
     def _has_nothing(self) -> bool:
-        return self._lines.ended and not self._has_lines
+        return self._lines.ended and not (self._model.last_at or self._model.unread)
 
     def _turn(self, signals: Signals) -> None:
         """Wait for something, take it, and show it if a picture is due."""
@@ -135,7 +134,6 @@ class _Watch:
         lines = self._lines.read()
         for line in lines:
             self._model.feed(line)
-        self._has_lines = self._has_lines or bool(lines)
         if self._lines.gap:
             self._model.skipped()
         if lines or before != (self._lines.note, self._lines.ended):
