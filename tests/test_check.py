@@ -15,24 +15,12 @@ from conftest import CHECKOUT
 from harness import Exchange
 from namespaces import Namespace
 from pty_session import PtySession
+from test_wire import generated
 from unprivileged import as_nobody
 
-STRIP = "meta priority 0:4 tcp flags & (fin|syn|rst|ack) == syn reset tcp option timestamp"
+STRIP = "meta priority 0:4 reset tcp option timestamp"
 OUTPUT = "type filter hook output priority mangle; policy accept;"
-INPUT = "type filter hook input priority mangle; policy accept;"
-TAGGED = "meta priority 0:4 tcp flags & (syn|ack) == syn"
-REWRITE = f"""table inet tsproxy {{
-  chain out {{
-    {OUTPUT}
-    {TAGGED} ct mark set 0x75
-    ct mark 0x75 tcp option timestamp tsval set 287454020
-  }}
-  chain in {{
-    {INPUT}
-    ct mark 0x75 tcp option timestamp tsecr set 0
-  }}
-}}
-"""
+REWRITE = generated("--timestamps=rewrite", "--static-timestamp=287454020")
 
 
 def rules(rule: str) -> str:
@@ -319,7 +307,7 @@ def test_a_user_without_rights_gets_the_same_verdict(
 
 
 def test_a_user_without_rights_is_told_that_the_wire_was_not_watched_and_why(spaces: Any, unprivileged: List[str]) -> None:
-    code, out = check(spaces(rules(STRIP), tcp_timestamps="1"), "-t", "127.0.0.1:9", command=unprivileged)
+    code, out = check(spaces(generated(), tcp_timestamps="1"), "-t", "127.0.0.1:9", command=unprivileged)
     said = " ".join(out.split())
     assert code == 0
     assert "not watched: that takes CAP_NET_RAW, which uid 65534 does not have here" in said

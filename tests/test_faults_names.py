@@ -42,8 +42,10 @@ class Names:
         name_end = question.index(0, 12)
         (kind,) = struct.unpack_from("!H", question, name_end + 1)
         asked = question[12 : name_end + 5]
-        found = self.code == self.OK and kind == 1
-        record = struct.pack("!HHHIH", 0xC00C, 1, 1, 0, 4) + socket.inet_aton(address)
+        wanted, family = (28, socket.AF_INET6) if ":" in address else (1, socket.AF_INET)  # AAAA or A
+        found = self.code == self.OK and kind == wanted
+        raw = socket.inet_pton(family, address)
+        record = struct.pack("!HHHIH", 0xC00C, wanted, 1, 0, len(raw)) + raw
         head = question[:2] + struct.pack("!HHHHH", 0x8180 | self.code, 1, int(found), 0, 0)
         return head + asked + (record if found else b"")
 

@@ -249,17 +249,18 @@ def test_tcp_info_agrees_with_the_kernel_on_timestamps(family: int, ip: str) -> 
 
 def test_a_connection_is_asked_for_timestamps_only_while_there_is_one() -> None:
     with socket.socket() as fresh:
-        assert sockets.connected_with_timestamps(fresh) is None
+        assert sockets.connected(fresh) is None
     with pair(socket.AF_INET, "127.0.0.1", QUIET) as (_, dialled, accepted):
         wanted = sockets.has_timestamps(dialled)
-        wait_until(lambda: sockets.connected_with_timestamps(dialled) is wanted, "a connection")
+        info = wait_until(lambda: sockets.connected(dialled), "a connection")
+        assert (info.timestamps, info.retransmits) == (wanted, 0)
         accepted.shutdown(socket.SHUT_WR)
         select.select([dialled], [], [], PATIENCE)
         assert dialled.recv(1) == b""
-        assert sockets.connected_with_timestamps(dialled) is wanted  # the other half is still there
+        assert sockets.connected(dialled)  # the other half is still there
         sockets.reset_on_close(accepted)
         accepted.close()
-        wait_until(lambda: sockets.connected_with_timestamps(dialled) is None, "the reset")
+        wait_until(lambda: sockets.connected(dialled) is None, "the reset")
 
 
 def test_quick_acknowledgement_is_on_when_asked_for() -> None:

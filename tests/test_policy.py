@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import time
 from typing import Any, Iterator
 
 import pytest
-from _tsproxy.timestamps import policy
+from _tsproxy.host import sockets, wakeup
+from _tsproxy.timestamps import gates, policy
+from _tsproxy.timestamps.evidence import Evidence
 from conftest import CHECKOUT
 from harness import Exchange, Proxy, echo, receive_exactly, wait_until
 from namespaces import Namespace
@@ -70,12 +73,15 @@ class Preempted(socket.socket):
 
 
 def test_a_worker_that_is_preempted_while_it_looks_refuses_no_good_connection(clean: Namespace) -> None:
+    evidence, asked = Evidence.create(), wakeup.create()
     with clean:
-        gate = policy.gate_for(policy.Lever.SYSCTL, policy.Wanted("strip"))
+        gate = gates.gate_for(policy.Lever.SYSCTL, policy.Wanted("strip"), evidence, asked)
         with socket.create_server(("127.0.0.1", 0)) as listener, Preempted() as client:
             client.connect(listener.getsockname())
-            assert gate.may_relay(client, timestamps=False)
+            assert gate.may_relay(client, sockets.tcp_info(client))
     gate._sysctl.close()
+    os.close(evidence.fd)
+    asked.close()
 
 
 def test_preserve_relays_and_counts_the_legs_with_timestamps() -> None:

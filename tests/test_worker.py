@@ -15,27 +15,24 @@ from _tsproxy.dataplane.worker import Worker
 from _tsproxy.host.addresses import pack
 from _tsproxy.telemetry.counters import Counter
 from _tsproxy.telemetry.records import Notice, decode
+from _tsproxy.timestamps.gates import Preserve
 from harness import Exchange
 from lone_bench import lone_bench
 
 PATIENCE = 10
 
 
-class Gate:
+class Gate(Preserve):
     """May have a bug."""
 
-    witness = 0
-
     def __init__(self) -> None:
+        super().__init__()
         self.bugs = 0
 
-    def may_connect(self) -> bool:
+    def may_connect(self, family: int) -> bool:
         if self.bugs:
             self.bugs -= 1
             raise ValueError("a bug")
-        return True
-
-    def may_relay(self, upstream: socket.socket, timestamps: bool) -> bool:
         return True
 
 

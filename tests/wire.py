@@ -257,22 +257,22 @@ def netstat(namespace: Namespace) -> Dict[str, int]:
 def kinds(packets: List[Packet], target: Tuple[str, int]) -> Set[str]:
     """Which kinds of segment went to `target`, by what can be seen of them."""
     found: Set[str] = set()
-    seen_syns: Set[Tuple[Tuple[str, int], int]] = set()
+    unanswered: Set[Tuple[str, int]] = set()
     highest: Dict[Tuple[str, int], int] = {}
     for packet in packets:
         if packet.target != target:
             continue
-        found |= _kind(packet, seen_syns, highest)
+        found |= _kind(packet, unanswered, highest)
     return found
 
 
-def _kind(packet: Packet, seen_syns: Set[Any], highest: Dict[Any, int]) -> Set[str]:
-    key = (packet.source, packet.sequence)
+def _kind(packet: Packet, unanswered: Set[Any], highest: Dict[Any, int]) -> Set[str]:
     if packet.flags & SYN:
-        again = key in seen_syns
-        seen_syns.add(key)
+        again = bool(unanswered)  # by the kernel from the same port, or by tsproxy from another one
+        unanswered.add(packet.source)
         highest[packet.source] = packet.sequence + 1
         return {"SYN again" if again else "SYN"}
+    unanswered.clear()
     if packet.flags & RST:
         return {"RST"}
     following = highest.get(packet.source, packet.sequence)

@@ -12,21 +12,26 @@ import select
 import socket
 import sys
 import time
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from _tsproxy import exits
 from _tsproxy.commands import check_report
 from _tsproxy.commands.check_report import Connection, Report, Row
 from _tsproxy.config import Config
-from _tsproxy.host import facts, linux, netfilter, sockets
+from _tsproxy.host import facts, linux, netfilter, sockets, wakeup
 from _tsproxy.host.addresses import Address
 from _tsproxy.host.capture import Capture, Seen
 from _tsproxy.runtime.spec import tuning_of
-from _tsproxy.server.startup import resolve, wanted_of
-from _tsproxy.timestamps import advice, syn
-from _tsproxy.timestamps.policy import Finding, Gate, Inspector, Lever, Wanted, gate_for
+from _tsproxy.server.startup import look_twice, resolve, wanted_of
+from _tsproxy.timestamps import advice, rehearsal, syn, witness
+from _tsproxy.timestamps.evidence import NAMES, Answer, Evidence
+from _tsproxy.timestamps.gates import Gate, gate_for
+from _tsproxy.timestamps.inspector import LOOK_S, Finding, Inspector
+from _tsproxy.timestamps.policy import WATCHED, Lever, Wanted
 from _tsproxy.timestamps.syn import Syn
-from _tsproxy.timestamps.witness import NAMES, NoWitness, Witness
+from _tsproxy.timestamps.witness import NoWitness
+
+_FOLLOW_S = 2.0  # how long the wire is watched after the connections were closed
 
 
 def run(config: Config, as_json: bool) -> int:
@@ -44,11 +49,10 @@ def look(config: Config) -> Report:
     """All of it, in order: the host, the levers, the witnesses on loopback, then the targets. Exit 2 if none resolves."""
     resolver = resolve(config)
     wanted = wanted_of(config, resolver)
-    inspector = Inspector(wanted)
-    finding = inspector.look()
-    inspector.close()
-    rows, syns = _loopback(wanted, finding)
-    attempts = list(_attempts(config, wanted, finding, resolver.addresses))
+    with contextlib.closing(Inspector(wanted)) as inspector:
+        finding = look_twice(inspector)
+        rows, syns = _loopback(wanted, finding)
+        attempts = list(_attempts(config, inspector, finding, resolver.addresses))
     wires, refusals = _wires(wanted, finding, attempts)
     problems = [finding.problem, *(wire.note for wire in wires if wire.shows == "leak"), *refusals]
     missing = list(dict.fromkeys(problem for problem in problems if problem))
@@ -96,7 +100,9 @@ def _rules(wanted: Wanted, finding: Finding, syns: Sequence[Syn]) -> Row:
         seen = f"the rules can't be read ({why}); what they do shows in the witness"
     value = ", ".join(names) or None
     if finding.lever is Lever.NFTABLES:
-        return Row("nftables", value, "ok", f"a filter changes our SYN as wanted; {seen}")
+        tried = "; ".join(scene.what for scene in rehearsal.scenes(wanted))
+        note = f"a filter changes our SYN as wanted, and on loopback what answers this: {tried}; {seen}"
+        return Row("nftables", value, "ok", note)
     if finding.sysctl == 0 or not syns:
         return Row("nftables", value, "unknown", f"nothing to change in our SYN; {seen}" if syns else seen)
     return Row("nftables", value, "off", f"our SYN keeps its timestamp on loopback; {seen}" if _leaks(syns) else seen)
@@ -116,21 +122,13 @@ def _loopback(wanted: Wanted, finding: Finding) -> Tuple[List[Row], List[Syn]]:
     for family in wanted.families:
         name = f"{NAMES[family]} SYN on loopback"
         try:
-            found = finding.syns.get(family) or _one_look(family)
+            found = finding.syns.get(family) or witness.saved(family, time.monotonic() + LOOK_S)
         except NoWitness as problem:
             rows.append(Row(name, None, "unknown", str(problem)))
         else:
             syns.append(found)
             rows.append(Row(name, str(found), *_shown(wanted, found)))
     return rows, syns
-
-
-def _one_look(family: int) -> Syn:
-    witness = Witness((family,))
-    try:
-        return witness.look()[family]
-    finally:
-        witness.close()
 
 
 def _shown(wanted: Wanted, found: Syn) -> Tuple[str, str]:
@@ -146,56 +144,86 @@ def _shown(wanted: Wanted, found: Syn) -> Tuple[str, str]:
 
 
 class _Attempt(NamedTuple):
-    """One connection: how it went, what was seen of its SYN, and whether tsproxy would have relayed on it."""
+    """One connection: how it went, what was seen of it on the wire, and whether tsproxy would have relayed on it."""
 
     connection: Connection
     seen: List[Seen]
     blind: str  # why the wire was not watched; "" if it was
 
 
-def _attempts(config: Config, wanted: Wanted, finding: Finding, addresses: Sequence[Address]) -> Iterator[_Attempt]:
+def _attempts(config: Config, inspector: Inspector, finding: Finding, addresses: Sequence[Address]) -> Iterator[_Attempt]:
     """One for each address, one after the other; none where the policy does not hold."""
     if finding.lever is None:
         for address in addresses:
             yield _Attempt(Connection(str(address), "not tried", "its SYN would be the leak"), [], "no SYN was sent")
         return
-    capture, blind = _capture(wanted)
+    capture, blind = _capture(inspector.wanted, addresses)
+    evidence, asked = Evidence.create(), wakeup.create()
     try:
-        gate = gate_for(finding.lever, wanted)
-        for address in addresses:
-            yield _try(config, gate, address, capture, blind)
+        gate = gate_for(finding.lever, inspector.wanted, evidence, asked, for_rules=bool(inspector.mark_is_known))
+        tries = [_try(config, gate, address, _fresh(inspector, finding.lever, evidence, address)) for address in addresses]
+        yield from _with_the_wire(tries, capture, blind)
     finally:
+        asked.close()
         if capture:
             capture.close()
 
 
-def _capture(wanted: Wanted) -> Tuple[Optional[Capture], str]:
+class _Try(NamedTuple):
+    """How one connection went, and its own end of it, if there was one."""
+
+    connection: Connection
+    target: Address
+    ours: Sequence[object] = ()
+
+
+def _fresh(inspector: Inspector, lever: Lever, evidence: Evidence, address: Address) -> str:
+    """Look anew, as for any connect(); what stands in its way."""
+    if lever not in WATCHED:
+        return ""
+    began = time.monotonic_ns()
+    finding = inspector.look((address.family,))
+    answer = finding.answer(address.family, lever)
+    evidence.publish(address.family, answer, began)
+    problem = finding.families[address.family].problem if address.family in finding.families else finding.problem
+    return "" if answer is Answer.HOLDS else problem or "the policy does not hold any more"
+
+
+def _capture(wanted: Wanted, addresses: Sequence[Address]) -> Tuple[Optional[Capture], str]:
     """The tap, or None and why there is none."""
     if wanted.trusted:
         return None, "with --trust-host it is changed where this host can't see it"
     try:
-        return Capture(), ""
+        return Capture({address.port for address in addresses}), ""
     except PermissionError:
         return None, f"that takes CAP_NET_RAW, which uid {os.geteuid()} does not have here: run check as root once"
     except OSError as error:
         return None, f"no packet socket here: {error.strerror or error}"
 
 
-def _try(config: Config, gate: Gate, address: Address, capture: Optional[Capture], blind: str) -> _Attempt:
-    """Connect as a worker would. What stands in the way of one connection is told, not raised."""
-    if not gate.may_connect():
-        return _Attempt(Connection(str(address), "not tried", "the policy does not hold any more"), [], "no SYN was sent")
+def _try(config: Config, gate: Gate, address: Address, obstacle: str) -> _Try:
+    """Connect as a worker would, and close in order. What stands in the way of one connection is told, not raised."""
+    if obstacle or not gate.may_connect(address.family):
+        return _Try(Connection(str(address), "not tried", obstacle or "the policy does not hold any more"), address)
     try:
-        sock = sockets.dial(address.family, tuning_of(config), _source(config, address.family))
+        sock = sockets.dial(address.family, tuning_of(config), _source(config, address.family), gate.for_rules)
     except OSError as error:
-        return _Attempt(Connection(str(address), "failed", error.strerror or str(error)), [], "no SYN was sent")
+        return _Try(Connection(str(address), "failed", error.strerror or str(error)), address)
     with contextlib.closing(sock):
         begun = time.monotonic_ns()
         number = sock.connect_ex(address.sockaddr)
         ours = sock.getsockname()
-        connection = _outcome(sock, address, gate, config.connect_timeout_s, begun, number)
-    seen = [syn_seen for syn_seen in capture.take() if _is_ours(syn_seen, ours, address)] if capture else []
-    return _Attempt(connection, seen, blind or ("" if seen else "no SYN left"))
+        return _Try(_outcome(sock, address, gate, config.connect_timeout_s, begun, number), address, ours)
+
+
+def _with_the_wire(tries: Sequence[_Try], capture: Optional[Capture], blind: str) -> Iterator[_Attempt]:
+    """Each connection with all that left for it, to its end and for some time after it: FIN, answers to the far end's."""
+    if capture and any(one.connection.outcome == "connected" for one in tries):
+        time.sleep(_FOLLOW_S)
+    left = capture.take() if capture else []
+    for one in tries:
+        seen = [segment for segment in left if one.ours and _is_ours(segment, one.ours, one.target)]
+        yield _Attempt(one.connection, seen, blind or ("" if seen else "no SYN was sent" if not one.ours else "no SYN left"))
 
 
 def _source(config: Config, family: int) -> Optional[Address]:
@@ -212,9 +240,9 @@ def _outcome(sock: socket.SocketType, to: Address, gate: Gate, patience_s: float
     if number:
         return Connection(str(to), "failed", os.strerror(number))
     took_us = (time.monotonic_ns() - begun) // 1000
-    negotiated = sockets.has_timestamps(sock)
-    what = "timestamps negotiated" if negotiated else "no timestamps negotiated"
-    return Connection(str(to), "connected", what, took_us, negotiated, gate.may_relay(sock, negotiated))
+    info = sockets.tcp_info(sock)
+    what = "timestamps negotiated" if info.timestamps else "no timestamps negotiated"
+    return Connection(str(to), "connected", what, took_us, info.timestamps, gate.may_relay(sock, info))
 
 
 def _writable(sock: socket.SocketType, patience_s: float) -> bool:
@@ -239,22 +267,33 @@ def _wires(wanted: Wanted, finding: Finding, attempts: Sequence[_Attempt]) -> Tu
 
 
 def _wire_rows(wanted: Wanted, attempt: _Attempt) -> Iterator[Row]:
+    """A row for each interface that segments of the connection left through."""
     to = attempt.connection.address
     if attempt.blind:
         yield Row(f"SYN to {to}", None, "unknown", f"not watched: {attempt.blind}")
-    told: Dict[Tuple[str, str], None] = {}
-    for seen in attempt.seen:
-        row = _wire_row(wanted, seen, to)
-        if (seen.interface, row.shows) not in told:  # a retransmission tells nothing new
-            told[seen.interface, row.shows] = None
-            yield row
+    for interface in dict.fromkeys(seen.interface for seen in attempt.seen):
+        yield _wire_row(wanted, [seen for seen in attempt.seen if seen.interface == interface], to)
 
 
-def _wire_row(wanted: Wanted, seen: Seen, to: str) -> Row:
-    name = f"SYN to {to} on {seen.interface}"
+def _wire_row(wanted: Wanted, segments: Sequence[Seen], to: str) -> Row:
+    """The worst of what the segments show, with the options of the first that shows it."""
+    name = f"SYN to {to} on {segments[0].interface}"
+    found = [_segment_row(wanted, name, seen, to) for seen in segments]
+    for shows in ("leak", "unknown"):
+        for row in found:
+            if row.shows == shows:
+                return row
+    further = f", nor in {len(found) - 1} segments that followed" if len(found) > 1 and wanted.mode == "strip" else ""
+    return found[0]._replace(note=found[0].note + further)
+
+
+def _segment_row(wanted: Wanted, name: str, seen: Seen, to: str) -> Row:
     try:
         found = syn.parse(seen.headers)
     except syn.Malformed as problem:
         return Row(name, None, "unknown", str(problem))
+    if wanted.mode == "rewrite" and not seen.is_syn and not found.has_timestamps:
+        return Row(name, str(found), "ok", "no timestamp")  # e.g. a reset without a connection
     shows, what = _shown(wanted, found)
-    return Row(name, str(found), shows, f"the SYN to {to} leaves {seen.interface} with {what}" if shows == "leak" else what)
+    kind = "the SYN" if seen.is_syn else f"a later segment (flags {seen.flags:#04x})"
+    return Row(name, str(found), shows, f"{kind} to {to} leaves {seen.interface} with {what}" if shows == "leak" else what)

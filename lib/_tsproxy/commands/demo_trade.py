@@ -20,9 +20,8 @@ from _tsproxy.host import namespaces, sockets, systemd
 from _tsproxy.host.addresses import Address, from_sockaddr
 from _tsproxy.host.children import Child
 from _tsproxy.host.sockets import Tuning
-from _tsproxy.timestamps import syn
+from _tsproxy.timestamps import syn, witness
 from _tsproxy.timestamps.sysctl import Sysctl
-from _tsproxy.timestamps.witness import Witness
 
 Line = Dict[str, Any]
 ORDER_BYTES = 64
@@ -69,11 +68,7 @@ def _sysctl() -> Optional[int]:
 
 def _witness_syn() -> List[str]:
     """The options of a SYN made here and now, as a list of words."""
-    witness = Witness((socket.AF_INET,))
-    try:
-        return str(witness.look()[socket.AF_INET]).split(",")
-    finally:
-        witness.close()
+    return str(witness.saved(socket.AF_INET, time.monotonic() + _PATIENCE_S)).split(",")
 
 
 def _relay(listener: socket.socket, client: socket.socket, exchange: socket.socket, mode: str) -> Dict[str, Any]:

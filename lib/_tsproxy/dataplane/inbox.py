@@ -29,7 +29,7 @@ _RIGHT = struct.Struct("i")  # the one descriptor in a message (SCM_RIGHTS, unix
 _ROOM = socket.CMSG_LEN(_RIGHT.size)
 _FULL = linux.RETRY | linux.CAPACITY | {errno.EPIPE, errno.ECONNRESET, errno.ETOOMANYREFS}
 
-ACCEPTED, DRAIN, KILL, DRIFTED_CONNECTING, DRIFTED_ALL, PING, OPEN, LEAVE = range(8)
+ACCEPTED, DRAIN, KILL, DRIFTED, EVIDENCE, PING, OPEN, LEAVE = range(8)
 
 
 class Entry(NamedTuple):

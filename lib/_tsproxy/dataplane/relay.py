@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import socket
 import time
-from typing import Optional
+from typing import Dict, Optional, Tuple
 
 from _tsproxy.dataplane.half import FROM_DOWNSTREAM, FROM_UPSTREAM, Half
 from _tsproxy.dataplane.inbox import Entry
@@ -18,7 +18,8 @@ from _tsproxy.dataplane.states import CLOSED, CONNECTED, CONNECTING, ENDED, OPEN
 from _tsproxy.dataplane.timers import TICK_NS
 from _tsproxy.dataplane.workbench import Workbench
 from _tsproxy.host import linux, sockets
-from _tsproxy.host.addresses import PACKED_SIZE, unpack
+from _tsproxy.host.addresses import PACKED_SIZE, family_of, unpack
+from _tsproxy.host.sockets import TcpInfo
 from _tsproxy.telemetry.counters import CONNECT, Counter
 from _tsproxy.telemetry.endings import Ending
 from _tsproxy.telemetry.histogram import slot
@@ -43,6 +44,7 @@ class Relay:
         "_halves",
         "_phase",
         "_started_ns",
+        "_until_ns",
         "_upstream",
         "_upstream_timestamps",
     )
@@ -55,6 +57,7 @@ class Relay:
         self._candidates = entry.upstreams
         self._upstream: Optional[bytes] = None
         self._started_ns = entry.accepted_ns
+        self._until_ns = 0  # when to give up what connecting waits for; 0: nothing yet
         self._connect_us: Optional[int] = None
         self._upstream_timestamps: Optional[bool] = None
         # to_upstream, and to_downstream once there is an upstream socket
@@ -72,43 +75,69 @@ class Relay:
             self._bench.watch(self._entry.fd, 0, self._halves[0])
 
     def _connect(self) -> None:
-        """Try the addresses that are left, in order, until one is on its way; none left: end as the last one failed."""
+        """Try the addresses that are left until a SYN is out or the gate wants time; none left: end as the last one failed."""
         while self._candidates and self._phase is CONNECTING:
-            packed, self._candidates = self._candidates[:PACKED_SIZE], self._candidates[PACKED_SIZE:]
-            if self._dial(packed):
+            at, allowed = self._choice()
+            if allowed is None and self._await_answer():
                 return
+            packed, self._candidates = self._candidates[at : at + PACKED_SIZE], _without(self._candidates, at)
+            if allowed and self._dial(packed):
+                return
+            if not allowed:
+                self._refused(packed)
         self.end(self._failure)
 
-    def _dial(self, packed: bytes) -> bool:
-        """Send a SYN to one address, if the gate allows; True if it is on its way."""
-        if not self._may_connect():
+    def _choice(self) -> Tuple[int, Optional[bool]]:
+        """Where the address to try stands, and what the gate says of it: it may be tried, or (None) that is not known yet.
+
+        The first that may be, so that one family does not wait for another; else the first not known; else the first.
+        """
+        found: Dict[Optional[bool], int] = {}
+        for at in range(0, len(self._candidates), PACKED_SIZE):
+            allowed = self._bench.gate.may_connect(family_of(self._candidates[at:]))
+            if allowed:
+                return at, True
+            found.setdefault(allowed, at)
+        return (found[None], None) if None in found else (found[False], False)
+
+    def _await_answer(self) -> bool:
+        """Ask the gate again when it knows more, or by the clock; False once that has taken as long as a connect may."""
+        now = time.monotonic_ns()
+        self._until_ns = self._until_ns or now + self._bench.rules.connect_timeout_ns
+        if now >= self._until_ns:
             return False
+        self._bench.waiting.add(self)
+        self._bench.timers.arm(self, min(self._until_ns, now + _ASK_AGAIN_NS))
+        return True
+
+    def _refused(self, packed: bytes) -> None:
+        """No SYN may leave for this address. That is the reason for the end if there was none to try before it."""
+        if self._upstream in (None, packed) and not self._bench.gate.is_absent(family_of(packed)):
+            self._failure = Ending.POLICY
+
+    def _dial(self, packed: bytes) -> bool:
+        """Send a SYN to one address; True if it is on its way."""
+        now = time.monotonic_ns()
+        if packed != self._upstream:
+            self._upstream, self._started_ns = packed, now
+            self._until_ns = now + self._bench.rules.connect_timeout_ns
+        self._bench.waiting.discard(self)
         self._bench.count(Counter.CONNECTS)
-        self._upstream, self._started_ns = packed, time.monotonic_ns()
         try:
             sock = self._syn(packed)
         except OSError as error:
+            self._bench.count(Counter.CONNECTS_ENDED)
             self._attempt_failed(error.errno or 0)
             return False
-        self._await(sock)
+        self._await(sock, now)
         return True
-
-    def _may_connect(self) -> bool:
-        try:
-            allowed = self._bench.gate.may_connect()
-        except OSError as error:  # no descriptor to look with, so none to connect with either
-            self._failure = _connect_ending(error.errno or 0)
-            return False
-        if not allowed:
-            self.end(Ending.POLICY)
-        return allowed
 
     def _syn(self, packed: bytes) -> socket.SocketType:
         """A socket whose SYN is out. Without timestamps TIME_WAIT ports can't be reused, so each source gets its try."""
         address = unpack(packed)
         code = 0
         for source in self._bench.sources(address.family):
-            sock = sockets.dial(address.family, self._bench.rules.tuning, source)
+            sock = sockets.dial(address.family, self._bench.rules.tuning, source, self._bench.gate.for_rules)
             code = sock.connect_ex(address.sockaddr)
             if code == 0 or code in linux.RETRY:
                 return sock
@@ -117,25 +146,45 @@ class Relay:
                 break
         raise OSError(code, "connect")
 
-    def _await(self, sock: socket.SocketType) -> None:
+    def _await(self, sock: socket.SocketType, now: int) -> None:
         """Wait for the answer; a target on this host has given it already."""
         half = Half(self, self._bench, sock, FROM_UPSTREAM)
         self._halves.append(half)
-        timestamps = sockets.connected_with_timestamps(sock)
-        if timestamps is None:
-            self._bench.watch(half.fd, WRITE, half)
-            self._bench.timers.arm(self, self._started_ns + self._bench.rules.connect_timeout_ns)
-        else:
-            self._connected(timestamps)
+        info = sockets.connected(sock)
+        if info is not None:
+            self._connected(info)
+            return
+        self._bench.watch(half.fd, WRITE, half)
+        once = self._bench.gate.proves_each_syn
+        self._bench.timers.arm(self, min(self._until_ns, now + _SYN_ONCE_NS) if once else self._until_ns)
+
+    def _on_connect_deadline(self, now_ns: int) -> None:
+        """The gate may know more now; or a SYN has had no answer, and is given up or sent anew.
+
+        Anew from another socket: the kernel would send it again by itself, without asking the gate.
+        """
+        if self not in self._bench.waiting:
+            if now_ns >= self._until_ns:
+                self._attempt_failed(errno.ETIMEDOUT)
+            else:
+                self._drop_upstream()
+                self._candidates = (self._upstream or b"") + self._candidates
+        self._connect()
+
+    def _drop_upstream(self) -> None:
+        """Close the socket that did not come to relay. With a reset, if its peer has answered halfway (SYN_RECV)."""
+        for half in self._halves[1:]:
+            sockets.reset_on_close(half.source)
+            self._bench.bury(half.source)
+            half.detach()
+            self._bench.count(Counter.CONNECTS_ENDED)
+        del self._halves[1:]
 
     def _attempt_failed(self, code: int) -> None:
         """One address did not answer well: remember it as the reason if no other does better, and say so."""
-        for half in self._halves[1:]:
-            self._bench.bury(half.source)
-            half.detach()
-        del self._halves[1:]
+        self._drop_upstream()
+        self._until_ns = 0
         self._failure = _connect_ending(code)
-        self._bench.count(Counter.CONNECTS_ENDED)
         self._bench.count(Counter.CONNECT_FAIL)
         self._bench.count(Counter.CONNECT_TIMEOUT, int(self._failure is Ending.CONNECT_TIMEOUT))
         if self._failure is Ending.NO_DESCRIPTORS:
@@ -157,16 +206,22 @@ class Relay:
             if mask & BROKEN:
                 self.end(Ending.CLIENT_LEFT)
             return
-        timestamps = sockets.connected_with_timestamps(half.source)
-        if timestamps is None:
+        info = sockets.connected(half.source)
+        if info is None:
             self._attempt_failed(half.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or errno.ECONNRESET)
             self._connect()
         else:
-            self._connected(timestamps)
+            self._connected(info)
+
+    @property
+    def has_drifted(self) -> bool:
+        """Whether this connection has to end by what is known of the policy now."""
+        upstream = self._upstream
+        return upstream is not None and self._bench.gate.ends(family_of(upstream), established=not self.is_connecting)
 
     # Relaying
 
-    def _connected(self, timestamps: bool) -> None:
+    def _connected(self, info: TcpInfo) -> None:
         """Note what was negotiated, ask the gate, and let bytes flow; or reset both sides with nothing relayed."""
         up, down = self._halves
         now = time.monotonic_ns()
@@ -175,9 +230,9 @@ class Relay:
         self._phase = phase_after(self._phase, CONNECTED)
         up.twin, up.sink, up.moved_at = down, down.source, now
         down.twin, down.sink, down.moved_at = up, up.source, now
-        self._upstream_timestamps = timestamps
-        self._bench.count(Counter.UPSTREAM_TIMESTAMPS, int(timestamps))
-        if not self._bench.gate.may_relay(down.source, timestamps):
+        self._upstream_timestamps = info.timestamps
+        self._bench.count(Counter.UPSTREAM_TIMESTAMPS, int(info.timestamps))
+        if not self._bench.gate.may_relay(down.source, info):
             self.end(Ending.POLICY)
             return
         for half in (up, down):
@@ -244,10 +299,9 @@ class Relay:
         return min(idle, half_closed) if idle else half_closed
 
     def on_deadline(self, now_ns: int) -> None:
-        """The timer that was armed has come: give the address up, or see whether the silence is real."""
+        """The timer that was armed has come: go on with connecting, or see whether the silence is real."""
         if self._phase is CONNECTING:
-            self._attempt_failed(errno.ETIMEDOUT)
-            self._connect()
+            self._on_connect_deadline(now_ns)
             return
         limit = self._silence_ns
         if limit and self._moved_at + limit <= now_ns:
@@ -306,6 +360,7 @@ class Relay:
             bench.bury(half.source)
             half.detach()
         bench.timers.disarm(self)
+        bench.waiting.discard(self)
         if ending is Ending.POLICY:
             bench.count(Counter.POLICY_REFUSED)
         bench.count(Counter.CONNECTS_ENDED, len(self._halves) - 1)
@@ -340,12 +395,19 @@ class Relay:
         )
 
 
+_SYN_ONCE_NS = 900_000_000  # Linux sends a SYN again after 1 s (TCP_TIMEOUT_INIT, include/net/tcp.h; RFC 6298, section 2)
+_ASK_AGAIN_NS = 50_000_000
 _GRAINS_NS = 256 * TICK_NS  # a silence may last 1/256 longer than its limit, or one tick
 
 _ADVICE = {
     Ending.NO_DESCRIPTORS: "out of file descriptors or memory: raise LimitNOFILE (ulimit -n) or lower --max-connections",
     Ending.NO_PORTS: "no local port is left: widen net.ipv4.ip_local_port_range or add --source addresses",
 }
+
+
+def _without(candidates: bytes, at: int) -> bytes:
+    """The packed addresses but for the one that stands there."""
+    return candidates[:at] + candidates[at + PACKED_SIZE :]
 
 
 def _connect_ending(code: int) -> Ending:

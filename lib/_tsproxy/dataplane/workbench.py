@@ -9,7 +9,7 @@ import itertools
 import socket
 import time
 from collections import defaultdict
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from _tsproxy.dataplane.buffers import Buffers, Heads
 from _tsproxy.dataplane.gate import Gate
@@ -69,6 +69,7 @@ class Workbench:
         self.timers = Timers()
         self.handlers: Dict[int, Any] = {}
         self.relays: Dict[int, Any] = {}  # connection id -> relay, all that are alive
+        self.waiting: Set[Any] = set()  # those of them that wait for the gate to know
         self.woke = time.monotonic_ns()
         self._sources = _by_family(sources)
         self.buried: List[socket.SocketType] = []

@@ -14,8 +14,8 @@ from _tsproxy.dataplane.door import Door
 from _tsproxy.dataplane.inbox import (
     ACCEPTED,
     DRAIN,
-    DRIFTED_ALL,
-    DRIFTED_CONNECTING,
+    DRIFTED,
+    EVIDENCE,
     KILL,
     LEAVE,
     OPEN,
@@ -101,12 +101,14 @@ class Worker:
         return -1 if due is None else min(max(0, due - self.bench.woke) / 1e9, _LONGEST_S)
 
     def _expire(self) -> None:
-        now = self.bench.woke
-        for relay in self.bench.timers.due(now):
-            try:
-                relay.on_deadline(now)
-            except Exception as bug:
-                self._contain(relay, bug)
+        for relay in self.bench.timers.due(self.bench.woke):
+            self._expire_one(relay)
+
+    def _expire_one(self, relay: Any) -> None:
+        try:
+            relay.on_deadline(self.bench.woke)
+        except Exception as bug:
+            self._contain(relay, bug)
 
     def readable(self) -> None:
         """The inbox has entries."""
@@ -150,22 +152,23 @@ class Worker:
     def _obey(self, order: int) -> None:
         """LEAVE: accept no more. DRAIN: and go when the last connection has ended. KILL: end them all now.
 
-        The policy has drifted: those that still connect end (a SYN sent again would leak), or all of them do.
+        DRIFTED: those end that would leak from now on. EVIDENCE: there are new answers for those that wait to connect.
         """
         self._draining = self._draining or order in (DRAIN, KILL)
         if order in (LEAVE, DRAIN, KILL):
             self._shut_doors()
-        if order not in (KILL, DRIFTED_ALL, DRIFTED_CONNECTING):
-            return
         if order == KILL:
             self._end_all(Ending.DRAIN)
-        else:
-            self._end_all(Ending.POLICY, only_connecting=order == DRIFTED_CONNECTING)
+        elif order == DRIFTED:
+            for relay in [relay for relay in self.bench.relays.values() if relay.has_drifted]:
+                self._end(relay, Ending.POLICY)
+        elif order == EVIDENCE:
+            for relay in list(self.bench.waiting):
+                self._expire_one(relay)
 
-    def _end_all(self, ending: Ending, only_connecting: bool = False) -> None:
+    def _end_all(self, ending: Ending) -> None:
         for relay in list(self.bench.relays.values()):
-            if relay.is_connecting or not only_connecting:
-                self._end(relay, ending)
+            self._end(relay, ending)
 
     def _end(self, relay: Relay, ending: Ending) -> None:
         """End it; a bug in that must not keep the others from their end."""

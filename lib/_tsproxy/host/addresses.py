@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import sys
 from typing import NamedTuple, Tuple, Union
 
 SockAddr = Union[Tuple[str, int], Tuple[str, int, int, int]]
@@ -59,6 +60,11 @@ def unpack(packed: bytes) -> Address:
 def is_packed(data: bytes) -> bool:
     """Whether pack() may have made these 24 bytes."""
     return data[: _PORT.start] in _FAMILIES
+
+
+def family_of(packed: bytes) -> int:
+    """AF_INET or AF_INET6 of a packed address."""
+    return int.from_bytes(packed[: _PORT.start], sys.byteorder)
 
 
 def without_port(packed: bytes) -> bytes:

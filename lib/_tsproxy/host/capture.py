@@ -1,4 +1,4 @@
-"""A look at the SYNs that leave this host, behind everything that could still change them: an AF_PACKET socket.
+"""A look at the segments that leave this host, behind everything that could still change them: an AF_PACKET socket.
 
 The tap stands behind the output hooks of the packet filter and behind the egress hooks of the interface (packet(7)), so
 it shows what the interface is given. It sees each interface that a packet goes through, e.g. a VLAN and its parent.
@@ -8,62 +8,49 @@ from __future__ import annotations
 
 import socket
 import struct
-from array import array
-from typing import Iterator, List, NamedTuple, Optional, Tuple
+from typing import Collection, Iterator, List, NamedTuple, Optional, Tuple
 
+from _tsproxy.host import bpf
 from _tsproxy.host.addresses import Address
+from _tsproxy.host.bpf import Instruction
 
 _ETH_P_ALL = 0x0003  # include/uapi/linux/if_ether.h; a tap for one protocol alone does not see what is sent
 _PACKET_OUTGOING = 4  # include/uapi/linux/if_packet.h
-_SO_ATTACH_FILTER = 26  # include/uapi/asm-generic/socket.h
 _HEADERS = 256
 _TCP = 6
-
-# SYN without ACK over IPv4 or IPv6, as classic BPF (include/uapi/linux/bpf_common.h), so that a busy host's other packets
-# never reach Python: (code, jump if true, jump if false, k). The packet starts with its IP header.
-_SYN_ONLY: Tuple[Tuple[int, int, int, int], ...] = (
-    (0x30, 0, 0, 0),  # A = version and header length
-    (0x54, 0, 0, 0xF0),
-    (0x15, 0, 5, 0x40),  # IPv4, or go on at the IPv6 test
-    (0x30, 0, 0, 9),  # A = protocol
-    (0x15, 0, 9, _TCP),
-    (0xB1, 0, 0, 0),  # X = 4 * header length
-    (0x50, 0, 0, 13),  # A = TCP flags behind X
-    (0x05, 0, 0, 4),
-    (0x15, 0, 5, 0x60),  # IPv6; our own SYN has no extension headers
-    (0x30, 0, 0, 6),  # A = next header
-    (0x15, 0, 3, _TCP),
-    (0x30, 0, 0, 53),  # A = TCP flags
-    (0x54, 0, 0, 0x12),
-    (0x15, 1, 0, 0x02),  # SYN, and not ACK
-    (0x06, 0, 0, 0),
-    (0x06, 0, 0, _HEADERS),
-)
+_SYN, _ACK = 0x02, 0x10
+_MOST_PORTS = 200  # a conditional jump of classic BPF reaches 255 instructions
 
 
 class Seen(NamedTuple):
-    """A SYN on its way out: through which interface, from and to where, and its IP and TCP header."""
+    """A segment on its way out: through which interface, from and to where, its flags, and its IP and TCP header."""
 
     interface: str
     source: Address
     destination: Address
+    flags: int
     headers: bytes
+
+    @property
+    def is_syn(self) -> bool:
+        """Whether it opens a connection."""
+        return self.flags & (_SYN | _ACK) == _SYN
 
 
 class Capture:
     """Watches from its creation on. Needs CAP_NET_RAW in the network namespace's user namespace."""
 
-    def __init__(self) -> None:
-        """OSError (EPERM without the right) if the host does not let us watch."""
+    def __init__(self, ports: Collection[int]) -> None:
+        """Segments to these ports. OSError (EPERM without the right) if the host does not let us watch."""
         self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK, socket.htons(_ETH_P_ALL))
         try:
-            _attach(self._socket)
+            bpf.attach(self._socket, _to_ports(sorted(ports)[:_MOST_PORTS]))
         except BaseException:
             self._socket.close()
             raise
 
     def take(self) -> List[Seen]:
-        """The SYNs that left since the last time."""
+        """The segments that left since the last time."""
         return list(self._take())
 
     def _take(self) -> Iterator[Seen]:
@@ -74,28 +61,48 @@ class Capture:
                 return
             except OSError:
                 return  # an interface went down (ENETDOWN): what had come is taken
-            ends = _ends(headers)
-            if kind == _PACKET_OUTGOING and ends:
-                yield Seen(interface, *ends, headers)
+            seen = _seen(interface, headers)
+            if kind == _PACKET_OUTGOING and seen:
+                yield seen
 
     def close(self) -> None:
         """Stop watching."""
         self._socket.close()
 
 
-def _attach(sock: socket.socket) -> None:
-    """Let the kernel keep all but SYNs away. struct sock_fprog holds a pointer, and the kernel copies what it points to."""
-    program = array("B", b"".join(struct.pack("=HBBI", *instruction) for instruction in _SYN_ONLY))
-    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", len(_SYN_ONLY), program.buffer_info()[0]))
+def _to_ports(ports: List[int]) -> Tuple[Instruction, ...]:
+    """TCP over IPv4 or IPv6 to one of the ports, so that a busy host's other packets never reach Python.
+
+    The packet starts with its IP header; our own segments have no IPv6 extension headers and are not fragmented.
+    """
+    no = len(ports) + 7  # how far the refusal is from the fifth instruction
+    compared = [(0x15, len(ports) - place, 0, port) for place, port in enumerate(ports)]
+    return (
+        (0x30, 0, 0, 0),  # A = version and header length
+        (0x54, 0, 0, 0xF0),
+        (0x15, 0, 5, 0x40),  # IPv4, or go on at the IPv6 test
+        (0x30, 0, 0, 9),  # A = protocol
+        (0x15, 0, no, _TCP),
+        (0xB1, 0, 0, 0),  # X = 4 * header length
+        (0x48, 0, 0, 2),  # A = destination port behind X
+        (0x05, 0, 0, 4),
+        (0x15, 0, no - 4, 0x60),
+        (0x30, 0, 0, 6),  # A = next header
+        (0x15, 0, no - 6, _TCP),
+        (0x28, 0, 0, 42),  # A = destination port
+        *compared,
+        (0x06, 0, 0, 0),
+        (0x06, 0, 0, _HEADERS),
+    )
 
 
-def _ends(headers: bytes) -> Optional[Tuple[Address, Address]]:
-    """Source and destination, or None for what is cut short."""
+def _seen(interface: str, headers: bytes) -> Optional[Seen]:
+    """The segment, or None for what is cut short."""
     version = headers[0] >> 4 if headers else 0
     at, size, family = (12, 4, socket.AF_INET) if version == 4 else (8, 16, socket.AF_INET6)
-    ports = (headers[0] & 15) * 4 if version == 4 else 40
-    if len(headers) < ports + 4:
+    tcp = (headers[0] & 15) * 4 if version == 4 else 40
+    if len(headers) < tcp + 14:
         return None
     ips = [socket.inet_ntop(family, headers[start : start + size]) for start in (at, at + size)]
-    source, destination = struct.unpack_from("!HH", headers, ports)
-    return Address(family, ips[0], source), Address(family, ips[1], destination)
+    source, destination = struct.unpack_from("!HH", headers, tcp)
+    return Seen(interface, Address(family, ips[0], source), Address(family, ips[1], destination), headers[tcp + 13], headers)

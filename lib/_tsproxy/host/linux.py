@@ -14,8 +14,10 @@ TCP_TIMESTAMP = 24
 TCP_SAVE_SYN = 27
 TCP_SAVED_SYN = 28
 
-# include/net/tcp_states.h, tcpi_state: ESTABLISHED, and CLOSE_WAIT where the peer's FIN is here already
-TCP_CONNECTED = frozenset({1, 8})
+# include/net/tcp_states.h, tcpi_state
+TCP_ESTABLISHED = 1
+TCP_CLOSE = 7  # what TCP_INFO says of a socket whose connection went into TIME_WAIT
+TCP_CONNECTED = frozenset({TCP_ESTABLISHED, 8})  # and CLOSE_WAIT, where the peer's FIN is here already
 
 # include/uapi/linux/tcp.h, tcpi_options
 TCPI_OPT_TIMESTAMPS = 1
@@ -23,6 +25,10 @@ TCPI_OPT_USEC_TS = 64
 
 # include/uapi/linux/in.h, level IPPROTO_IP (it serves IPv6 sockets too)
 IP_BIND_ADDRESS_NO_PORT = 24
+
+# include/uapi/asm-generic/socket.h, level SOL_SOCKET
+SO_ATTACH_FILTER = 26
+SO_DETACH_FILTER = 27
 
 # include/net/scm.h: the most descriptors in one message
 SCM_MAX_FD = 253

@@ -14,6 +14,10 @@ from _tsproxy.host.addresses import Address, SockAddr
 # needed, not on the wire; TC_PRIO_INTERACTIVE_BULK (include/uapi/linux/pkt_sched.h), which no ordinary program's TOS
 # maps to, and which pfifo_fast and fq put in the same band as untagged traffic: the tag changes nothing else.
 TAG = 4
+# DSCP of those for which rules are relied on. What a kernel sends for a connection without its socket carries it (tw_tos
+# and tw_tclass of TIME_WAIT, include/net/inet_timewait_sock.h), on every kernel; the priority only on some. The rules know
+# the packet by it and set it back to 0, so it is not on the wire. From the pool for local use (RFC 2474, section 6).
+TAG_DSCP = 3
 _LINGER_ZERO = struct.pack("ii", 1, 0)
 _KEEPALIVE_PROBES = 3
 _LONGEST_SYN = 1024
@@ -26,13 +30,22 @@ class TcpInfo(NamedTuple):
 
     timestamps: bool  # TSopt was negotiated; says nothing of what the SYN offered
     rtt_us: int
-    retransmits: int
+    retransmits: int  # the SYN's, too
 
 
 def tcp_info(sock: SocketType) -> TcpInfo:
     """TCP_INFO of an established (or since closed) connection. While SYN_SENT the options read 0."""
-    raw = sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, 104)
+    return _tcp_info(sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, 104))
+
+
+def _tcp_info(raw: bytes) -> TcpInfo:
     return TcpInfo(bool(raw[5] & linux.TCPI_OPT_TIMESTAMPS), *struct.unpack_from("=I28xI", raw, 68))
+
+
+def segments_received(sock: SocketType) -> int:
+    """tcpi_segs_in: how many segments have come for this connection, whatever became of them."""
+    (count,) = struct.unpack_from("=I", sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, 144), 140)
+    return int(count)
 
 
 def has_timestamps(sock: SocketType) -> bool:
@@ -40,10 +53,15 @@ def has_timestamps(sock: SocketType) -> bool:
     return bool(sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, 8)[5] & linux.TCPI_OPT_TIMESTAMPS)
 
 
-def connected_with_timestamps(sock: SocketType) -> Optional[bool]:
-    """After connect(): whether TSopt was negotiated; None if there is no connection (any more)."""
-    info = sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, 8)
-    return bool(info[5] & linux.TCPI_OPT_TIMESTAMPS) if info[0] in linux.TCP_CONNECTED else None
+def connected(sock: SocketType) -> Optional[TcpInfo]:
+    """After connect(): what TCP_INFO says of the connection; None if there is none (any more)."""
+    raw = sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, 104)
+    return _tcp_info(raw) if raw[0] in linux.TCP_CONNECTED else None
+
+
+def tcp_state(sock: SocketType) -> int:
+    """tcpi_state, e.g. linux.TCP_ESTABLISHED."""
+    return sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, 8)[0]
 
 
 def counts_microseconds(sock: SocketType) -> bool:
@@ -122,11 +140,16 @@ def listener(address: Address, backlog: int, tuning: Tuning, reuse_port: bool = 
     return sock
 
 
-def dial(family: int, tuning: Tuning, source: Optional[Address]) -> SocketType:
-    """An unconnected, non-blocking upstream socket with the tag, bound to `source` if one is given. OSError as it comes."""
+def dial(family: int, tuning: Tuning, source: Optional[Address], for_rules: bool = False) -> SocketType:
+    """An unconnected, non-blocking upstream socket with the tag, bound to `source` if one is given. OSError as it comes.
+
+    `for_rules`: packet filter rules are relied on, so its packets carry TAG_DSCP for them as well.
+    """
     sock = SocketType(family, _STREAM)
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, TAG)
+        if for_rules:
+            _set_dscp(sock, family, TAG_DSCP)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, TAG)  # after IP_TOS, which sets it, too (ip(7))
         tuning.apply(sock)
         if source is not None:
             # The port is chosen at connect(), by the 4-tuple; bind() would reserve one for all targets.
@@ -136,6 +159,18 @@ def dial(family: int, tuning: Tuning, source: Optional[Address]) -> SocketType:
         sock.close()
         raise
     return sock
+
+
+def reusing(family: int) -> socket.socket:
+    """A non-blocking TCP socket that may take an address over from one that was just closed (SO_REUSEADDR)."""
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    return sock
+
+
+def _set_dscp(sock: SocketType, family: int, dscp: int) -> None:
+    level, name = (socket.IPPROTO_IPV6, socket.IPV6_TCLASS) if family == socket.AF_INET6 else (socket.IPPROTO_IP, socket.IP_TOS)
+    sock.setsockopt(level, name, dscp << 2)
 
 
 def inherit(fd: int) -> socket.socket:

@@ -34,7 +34,8 @@ class Crew:
         self.gone = wakeup.create()
         self._ledger = ledger
         self._next = 0
-        self._zygote = Zygote({ledger.fd, records_fd}, self.gone) if plan.config.runtime == "processes" else None
+        shared = {ledger.fd, records_fd, plan.evidence_fd, *plan.asked}
+        self._zygote = Zygote(shared, self.gone) if plan.config.runtime == "processes" else None
         self.accepts = bool(listeners)
         self._seats = _seats(plan, ledger, records_fd, self.gone, self._zygote, tuple(sock.fileno() for sock in listeners))
         self._vacant: Set[int] = set()  # seats that nobody will sit on any more

@@ -23,7 +23,8 @@ from _tsproxy.host.addresses import Address
 from _tsproxy.host.sockets import Tuning
 from _tsproxy.telemetry.counters import Ledger
 from _tsproxy.telemetry.records import Notice, RecordWriter
-from _tsproxy.timestamps import policy, syn
+from _tsproxy.timestamps import gates, policy, syn
+from _tsproxy.timestamps.evidence import Evidence
 
 
 class Plan(NamedTuple):
@@ -33,6 +34,9 @@ class Plan(NamedTuple):
     sources: Tuple[Address, ...]
     wanted: policy.Wanted
     lever: policy.Lever
+    evidence_fd: int
+    asked: wakeup.Wakeup  # rung by a gate that needs fresh evidence
+    for_rules: bool  # upstream sockets carry the mark that packet filter rules know
 
 
 class Spec(NamedTuple):
@@ -43,6 +47,9 @@ class Spec(NamedTuple):
     sources: Tuple[Address, ...]
     wanted: policy.Wanted
     lever: policy.Lever
+    evidence_fd: int
+    asked: wakeup.Wakeup
+    for_rules: bool
     ledger_fd: int
     inbox: Union[inbox.Ring, inbox.Channel]
     records_fd: int
@@ -75,7 +82,7 @@ def _build(spec: Spec, row: memoryview, records: RecordWriter) -> Worker:
     gc.collect()
     gc.freeze()
     gc.disable()
-    gate = policy.gate_for(spec.lever, spec.wanted)
+    gate = gates.gate_for(spec.lever, spec.wanted, Evidence(spec.evidence_fd), spec.asked, for_rules=spec.for_rules)
     bench = Workbench(spec.number, rules_of(config), gate, syn.offered_tsval, row, records, spec.sources, config.buffer_size)
     return Worker(bench, inbox.consumer(spec.inbox, row), config.busy_poll_us)
 

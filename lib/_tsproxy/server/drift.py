@@ -1,50 +1,71 @@
-"""Whether the policy still holds, every few seconds: one line when it does not, one when it does again.
+"""What is said, and done, when the policy stops to hold, or holds again: once for each change, by address family.
 
-Knows an Inspector and whom to tell. The workers refuse by themselves, connection by connection, since each asks its
-gate; what is done here besides is to end what a drift would make leak.
+Knows what the last look showed. The workers refuse by themselves, since their gates read the same answers; what is
+ordered besides is to end what would leak from now on.
 """
 
 from __future__ import annotations
 
-import time
-from typing import Callable, Optional
+from typing import Callable, Dict, FrozenSet, Iterable
 
-from _tsproxy.host import linux
-from _tsproxy.timestamps.policy import Finding, Inspector, Lever
+from _tsproxy.server.keeper import Look
+from _tsproxy.timestamps.evidence import NAMES, Answer
+from _tsproxy.timestamps.inspector import Finding
+from _tsproxy.timestamps.policy import Lever
 
-INTERVAL_S = 2.0
+Say = Callable[[str, str, str], None]  # event, level, message
+_NONE: FrozenSet[int] = frozenset()
 
 
-class DriftWatch:
-    """Ask it for `due_s` and call look() then. A trusted host, or `preserve`, is never looked at."""
+class Drift:
+    """Give it each look."""
 
-    def __init__(self, inspector: Inspector, lever: Lever, drifted: Callable[[str], None], held: Callable[[str], None]) -> None:
-        """`drifted` and `held` are told the evidence, once for each change."""
-        self._inspector, self._lever = inspector, lever
-        self._drifted, self._held = drifted, held
-        self._holds = True
-        self._next = time.monotonic() + INTERVAL_S
+    def __init__(self, lever: Lever, say: Say, drifted: Callable[[], None]) -> None:
+        """`drifted` is called when the policy does not hold any more for some family."""
+        self._lever, self._say, self._drifted = lever, say, drifted
+        self.failing = self._unseen = self._absent = _NONE
 
-    @property
-    def due_s(self) -> Optional[float]:
-        """Seconds until the next look; None if there is nothing to watch."""
-        if self._lever in (Lever.NONE, Lever.TRUSTED):
-            return None
-        return max(0.0, self._next - time.monotonic())
+    def on_look(self, look: Look) -> None:
+        """Say what is not as it was."""
+        families = {answer: frozenset(family for family, given in look.answers.items() if given is answer) for answer in Answer}
+        self._on_failing(look, families)
+        self._on_unseen(look, families[Answer.UNSEEN])
+        self._on_absent(families[Answer.ABSENT])
 
-    def look(self) -> None:
-        """Look now, and tell a change. What can't be looked at for want of descriptors is no change: the gates still ask."""
-        self._next = time.monotonic() + INTERVAL_S
-        try:
-            finding = self._inspector.look()
-        except OSError as error:
-            if error.errno not in linux.CAPACITY:
-                raise
-            return
-        holds = finding.lever is self._lever
-        if holds != self._holds:
-            self._holds = holds
-            (self._held if holds else self._drifted)(_evidence(finding, self._lever))
+    def _on_failing(self, look: Look, families: Dict[Answer, FrozenSet[int]]) -> None:
+        """What failed, and can't be looked at now, fails on."""
+        before = self.failing
+        self.failing = failing = families[Answer.FAILS] | (before & families[Answer.UNSEEN])
+        if failing - before:
+            self._drifted()
+            what = f"new connections over {names(failing)}" if families[Answer.HOLDS] else "new connections"
+            evidence = _evidence(look.finding, self._lever)
+            self._say("timestamps_drift", "error", f"{what} are refused until it holds again: {evidence}")
+        elif before & families[Answer.HOLDS]:
+            where = f" over {names(before - failing)}" if failing else ""
+            self._say("timestamps_drift", "info", f"the policy holds again{where}: {look.finding.evidence}")
+
+    def _on_unseen(self, look: Look, unseen: FrozenSet[int]) -> None:
+        before, self._unseen = self._unseen, unseen
+        for family in sorted(unseen - before):
+            meanwhile = "the sysctl's value decides" if self._lever is Lever.SYSCTL else "new connections wait for it"
+            why = look.finding.families[family].problem if family in look.finding.families else "it was not looked at"
+            self._say("warning", "warning", f"{NAMES[family]} timestamps can't be looked at now: {why}; meanwhile {meanwhile}")
+        if before - unseen:
+            self._say("warning", "info", f"{names(before - unseen)} timestamps can be looked at again")
+
+    def _on_absent(self, absent: FrozenSet[int]) -> None:
+        before, self._absent = self._absent, absent
+        if absent - before:
+            what = names(absent - before)
+            self._say("warning", "warning", f"{what} is left out until it comes: no interface has an address of it")
+        if before - absent:
+            self._say("warning", "info", f"{names(before - absent)} is in use again")
+
+
+def names(families: Iterable[int]) -> str:
+    """E.g. "IPv4 and IPv6"."""
+    return " and ".join(NAMES[family] for family in sorted(families))
 
 
 def _evidence(finding: Finding, lever: Lever) -> str:

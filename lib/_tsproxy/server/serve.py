@@ -16,12 +16,13 @@ from _tsproxy import exits
 from _tsproxy.config import Config
 from _tsproxy.dataplane.acceptor import Acceptor
 from _tsproxy.dataplane.clients import Clients, slots_for
-from _tsproxy.dataplane.inbox import DRAIN, DRIFTED_ALL, DRIFTED_CONNECTING, KILL, LEAVE, OPEN
+from _tsproxy.dataplane.inbox import DRAIN, DRIFTED, EVIDENCE, KILL, LEAVE, OPEN
 from _tsproxy.host import linux, sockets, wakeup
 from _tsproxy.host.systemd import Notifier
 from _tsproxy.runtime.crew import Crew, Death
 from _tsproxy.server import start_line, startup
-from _tsproxy.server.drift import DriftWatch
+from _tsproxy.server.drift import Drift, names
+from _tsproxy.server.keeper import Keeper, Look
 from _tsproxy.server.leaving import Leaving
 from _tsproxy.server.signals import DRAINING, Signals
 from _tsproxy.server.startup import Ready
@@ -63,10 +64,10 @@ class Server:
         self._acceptor = self._make_acceptor()
         self._told: Optional[bytes] = None  # the upstream addresses that a worker which accepts was told last
         self._news: Deque[Tuple[str, str, str]] = deque()  # what the resolver's thread wants said
+        self._looks: Deque[Look] = deque()  # what the keeper's thread has found
         self._has_news = wakeup.create()
         self._watchdog = Watchdog(notifier, self._crew, self._status)
-        self._refuses = ""  # why clients are refused
-        self._drift = DriftWatch(ready.inspector, ready.plan.lever, self._on_drift, self._on_held)
+        self._drift = Drift(ready.plan.lever, self._say, lambda: self._crew.order(DRIFTED))
         self._selector = selectors.DefaultSelector()
         self._started = time.monotonic()
         self._ended_by: List[str] = []  # the signals that asked for the end, in order
@@ -93,6 +94,13 @@ class Server:
             complain=lambda why: self._say("error", "error", why),
         )
 
+    def _make_keeper(self) -> Keeper:
+        plan = self._ready.plan
+        complain = lambda bug: self._tell("error", "error", bug)  # noqa: E731
+        return Keeper(
+            self._ready.inspector, plan.lever, self._ready.evidence, plan.asked, tell=self._tell_look, complain=complain
+        )
+
     def run(self) -> int:
         """Start everything, accept until told to end, drain, say the last words; the exit code."""
         self._reporter.start()
@@ -100,7 +108,9 @@ class Server:
         self._reporter.say("start", **start_line.fields(self._ready))
         for target, reason in self._ready.resolver.failures:
             self._say("warning", "warning", f"can't resolve {target}: {reason}; the other targets are in use")
-        self._ready.resolver.follow(lambda: self._ledger.total(Counter.CONNECT_FAIL), self._tell)
+        if self._ready.plan.lever in policy.WATCHED:
+            self._make_keeper().start()
+        self._ready.resolver.follow(self._unreached, self._tell)
         for fd in (self._signals.fd, self._has_news.reader, *self._crew.watched):
             self._selector.register(fd, selectors.EVENT_READ)
         self._watchdog.say(READY=1)
@@ -132,15 +142,13 @@ class Server:
             self._crew.order(OPEN, self._told)
 
     def _patience_s(self, pause: float) -> Optional[float]:
-        """How long to sleep: until accepting goes on, an order is tried again, or the policy or the watchdog is due."""
-        dues = (pause or None, _ORDER_AGAIN_S if self._crew.owes else None, self._drift.due_s, self._watchdog.due_s)
+        """How long to sleep: until accepting goes on, an order is tried again, or the watchdog is due."""
+        dues = (pause or None, _ORDER_AGAIN_S if self._crew.owes else None, self._watchdog.due_s)
         return min((due for due in dues if due is not None), default=None)
 
     def _keep_time(self) -> None:
         self._acceptor.offer_again()
         self._crew.deliver()
-        if self._drift.due_s == 0:
-            self._drift.look()
         self._watchdog.tick()
 
     def _status(self) -> str:
@@ -148,7 +156,9 @@ class Server:
         connections = f"{metrics.active(self._ledger)} connections"
         if self._ended_by or self._died:
             return f"draining {connections}"
-        return f"refusing new connections, with {connections}: {self._refuses}" if self._refuses else f"relaying {connections}"
+        if self._drift.failing:
+            return f"refusing over {names(self._drift.failing)}, since the timestamp policy does not hold; {connections}"
+        return f"relaying {connections}"
 
     def _listen(self, listening: bool) -> None:
         for listener in self._ready.listeners:
@@ -158,7 +168,7 @@ class Server:
                 self._selector.unregister(listener)
 
     def _on_word(self, fd: int) -> None:
-        """A signal, news of the resolver, or the end of a worker."""
+        """A signal, news of the resolver or the keeper, or the end of a worker."""
         if fd == self._signals.fd:
             for number in self._signals.take():
                 if number in DRAINING:
@@ -178,6 +188,17 @@ class Server:
         self._open_doors()
         while self._news:
             self._say(*self._news.popleft())
+        while self._looks:
+            self._on_look(self._looks.popleft())
+
+    def _on_look(self, look: Look) -> None:
+        """Clients that wait may have an answer now; what has changed is said, and told to the manager."""
+        before = self._drift.failing
+        self._drift.on_look(look)
+        if look.was_asked:
+            self._crew.order(EVIDENCE)
+        if self._drift.failing != before:
+            self._watchdog.say()
 
     def _on_loss(self, fate: str) -> None:
         """Nobody can start workers any more. Those that run go on: to end them would cost the clients more."""
@@ -192,19 +213,6 @@ class Server:
         then = f"{death.obstacle}: draining, then ending" if death.obstacle else "a successor took its place"
         about = f"worker {death.number} died ({death.fate}); {death.connections} connections closed; {then}"
         self._say("error", "error", about)
-
-    def _on_drift(self, evidence: str) -> None:
-        """The policy does not hold any more: what would leak from now on ends, and people are told once."""
-        rewriting = self._config.timestamps == "rewrite"
-        self._crew.order(DRIFTED_ALL if rewriting else DRIFTED_CONNECTING)
-        self._say("timestamps_drift", "error", f"new connections are refused until it holds again: {evidence}")
-        self._refuses = evidence
-        self._watchdog.say()
-
-    def _on_held(self, evidence: str) -> None:
-        self._say("timestamps_drift", "info", f"the policy holds again: {evidence}")
-        self._refuses = ""
-        self._watchdog.say()
 
     def _drain(self) -> int:
         """Close the listeners, let connections end; at the deadline or the next signal end them. How many were cut."""
@@ -285,9 +293,18 @@ class Server:
         self._reporter.close()
         return exits.FAILED if self._died else exits.DRAINED
 
+    def _unreached(self) -> int:
+        """How often an address was tried in vain, or could not be tried at all."""
+        return self._ledger.total(Counter.CONNECT_FAIL) + self._ledger.total(Counter.POLICY_REFUSED)
+
     def _tell(self, event: str, level: str, message: str) -> None:
         """In the resolver's thread."""
         self._news.append((event, level, message))
+        self._has_news.ring()
+
+    def _tell_look(self, look: Look) -> None:
+        """In the keeper's thread."""
+        self._looks.append(look)
         self._has_news.ring()
 
     def _say(self, event: str, level: str, message: str) -> None:

@@ -17,13 +17,15 @@ from typing import List, Mapping, NamedTuple, Optional, Sequence, Tuple
 from _tsproxy import exits
 from _tsproxy.config import Config
 from _tsproxy.exits import Exit
-from _tsproxy.host import limits, privileges, reuseport, sockets, systemd
+from _tsproxy.host import limits, privileges, reuseport, sockets, systemd, wakeup
 from _tsproxy.host.addresses import Address
 from _tsproxy.runtime import seats
 from _tsproxy.runtime.spec import Plan, tuning_of
 from _tsproxy.server.resolver import Resolver
 from _tsproxy.timestamps import advice
-from _tsproxy.timestamps.policy import Inspector, Lever, Wanted
+from _tsproxy.timestamps.evidence import Answer, Evidence
+from _tsproxy.timestamps.inspector import Finding, Inspector
+from _tsproxy.timestamps.policy import Lever, Wanted
 
 # What getaddrinfo(3) can take for one name: 5 s, twice, for three servers and each of six domains to search (resolv.conf(5)).
 _LOOK_UP_S = 240.0
@@ -42,6 +44,7 @@ class Ready(NamedTuple):
     listeners: List[socket.socket]
     resolver: Resolver
     inspector: Inspector
+    evidence: Evidence
     nofile: int
 
 
@@ -52,7 +55,8 @@ def prepare(config: Config, environment: Mapping[str, str], notifier: systemd.No
     if names:
         notifier.extend(_LOOK_UP_S * len(names), STATUS=f"resolving {', '.join(map(str, names))}")
     resolver = resolve(config)
-    inspector, lever = _require_policy(config, wanted_of(config, resolver))
+    inspector = Inspector(wanted_of(config, resolver))
+    finding = _require_policy(config, inspector)
     nofile = _raise_limits(config)
     sources = _require_sources(config)
     runtime = _runtime(config)
@@ -61,7 +65,9 @@ def prepare(config: Config, environment: Mapping[str, str], notifier: systemd.No
     if account:
         runtime = _runtime(config)  # anew: it may have no right to read the Python that an interpreter starts from
     config = replace(config, runtime=runtime)
-    return Ready(Plan(config, sources, inspector.wanted, lever), listeners, resolver, inspector, nofile)
+    evidence, lever = Evidence.create(), finding.lever or Lever.NONE
+    plan = Plan(config, sources, inspector.wanted, lever, evidence.fd, wakeup.create(), bool(inspector.mark_is_known))
+    return Ready(plan, listeners, resolver, inspector, evidence, nofile)
 
 
 def wanted_of(config: Config, resolver: Resolver) -> Wanted:
@@ -70,12 +76,19 @@ def wanted_of(config: Config, resolver: Resolver) -> Wanted:
     return Wanted(config.timestamps, config.static_timestamp, config.trust_host, families)
 
 
-def _require_policy(config: Config, wanted: Wanted) -> Tuple[Inspector, Lever]:
-    inspector = Inspector(wanted)
+def _require_policy(config: Config, inspector: Inspector) -> Finding:
+    finding = look_twice(inspector)
+    if finding.lever is not None:
+        return finding
+    if finding.families and len(finding.of(Answer.ABSENT)) == len(finding.families):
+        raise Exit(exits.NOT_YET, f"{finding.problem}; no target has another address")
+    raise Exit(exits.POLICY, advice.unattainable(finding, inspector.wanted, [str(target) for target in config.targets]))
+
+
+def look_twice(inspector: Inspector) -> Finding:
+    """A look; and another one where it failed itself, as it may on a host that is busy just now."""
     finding = inspector.look()
-    if finding.lever is None:
-        raise Exit(exits.POLICY, advice.unattainable(finding, wanted, [str(target) for target in config.targets]))
-    return inspector, finding.lever
+    return inspector.look() if finding.lever is None and finding.of(Answer.UNSEEN) else finding
 
 
 def _runtime(config: Config) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import List, Sequence
 
-from _tsproxy.timestamps.policy import Finding, Wanted
+from _tsproxy.timestamps.inspector import Finding
+from _tsproxy.timestamps.policy import Wanted
+from _tsproxy.timestamps.rehearsal import MISBEHAVES
 
 _WHY = """\
 Linux has no unprivileged switch for this: the option is decided for a whole network namespace (net.ipv4.tcp_timestamps)
@@ -24,9 +26,20 @@ def fixes(finding: Finding, wanted: Wanted, targets: Sequence[str]) -> List[str]
 
 
 def _commands(finding: Finding, wanted: Wanted, targets: Sequence[str]) -> List[str]:
-    if "loopback interface is down" in finding.problem:
-        return ["  in this network namespace:", "    ip link set lo up"]
+    if "loopback interface " in finding.problem:
+        return ["  in this network namespace:", "    " + finding.problem.rpartition(" it: ")[2]]
+    if MISBEHAVES in finding.problem:
+        return _newer_rules(wanted, targets)
     return _rewrite(finding, wanted, targets) if wanted.mode == "rewrite" else _strip(targets)
+
+
+def _newer_rules(wanted: Wanted, targets: Sequence[str]) -> List[str]:
+    mode = f"--timestamps=rewrite --static-timestamp={wanted.tsval} " if wanted.mode == "rewrite" else ""
+    return [
+        "  rules that hold for each packet, in the place of those here, which are older or not ours:",
+        f"    tsproxy.py generate nftables {mode}{_targets(targets)} | nft -f -",
+        *([] if mode else ["  for everything in this network namespace:", "    sysctl -w net.ipv4.tcp_timestamps=0"]),
+    ]
 
 
 def _strip(targets: Sequence[str]) -> List[str]:

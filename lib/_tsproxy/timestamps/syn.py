@@ -21,9 +21,10 @@ class Malformed(ValueError):
 
 
 class Syn(NamedTuple):
-    """The options in their order: (kind, data without kind and length)."""
+    """The options in their order: (kind, data without kind and length), and the DSCP of the packet."""
 
     options: Tuple[Tuple[int, bytes], ...]
+    dscp: int = 0
 
     @property
     def tsval(self) -> Optional[int]:
@@ -52,7 +53,8 @@ def parse(headers: bytes) -> Syn:
     end = start + (headers[start + 12] >> 4) * 4
     if end < start + 20 or end > len(headers):
         raise Malformed("the TCP header's length is wrong")
-    return Syn(tuple(_options(headers[start + 20 : end])))
+    traffic_class = headers[1] if headers[0] >> 4 == 4 else int.from_bytes(headers[:2], "big") >> 4 & 0xFF
+    return Syn(tuple(_options(headers[start + 20 : end])), traffic_class >> 2)
 
 
 def offered_tsval(headers: bytes) -> Optional[int]:

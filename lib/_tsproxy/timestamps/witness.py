@@ -1,17 +1,23 @@
 """The SYN witness: what this kernel really puts into a SYN from a socket like the upstream ones, read back on loopback.
 
 TCP_INFO can't show it: it says what was negotiated, and a peer may refuse what our SYN has leaked. So a socket with
-the same tag connects to an own listener that keeps the SYN (TCP_SAVE_SYN). It sees the sysctl and rules in the output
+the same tags connects to an own listener that keeps the SYN (TCP_SAVE_SYN). It sees the sysctl and rules in the output
 path; it does not see rules on addresses, other interfaces, or what happens behind this namespace.
+
+Each look has a listener of its own, on an address and port that nobody could know before, and one deadline for all it
+does. So another user of the host can neither fill it nor make it late; at worst it is not seen.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
 import socket
-from typing import Dict, Iterable
+import time
+from socket import SocketType
+from typing import Dict, Iterator
 
 from _tsproxy.host import linux, namespaces, sockets
 from _tsproxy.host.addresses import Address, from_sockaddr
@@ -19,80 +25,130 @@ from _tsproxy.host.sockets import Tuning
 from _tsproxy.timestamps import syn
 from _tsproxy.timestamps.syn import Syn
 
-_PATIENCE_S = 0.25
-_LOOPBACK: Dict[int, str] = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
 _LO_DOWN = frozenset({errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.EHOSTUNREACH, errno.ENETDOWN})
-NAMES: Dict[int, str] = {socket.AF_INET: "IPv4", socket.AF_INET6: "IPv6"}
+_NO_FAMILY = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL})
+_IPV6_ADDRESSES = "/proc/thread-self/net/if_inet6"
 
 
 class NoWitness(Exception):
     """The witness could not be made; the text says why and what would help."""
 
 
-class Witness:
-    """One listener for each address family, kept open; look() costs one loopback connection."""
+class FamilyAbsent(NoWitness):
+    """No interface of this network namespace has an address of the family, so nothing can be sent over it either."""
 
-    def __init__(self, families: Iterable[int]) -> None:
-        """`families`: those of the upstream addresses."""
-        self._families = tuple(dict.fromkeys(families))
-        self._listeners: Dict[int, socket.socket] = {}
 
-    def look(self) -> Dict[int, Syn]:
-        """Family -> the SYN as it left just now. NoWitness if it can't be made; blocks for a quarter second at most.
+def saved(family: int, until: float) -> Syn:
+    """The SYN of one upstream-like socket as it left just now. NoWitness if that can't be seen by `until` (monotonic).
 
-        OSError where there is no descriptor or memory for it (EMFILE and friends): that tells nothing of timestamps.
-        """
+    OSError where there is no descriptor or memory for it (EMFILE and friends): that tells nothing of timestamps.
+    """
+    with explained(family), listening(family) as listener:
+        sockets.save_syns(listener)
+        with closing(sockets.dial(family, Tuning(), None, for_rules=True)) as client:
+            connect(client, from_sockaddr(family, listener.getsockname()))
+            return _accepted(listener, client.getsockname(), until)
+
+
+@contextlib.contextmanager
+def explained(family: int) -> Iterator[None]:
+    """Turns what may go wrong with sockets on loopback into NoWitness with the reason."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in linux.CAPACITY:
+            raise
+        raise _reason(family, error) from None
+    except syn.Malformed as problem:
+        raise NoWitness(f"the kernel kept no SYN that can be read: {problem}") from None
+
+
+def _reason(family: int, error: OSError) -> NoWitness:
+    if not _is_lo_up():
+        return NoWitness(f"the loopback interface is down ({error.strerror}); to raise it: ip link set lo up")
+    if family == socket.AF_INET6 and error.errno in _NO_FAMILY and not _has_ipv6():
+        return FamilyAbsent("no interface has an IPv6 address here, so nothing can be sent over IPv6")
+    if error.errno in _LO_DOWN:
+        home = _HOMES[family]
+        return NoWitness(f"the loopback interface has no {home} ({error.strerror}); to add it: ip address add {home} dev lo")
+    return NoWitness(f"the witness connection on loopback failed: {error.strerror or error}")
+
+
+def _has_ipv6() -> bool:
+    try:
+        with open(_IPV6_ADDRESSES, encoding="ascii") as addresses:
+            return bool(addresses.read(1))
+    except FileNotFoundError:
+        return False  # the kernel has no IPv6
+    except OSError:
+        return True  # not readable: better a witness that is missing than a family that is left out
+
+
+def _is_lo_up() -> bool:
+    try:
+        return namespaces.is_up("lo")
+    except OSError:
+        return False
+
+
+def _accepted(listener: socket.socket, ours: object, until: float) -> Syn:
+    """The SYN of our own connection; what somebody else sent to the port is closed and passed over."""
+    while wait(listener, select.POLLIN, until):
+        accepted, peer = listener.accept()
+        with closing(accepted):
+            if peer == ours:
+                return syn.parse(sockets.saved_syn(accepted))
+    raise TimeoutError(errno.ETIMEDOUT, "it was not accepted in time")
+
+
+# What other looks at loopback stand on as well
+
+_HOMES: Dict[int, str] = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
+
+
+@contextlib.contextmanager
+def listening(family: int, backlog: int = 16) -> Iterator[socket.socket]:
+    """A listener of our own, closed at the end, where nobody expects one."""
+    with contextlib.closing(_bound(family)) as sock:
+        sock.listen(backlog)
+        yield sock
+
+
+def _bound(family: int) -> socket.socket:
+    """A port of the kernel's choice, on IPv4 at one of 16 million addresses; at 127.0.0.1 where lo has no others."""
+    high, middle, low = os.urandom(3)
+    anywhere = f"127.{high}.{middle}.{low % 254 + 1}"
+    for ip in (anywhere, _HOMES[family]) if family == socket.AF_INET else (_HOMES[family],):
+        sock = sockets.reusing(family)
         try:
-            return {family: self._look(family) for family in self._families}
+            sock.bind(Address(family, ip, 0).sockaddr)
+            return sock
         except OSError as error:
-            if error.errno in linux.CAPACITY:
-                raise
-            if error.errno in _LO_DOWN or not namespaces.is_up("lo"):
-                raise NoWitness(f"the loopback interface is down ({error.strerror}); to raise it: ip link set lo up") from None
-            raise NoWitness(f"the witness connection on loopback failed: {error.strerror or error}") from None
-        except syn.Malformed as problem:
-            raise NoWitness(f"the kernel kept no SYN that can be read: {problem}") from None
-
-    def _look(self, family: int) -> Syn:
-        listening = self._listener(family)
-        address = from_sockaddr(family, listening.getsockname())
-        client = sockets.dial(family, Tuning(), None)
-        try:
-            code = client.connect_ex(address.sockaddr)
-            if code and code not in linux.RETRY:
-                raise OSError(code, os.strerror(code))
-            return self._accepted(listening, client.getsockname())
-        finally:
-            sockets.reset_on_close(client)
-            client.close()
-
-    def _accepted(self, listening: socket.socket, ours: object) -> Syn:
-        """The SYN of our own connection; what somebody else sent to the port is closed and passed over."""
-        while True:
-            if not _readable(listening):
-                raise TimeoutError(errno.ETIMEDOUT, "it was not accepted in time")
-            accepted, peer = listening.accept()
-            with accepted:
-                sockets.reset_on_close(accepted)
-                if peer == ours:
-                    return syn.parse(sockets.saved_syn(accepted))
-
-    def _listener(self, family: int) -> socket.socket:
-        if family not in self._listeners:
-            sock = sockets.listener(Address(family, _LOOPBACK[family], 0), 16, Tuning())
-            sockets.save_syns(sock)
-            self._listeners[family] = sock
-        return self._listeners[family]
-
-    def close(self) -> None:
-        """Close the listeners."""
-        for sock in self._listeners.values():
             sock.close()
-        self._listeners.clear()
+            failure = error
+    raise failure
 
 
-def _readable(sock: socket.socket) -> bool:
-    """poll(2), since a descriptor may be beyond what select(2) can take."""
+@contextlib.contextmanager
+def closing(sock: SocketType) -> Iterator[SocketType]:
+    """Close with a reset at the end, unless it is closed by then: nothing of a look stays in TIME_WAIT."""
+    try:
+        yield sock
+    finally:
+        if sock.fileno() >= 0:
+            sockets.reset_on_close(sock)
+            sock.close()
+
+
+def connect(sock: SocketType, to: Address) -> None:
+    """Begin the handshake. OSError as it comes, but for what only says that the answer is not here yet."""
+    code = sock.connect_ex(to.sockaddr)
+    if code and code not in linux.RETRY:
+        raise OSError(code, os.strerror(code))
+
+
+def wait(sock: SocketType, events: int, until: float) -> bool:
+    """poll(2) for an event, or an error of the socket; False if none came in time."""
     poller = select.poll()
-    poller.register(sock, select.POLLIN)
-    return bool(poller.poll(_PATIENCE_S * 1000))
+    poller.register(sock, events)
+    return bool(poller.poll(max(0.0, until - time.monotonic()) * 1000))

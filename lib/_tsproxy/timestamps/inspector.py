@@ -1,0 +1,154 @@
+"""One look at this host: the sysctl, a witness SYN for each family and, where rules are relied on, what a far end could do.
+
+Knows how to look and what it means for a policy. Knows nothing of when to look, or of what follows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Dict, Iterable, NamedTuple, Optional, Set
+
+from _tsproxy.host import sockets
+from _tsproxy.timestamps import rehearsal, witness
+from _tsproxy.timestamps.evidence import NAMES, Answer
+from _tsproxy.timestamps.policy import Lever, Wanted
+from _tsproxy.timestamps.syn import Syn
+from _tsproxy.timestamps.sysctl import PATH, Sysctl
+from _tsproxy.timestamps.witness import FamilyAbsent, NoWitness
+
+LOOK_S = 0.5  # the deadline of all that one look does
+REHEARSED_S = 2.0  # how long it counts that the rules held against a far end that misbehaves
+
+
+class OfFamily(NamedTuple):
+    """What one look showed of one address family; `problem` says why it is anything but HOLDS."""
+
+    answer: Answer
+    syn: Optional[Syn] = None
+    problem: str = ""
+
+
+class Finding(NamedTuple):
+    """What one look showed. `lever` is None if the policy does not hold, or is not seen to; `problem` then says why."""
+
+    lever: Optional[Lever]
+    sysctl: Optional[int]
+    families: Dict[int, OfFamily]
+    problem: str = ""
+
+    @property
+    def syns(self) -> Dict[int, Syn]:
+        """The witness SYNs that were seen, by family."""
+        return {family: found.syn for family, found in self.families.items() if found.syn}
+
+    @property
+    def evidence(self) -> str:
+        """What was seen, for people."""
+        seen = [f"{NAMES[family]} SYN with {syn}" for family, syn in self.syns.items()]
+        return "; ".join([f"net.ipv4.tcp_timestamps={self.sysctl}", *seen])
+
+    def of(self, answer: Answer) -> Dict[int, OfFamily]:
+        """The families of which the look gave this answer."""
+        return {family: found for family, found in self.families.items() if found.answer is answer}
+
+    def answer(self, family: int, lever: Lever) -> Answer:
+        """What it means for who rests on `lever`: rules can't stand in for the sysctl, which is read for each SYN there."""
+        found = self.families.get(family)
+        if found is None or (lever is Lever.SYSCTL and self.sysctl != 0 and found.answer is Answer.HOLDS):
+            return Answer.FAILS
+        return found.answer
+
+
+class Inspector:
+    """Looks whether the policy holds, as often as it is asked; keeps the sysctl's descriptor open. Not for two threads."""
+
+    def __init__(self, wanted: Wanted) -> None:
+        self.wanted = wanted
+        self._sysctl: Optional[Sysctl] = None
+        # Whether rules take sockets.TAG_DSCP off again, so that upstream sockets may carry it: as of the first that held.
+        self.mark_is_known: Optional[bool] = None
+        self._rehearsed: Dict[int, float] = {}  # family -> when the rules last held against misbehaviour
+        self._saw_all: Set[int] = set()  # families of which each segment was seen then
+
+    def look(self, families: Iterable[int] = ()) -> Finding:
+        """One look at these families, or at those of the start; blocks for LOOK_S at most.
+
+        OSError where there is no descriptor or memory for it (EMFILE and friends): that tells nothing of timestamps.
+        """
+        until = time.monotonic() + LOOK_S
+        try:
+            self._sysctl = self._sysctl or Sysctl()
+            value = self._sysctl.value()
+        except (OSError, ValueError) as error:
+            return Finding(None, None, {}, f"can't read {PATH}: {error}")
+        early = _without_witness(self.wanted, value)
+        if early:
+            return early
+        return _judged(value, {family: self._of(family, value, until) for family in families or self.wanted.families})
+
+    def _of(self, family: int, sysctl: int, until: float) -> OfFamily:
+        try:
+            seen = witness.saved(family, until)
+            problem = self._mismatch(family, seen) or (self._rules(family, seen, until) if sysctl else "")
+        except FamilyAbsent as absent:
+            return OfFamily(Answer.ABSENT, None, str(absent))
+        except NoWitness as unseen:
+            return OfFamily(Answer.UNSEEN, None, str(unseen))
+        return OfFamily(Answer.FAILS if problem else Answer.HOLDS, seen, problem)
+
+    def _mismatch(self, family: int, seen: Syn) -> str:
+        what = f"not TSval {self.wanted.tsval}" if self.wanted.mode == "rewrite" else "TSopt"
+        return "" if self.wanted.fits(seen) else f"the witness SYN ({NAMES[family]}) carries {what}"
+
+    def _rules(self, family: int, seen: Syn, until: float) -> str:
+        """What is wrong with rules that hold for our SYN. Those that know our mark (sockets.TAG_DSCP) take it off again."""
+        marked = seen.dscp == sockets.TAG_DSCP
+        if marked and (self.wanted.mode == "rewrite" or self.mark_is_known):
+            return f"{rehearsal.MISBEHAVES}: {rehearsal.TIME_WAIT} (they do not know the mark of its answer, DSCP {seen.dscp})"
+        leak = self._rehearse(family, until)
+        if leak:
+            return f"{rehearsal.MISBEHAVES}: {leak}"
+        if self.mark_is_known is None:
+            self.mark_is_known = not marked
+        return ""
+
+    def _rehearse(self, family: int, until: float) -> str:
+        now = time.monotonic()
+        if now - self._rehearsed.get(family, -REHEARSED_S) < REHEARSED_S:
+            return ""
+        self._rehearsed.pop(family, None)
+        leak, saw_all = rehearsal.rehearse(family, self.wanted, until, seen_before=family in self._saw_all)
+        if saw_all and not leak:
+            self._saw_all.add(family)
+        if not leak:
+            self._rehearsed[family] = now
+        return leak
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        if self._sysctl:
+            with contextlib.closing(self._sysctl):
+                self._sysctl = None
+
+
+def _without_witness(wanted: Wanted, value: int) -> Optional[Finding]:
+    """The cases that no SYN needs to be looked at for."""
+    if wanted.mode == "preserve":
+        return Finding(Lever.NONE, value, {})
+    if wanted.mode == "rewrite" and value == 0:
+        problem = "net.ipv4.tcp_timestamps is 0 here, so there is no timestamp to rewrite"
+        return Finding(None, value, {family: OfFamily(Answer.FAILS, None, problem) for family in NAMES}, problem)
+    return Finding(Lever.TRUSTED, value, {}) if wanted.trusted else None
+
+
+def _judged(value: int, families: Dict[int, OfFamily]) -> Finding:
+    """What fails for one family fails the policy; what can't be looked at only if nothing else holds."""
+    lever = Lever.SYSCTL if value == 0 else Lever.NFTABLES
+    finding = Finding(lever, value, families)
+    bad = finding.of(Answer.FAILS) or (not finding.of(Answer.HOLDS) and families)
+    return finding._replace(lever=None, problem=_problem(bad)) if bad else finding
+
+
+def _problem(bad: Dict[int, OfFamily]) -> str:
+    return "; ".join(dict.fromkeys(found.problem for found in bad.values()))
