@@ -6,6 +6,7 @@ DRAINED = 0
 FAILED = 1
 USAGE = 2
 CANNOT_BIND = 69  # EX_UNAVAILABLE of sysexits.h
+NOT_YET = 75  # EX_TEMPFAIL: what is missing may come by itself, so a service manager tries again
 POLICY = 78  # EX_CONFIG
 
 

@@ -41,7 +41,7 @@ def run(config: Config, as_json: bool) -> int:
 
 
 def look(config: Config) -> Report:
-    """All of it, in order: the host, the levers, the witnesses on loopback, then the targets. Exit 2 if none resolves."""
+    """All of it, in order: the host, the levers, the witnesses on loopback, then the targets. Exit 75 if none resolves."""
     resolver = resolve(config)
     wanted = wanted_of(config, resolver)
     inspector = Inspector(wanted)
