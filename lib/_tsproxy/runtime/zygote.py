@@ -11,6 +11,8 @@ end of, and nobody can start a successor.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import pickle
 import select
@@ -18,15 +20,18 @@ import signal
 import socket
 import struct
 import time
-from typing import Dict, List, Set
+from typing import Dict, List, Optional, Set
 
 from _tsproxy.dataplane import inbox
 from _tsproxy.host import linux
+from _tsproxy.host.needs import Refused, needing
 from _tsproxy.host.wakeup import Wakeup
 from _tsproxy.runtime.spec import Spec, run_worker
 
 _LAST_S = 2.0
-_STATUS = struct.Struct("=Hi")  # worker's number, wait status
+_ANSWER_S = 1.0
+_NEWS = struct.Struct("=HBi")  # worker's number, one of the next line, wait status or errno
+_BEGUN, _REFUSED, _ENDED = range(3)
 
 
 class Zygote:
@@ -38,8 +43,10 @@ class Zygote:
         self._alive: Set[int] = set()
         self._fates: Dict[int, str] = {}
         self._lifelines: Dict[int, int] = {}  # worker's number -> our end of its pipe
+        self._answers: Dict[int, int] = {}  # worker's number -> what became of the last request for it: an errno, or 0
         self._own_fate = self._unsaid = ""
-        self._pid = os.fork()
+        with needing("fork(2)", "to start workers as processes"):
+            self._pid = os.fork()
         if self._pid == 0:
             _be_zygote(theirs, kept | {*gone, theirs.fileno()}, gone)
         theirs.close()
@@ -52,26 +59,44 @@ class Zygote:
         return self._ends.fileno()
 
     def start(self, spec: Spec, box: inbox.ChannelProducer) -> None:
-        """Fork a worker. Its end of the inbox goes along. If the zygote is gone, the worker has ended already."""
-        self._alive.add(spec.number)
+        """Fork a worker. Its end of the inbox goes along. If the zygote is gone, the worker has ended already.
+
+        OSError if there can't be a worker now. No answer for a second (the zygote is stopped) counts as one that will come.
+        """
         lifeline = self._new_lifeline(spec.number)
+        try:
+            self._ask(spec, [box.theirs.fileno(), lifeline, *spec.listeners])
+        finally:
+            os.close(lifeline)
+        self._alive.add(spec.number)
+        self._await_answer(spec.number)
+
+    def _ask(self, spec: Spec, fds: List[int]) -> None:
+        self._answers.pop(spec.number, None)
         self._control.setblocking(True)
         try:
             with open(os.memfd_create("tsproxy-spec"), "w+b") as text:  # a message has no room for 3,000 --allow
                 pickle.dump(spec, text)
                 text.flush()
-                fds = [text.fileno(), box.theirs.fileno(), lifeline, *spec.listeners]
-                socket.send_fds(self._control, [b"."], fds)
+                socket.send_fds(self._control, [b"."], [text.fileno(), *fds])
         except (BrokenPipeError, ConnectionResetError):
             pass  # nobody has the other end of the lifeline now
         finally:
             self._control.setblocking(False)
-            os.close(lifeline)
+
+    def _await_answer(self, number: int) -> None:
+        answer = select.poll()
+        answer.register(self._control, select.POLLIN)
+        deadline = time.monotonic() + _ANSWER_S
+        while self.can_start and number not in self._answers and time.monotonic() < deadline:
+            answer.poll(max(0.0, deadline - time.monotonic()) * 1000)
+        if self._answers.get(number):
+            raise Refused("fork(2)", self._answers[number], "for a worker")
 
     def _new_lifeline(self, number: int) -> int:
         """The worker's end of a new pipe; ours is hung up when the worker is gone, however it ended."""
         if number in self._lifelines:
-            os.close(self._lifelines[number])
+            os.close(self._lifelines.pop(number))
         self._lifelines[number], theirs = os.pipe2(os.O_CLOEXEC)
         self._ends.register(self._lifelines[number], select.EPOLLET)
         return theirs
@@ -101,7 +126,7 @@ class Zygote:
         self._ends.poll(0)
         while True:
             try:
-                message = self._control.recv(_STATUS.size)
+                message = self._control.recv(_NEWS.size)
             except BlockingIOError:
                 return
             except ConnectionResetError:
@@ -109,9 +134,17 @@ class Zygote:
             if not message:
                 self._look_ourselves()
                 return
-            number, status = _STATUS.unpack(message)
+            self._hear(*_NEWS.unpack(message))
+
+    def _hear(self, number: int, what: int, value: int) -> None:
+        if what != _ENDED:
+            self._answers[number] = value
+        if what == _REFUSED:
             self._alive.discard(number)
-            self._fates[number] = _fate(status)
+            self._fates[number] = f"fork(2): {os.strerror(value)}"
+        elif what == _ENDED:
+            self._alive.discard(number)
+            self._fates[number] = _fate(value)
 
     def _look_ourselves(self) -> None:
         """The zygote is gone: see how it ended, and which workers have ended without it."""
@@ -171,8 +204,11 @@ def _serve(control: socket.socket, gone: Wakeup) -> None:
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     workers: Dict[int, int] = {}
+    events = select.poll()  # not select(2): what was inherited may have used up the numbers that it can take
+    events.register(asked, select.POLLIN)
+    events.register(deaths, select.POLLIN)
     while True:
-        ready, _, _ = select.select([asked, deaths], [], [])
+        ready = {fd for fd, _ in events.poll()}
         if deaths in ready:
             os.read(deaths, 4096)
             _reap(workers, control, gone)
@@ -181,13 +217,17 @@ def _serve(control: socket.socket, gone: Wakeup) -> None:
             if not request:
                 _outlive(workers, deaths)
                 return
-            _fork(_spec(fds.pop(0)), fds, workers, {asked, deaths, wake})
+            spec = _spec(fds.pop(0))
+            refusal = _fork(spec, fds, workers, {asked, deaths, wake})
+            _tell(control, gone if refusal else None, _NEWS.pack(spec.number, _REFUSED if refusal else _BEGUN, refusal))
 
 
 def _outlive(workers: Dict[int, int], deaths: int) -> None:
     """The main process is gone, which its workers see as well. One that is stuck would keep what it has open: the port."""
     deadline = time.monotonic() + _LAST_S
-    while workers and select.select([deaths], [], [], max(0.0, deadline - time.monotonic()))[0]:
+    events = select.poll()
+    events.register(deaths, select.POLLIN)
+    while workers and events.poll(max(0.0, deadline - time.monotonic()) * 1000):
         os.read(deaths, 4096)
         for pid in _ended(workers):
             del workers[pid]
@@ -213,20 +253,27 @@ def _spec(fd: int) -> Spec:
     return spec
 
 
-def _fork(spec: Spec, fds: List[int], workers: Dict[int, int], private: Set[int]) -> None:
-    """`fds`: its end of the inbox, and of its lifeline, which it holds till it ends; then its listeners.
+def _fork(spec: Spec, fds: List[int], workers: Dict[int, int], private: Set[int]) -> int:
+    """0, or the errno of fork(2): too many tasks, no memory.
 
-    `private` is what it must not keep: with the zygote's own ends its death would go unnoticed.
+    `fds`: its end of the inbox, and of its lifeline, which it holds till it ends; then its listeners. `private` is what it
+    must not keep: with the zygote's own ends its death would go unnoticed.
     """
-    pid = os.fork()
+    pid, refusal = -1, 0
+    try:
+        pid = os.fork()
+    except OSError as error:
+        refusal = error.errno or errno.EAGAIN
     if pid == 0:
         signal.set_wakeup_fd(-1)
         for fd in private:
             os.close(fd)
         _be_worker(spec._replace(inbox=inbox.Channel(fds[0]), listeners=tuple(fds[2:])))
-    workers[pid] = spec.number
+    if not refusal:
+        workers[pid] = spec.number
     for fd in fds:
         os.close(fd)
+    return refusal
 
 
 def _be_worker(spec: Spec) -> None:
@@ -241,5 +288,12 @@ def _be_worker(spec: Spec) -> None:
 
 def _reap(workers: Dict[int, int], control: socket.socket, gone: Wakeup) -> None:
     for pid, status in _ended(workers).items():
-        control.send(_STATUS.pack(workers.pop(pid), status))
-        gone.ring()
+        _tell(control, gone, _NEWS.pack(workers.pop(pid), _ENDED, status))
+
+
+def _tell(control: socket.socket, bell: Optional[Wakeup], news: bytes) -> None:
+    """Nobody hears it when the main process is gone, which the end of its requests shows."""
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        control.send(news)
+        if bell:
+            bell.ring()

@@ -10,7 +10,7 @@ import selectors
 import socket
 import time
 from collections import deque
-from typing import Deque, List, Optional, Tuple
+from typing import Deque, List, Optional, Tuple, Union
 
 from _tsproxy import exits
 from _tsproxy.config import Config
@@ -19,7 +19,7 @@ from _tsproxy.dataplane.clients import Clients, slots_for
 from _tsproxy.dataplane.inbox import DRAIN, DRIFTED_ALL, DRIFTED_CONNECTING, KILL, LEAVE, OPEN
 from _tsproxy.host import linux, sockets, wakeup
 from _tsproxy.host.systemd import Notifier
-from _tsproxy.runtime.crew import Crew, Death
+from _tsproxy.runtime.crew import Crew, Death, Retry
 from _tsproxy.server import start_line, startup
 from _tsproxy.server.drift import DriftWatch
 from _tsproxy.server.leaving import Leaving
@@ -95,17 +95,26 @@ class Server:
 
     def run(self) -> int:
         """Start everything, accept until told to end, drain, say the last words; the exit code."""
-        self._reporter.start()
-        self._crew.start()
+        self._begin()
         self._reporter.say("start", **start_line.fields(self._ready))
         for target, reason in self._ready.resolver.failures:
             self._say("warning", "warning", f"can't resolve {target}: {reason}; the other targets are in use")
-        self._ready.resolver.follow(lambda: self._ledger.total(Counter.CONNECT_FAIL), self._tell)
         for fd in (self._signals.fd, self._has_news.reader, *self._crew.watched):
             self._selector.register(fd, selectors.EVENT_READ)
         self._watchdog.say(READY=1)
         self._accept_until_told()
         return self._stop(self._drain())
+
+    def _begin(self) -> None:
+        """Start what needs a thread or a process. OSError, with nothing left running, if one can't be had."""
+        self._reporter.start()
+        try:
+            self._crew.start()
+            self._ready.resolver.follow(lambda: self._ledger.total(Counter.CONNECT_FAIL), self._tell)
+        except OSError:
+            self._kill()
+            self._reporter.close()
+            raise
 
     def _accept_until_told(self) -> None:
         """Accept, or let the worker accept, until a signal or a worker's death."""
@@ -133,12 +142,15 @@ class Server:
 
     def _patience_s(self, pause: float) -> Optional[float]:
         """How long to sleep: until accepting goes on, an order is tried again, or the policy or the watchdog is due."""
-        dues = (pause or None, _ORDER_AGAIN_S if self._crew.owes else None, self._drift.due_s, self._watchdog.due_s)
+        again = _ORDER_AGAIN_S if self._crew.owes else None
+        dues = (pause or None, again, self._crew.retry_s, self._drift.due_s, self._watchdog.due_s)
         return min((due for due in dues if due is not None), default=None)
 
     def _keep_time(self) -> None:
         self._acceptor.offer_again()
         self._crew.deliver()
+        for retry in self._crew.try_again():
+            self._on_retry(retry)
         if self._drift.due_s == 0:
             self._drift.look()
         self._watchdog.tick()
@@ -187,11 +199,22 @@ class Server:
 
     def _on_death(self, death: Death) -> None:
         """Its connections are closed, the others are untouched; one that dies again and again ends the whole."""
-        self._died = self._died or bool(death.obstacle)
         self._told = None
-        then = f"{death.obstacle}: draining, then ending" if death.obstacle else "a successor took its place"
+        then = self._then(death) or "a successor took its place"
         about = f"worker {death.number} died ({death.fate}); {death.connections} connections closed; {then}"
         self._say("error", "error", about)
+
+    def _on_retry(self, retry: Retry) -> None:
+        then = self._then(retry)
+        level = "error" if then else "warning"
+        self._say(level, level, f"worker {retry.number}: {then or 'a successor took its place after all'}")
+
+    def _then(self, news: Union[Death, Retry]) -> str:
+        """What becomes of a worker's place that can't be filled now; "" if it is."""
+        self._died = self._died or bool(news.obstacle)
+        if news.obstacle:
+            return f"{news.obstacle}: draining, then ending"
+        return f"no successor yet, trying again: {news.delay}" if news.delay else ""
 
     def _on_drift(self, evidence: str) -> None:
         """The policy does not hold any more: what would leak from now on ends, and people are told once."""
