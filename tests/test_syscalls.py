@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import functools
+import itertools
 import os
 import re
 import shutil
@@ -246,6 +248,69 @@ def test_a_call_that_is_not_listed_ends_the_process(call: str, tmp_path: Path) -
         assert process.stderr.readline() == b"confined\n"
         said, _ = process.communicate(timeout=PATIENCE)
     assert (process.returncode, said) == (-signal.SIGSYS, b"relaying\n")
+
+
+# Calls that are refused, as a sandbox does it that was made for something else
+
+NEEDED = """accept4 bind clone clone3 dup2 epoll_create1 epoll_ctl epoll_wait ftruncate getsockname getsockopt listen pipe2 poll
+recvmsg rt_sigaction sendmsg sendto setsockopt socket socketpair wait4""".split()
+WITHOUT = ["memfd_create", "eventfd2", "sched_getaffinity", "prlimit64", "prctl"]
+CALLED = {"clone": "fork(2)", "clone3": "clone(2)"}  # by what it is called in C
+NUMBERS = [errno.EPERM, errno.ENOSYS]
+
+
+def refusing(call: str, number: int, runtime: str, bundle: Path, target: str, *more: str) -> Proxy:
+    command = [sys.executable, "-I", "-S", LAUNCHER, "refuse", call, str(number), sys.executable, "-I", "-S", str(bundle)]
+    return Proxy(command, "-t", target, "-p0", "--timestamps=preserve", f"--runtime={runtime}", *more)
+
+
+@pytest.mark.parametrize(("call", "number"), list(zip(NEEDED, itertools.cycle(NUMBERS))))
+def test_a_call_that_is_refused_is_named_in_one_line_if_it_is_needed(call: str, number: int, bundle: Path) -> None:
+    """With processes, which need more of them than threads."""
+    with contextlib.closing(refusing(call, number, "processes", bundle, "127.0.0.1:9", "--workers=1")) as proxy:
+        with contextlib.suppress(AssertionError):  # it does not start
+            proxy.line("start")
+        code = proxy.wait() if call == "getsockopt" else proxy.stop()  # its worker ends, and with it the whole
+        said = proxy.stderr().splitlines()
+    assert code in (0, 1, 69, 75)
+    assert len(said) <= 1
+    told = said + [line["message"] for line in proxy.lines if line["event"] == "error"]
+    assert "Traceback" not in "".join(told)
+    if code:
+        assert any(CALLED.get(call, f"{call}(2)") in line for line in told), told
+
+
+@pytest.mark.parametrize(("runtime", "number"), list(zip(["processes", "threads"], NUMBERS)))
+@pytest.mark.parametrize("call", WITHOUT)
+def test_a_call_that_can_be_done_without_may_be_refused(
+    call: str, runtime: str, number: int, bundle: Path, echoing: Exchange
+) -> None:
+    with contextlib.closing(refusing(call, number, runtime, bundle, echoing.target)) as proxy:
+        with proxy.connect() as client:
+            client.sendall(b"order")
+            assert receive_exactly(client, 5) == b"order"
+        assert proxy.line("connection")["reason"] == "closed"
+        assert ("wakeup=pipe" in proxy.line("start")["knobs"]) == (call == "eventfd2" or not hasattr(os, "eventfd"))
+        assert proxy.stop() == 0
+        assert proxy.stderr() == ""
+    assert proxy.count("error") == 0
+
+
+@pytest.mark.parametrize("runtime", ["processes", "threads"])
+@pytest.mark.parametrize("closed", ["", "<&- 2>&-"], ids=["", "standard-descriptors-closed"])
+def test_preserve_needs_neither_proc_nor_dev_null(runtime: str, closed: str, bundle: Path, echoing: Exchange) -> None:
+    """As in a chroot that nobody has furnished. (strip reads /proc: that it can't is said, with 78.)"""
+    require_root()
+    bare = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none /proc && mount -t tmpfs none /dev && exec "$@" {closed}']
+    words = ["-t", echoing.target, "-p0", "--timestamps=preserve", "--workers=2", f"--runtime={runtime}"]
+    with contextlib.closing(Proxy([*bare, "sh", sys.executable, "-I", "-S", str(bundle)], *words)) as proxy:
+        for _ in range(4):
+            with proxy.connect() as client:
+                client.sendall(b"order")
+                assert receive_exactly(client, 5) == b"order"
+        assert proxy.stop() == 0
+        assert proxy.stderr() == ""
+    assert (proxy.count("connection"), proxy.count("error")) == (4, 0)
 
 
 # What is made from the list

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
@@ -12,6 +13,7 @@ from _tsproxy import cli, config, exits
 from _tsproxy.config import UsageError
 from _tsproxy.exits import Exit
 from _tsproxy.host.needs import PASSING, Refused
+from _tsproxy.host.nowhere import open_nowhere
 
 _UNWRITTEN = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
@@ -52,17 +54,17 @@ def _told(problem: OSError) -> str:
 
 def _open_standard_descriptors() -> None:
     """Started with 0, 1 or 2 closed, the next socket would take that number and get our lines."""
-    while True:
-        fd = os.open(os.devnull, os.O_RDWR)
-        if fd > 2:
-            os.close(fd)
-            return
-        os.set_inheritable(fd, True)
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:  # then it is the lowest that is free
+            os.set_inheritable(open_nowhere(), True)
 
 
 def _forget_output() -> None:
     """What could not be written would be tried again when the interpreter ends, and its exit code would be 120."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    with contextlib.suppress(OSError):
+        os.dup2(open_nowhere(), 1)
 
 
 def _dispatch(options: Dict[str, Any], manual: str) -> int:

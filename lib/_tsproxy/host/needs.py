@@ -50,4 +50,4 @@ def start_thread(thread: threading.Thread, purpose: str) -> None:
     try:
         thread.start()
     except RuntimeError as problem:
-        raise Refused("clone(2)", errno.EAGAIN, purpose, str(problem)) from None
+        raise Refused("clone(2)", errno.EAGAIN, purpose, f"{problem} (too many tasks, or a sandbox)") from None

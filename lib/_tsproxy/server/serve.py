@@ -18,6 +18,7 @@ from _tsproxy.dataplane.acceptor import Acceptor
 from _tsproxy.dataplane.clients import Clients, slots_for
 from _tsproxy.dataplane.inbox import DRAIN, DRIFTED_ALL, DRIFTED_CONNECTING, KILL, LEAVE, OPEN
 from _tsproxy.host import linux, sockets, wakeup
+from _tsproxy.host.needs import needing
 from _tsproxy.host.systemd import Notifier
 from _tsproxy.runtime.crew import Crew, Death, Retry
 from _tsproxy.server import start_line, startup
@@ -54,7 +55,8 @@ class Server:
 
     def __init__(self, ready: Ready, notifier: Notifier) -> None:
         self._ready, self._config = ready, ready.plan.config
-        self._signals = Signals()
+        with needing("pipe2(2) or rt_sigaction(2)", "to take signals"):
+            self._signals = Signals()
         self._slots = slots_for(self._config.max_connections, self._config.max_connections_per_client)
         self._ledger = Ledger.create(self._config.workers, self._slots)
         pipe = RecordPipe.create()
@@ -67,7 +69,8 @@ class Server:
         self._watchdog = Watchdog(notifier, self._crew, self._status)
         self._refuses = ""  # why clients are refused
         self._drift = DriftWatch(ready.inspector, ready.plan.lever, self._on_drift, self._on_held)
-        self._selector = selectors.DefaultSelector()
+        with needing("epoll_create1(2)", "to wait for events"):
+            self._selector = selectors.DefaultSelector()
         self._started = time.monotonic()
         self._ended_by: List[str] = []  # the signals that asked for the end, in order
         self._died = False
@@ -96,17 +99,21 @@ class Server:
     def run(self) -> int:
         """Start everything, accept until told to end, drain, say the last words; the exit code."""
         self._begin()
-        self._reporter.say("start", **start_line.fields(self._ready))
+        with needing("getsockname(2)", "to tell what address it listens on"):
+            fields = start_line.fields(self._ready, self._has_news.kind)
+        self._reporter.say("start", **fields)
         for target, reason in self._ready.resolver.failures:
             self._say("warning", "warning", f"can't resolve {target}: {reason}; the other targets are in use")
-        for fd in (self._signals.fd, self._has_news.reader, *self._crew.watched):
-            self._selector.register(fd, selectors.EVENT_READ)
         self._watchdog.say(READY=1)
         self._accept_until_told()
         return self._stop(self._drain())
 
     def _begin(self) -> None:
         """Start what needs a thread or a process. OSError, with nothing left running, if one can't be had."""
+        with needing("epoll_ctl(2) or epoll_wait(2)", "to wait for events"):
+            for fd in (self._signals.fd, self._has_news.reader, *self._crew.watched):
+                self._selector.register(fd, selectors.EVENT_READ)
+            self._selector.select(0)
         self._reporter.start()
         try:
             self._crew.start()

@@ -28,10 +28,13 @@ from _tsproxy.timestamps.policy import Inspector, Lever, Wanted
 # What getaddrinfo(3) can take for one name: 5 s, twice, for three servers and each of six domains to search (resolv.conf(5)).
 _LOOK_UP_S = 240.0
 _BACKLOG = 4096  # the kernel takes the smaller of this and net.core.somaxconn
+_SANDBOX = " (does a sandbox refuse socket(2), setsockopt(2), bind(2) or listen(2)? SECURITY.md lists the system calls)"
 _HINTS = {
     errno.EADDRINUSE: " (ss -ltnp shows by whom; --reuse-port shares a port)",
     errno.EACCES: " (ports below 1024 need root; --user drops it after binding)",
     errno.EADDRNOTAVAIL: " (--bind takes an address of this host)",
+    errno.EPERM: _SANDBOX,
+    errno.ENOSYS: _SANDBOX,
 }
 
 

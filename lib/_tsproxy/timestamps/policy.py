@@ -76,6 +76,8 @@ class Inspector:
 
     def look(self) -> Finding:
         """One look: the sysctl and, unless the host is trusted, a witness SYN for each family."""
+        if self.wanted.mode == "preserve":
+            return Finding(Lever.NONE, self._seen_sysctl(), {})
         try:
             self._sysctl = self._sysctl or Sysctl()
             value = self._sysctl.value()
@@ -90,6 +92,14 @@ class Inspector:
             return Finding(None, value, {}, str(problem))
         return _judge(self.wanted, value, syns)
 
+    def _seen_sysctl(self) -> Optional[int]:
+        """The value, where nothing rests on it: None where /proc can't be read."""
+        try:
+            self._sysctl = self._sysctl or Sysctl()
+            return self._sysctl.value()
+        except (OSError, ValueError):
+            return None
+
     def close(self) -> None:
         """Close the descriptors."""
         self._witness.close()
@@ -99,8 +109,6 @@ class Inspector:
 
 def _without_witness(wanted: Wanted, value: int) -> Optional[Finding]:
     """The cases that no SYN needs to be looked at for."""
-    if wanted.mode == "preserve":
-        return Finding(Lever.NONE, value, {})
     if wanted.mode == "rewrite" and value == 0:
         return Finding(None, value, {}, "net.ipv4.tcp_timestamps is 0 here, so there is no timestamp to rewrite")
     return Finding(Lever.TRUSTED, value, {}) if wanted.trusted else None
