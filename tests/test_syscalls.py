@@ -313,6 +313,19 @@ def test_preserve_needs_neither_proc_nor_dev_null(runtime: str, closed: str, bun
     assert (proxy.count("connection"), proxy.count("error")) == (4, 0)
 
 
+def test_strip_without_proc_asks_for_proc_and_for_nothing_else(bundle: Path) -> None:
+    """No lever would help: what it reads is not there."""
+    require_root()
+    bare = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh"]
+    command = [*bare, sys.executable, "-I", "-S", str(bundle), "-t", "127.0.0.1:9", "-p0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
+    assert done.returncode == 78
+    first, *rest = done.stderr.splitlines()
+    path = "/proc/sys/net/ipv4/tcp_timestamps"
+    assert first == f"tsproxy: --timestamps=strip can't be honoured here: can't read {path}: No such file or directory."
+    assert [line.strip() for line in rest if line.startswith("    ")] == ["mount -t proc proc /proc"]
+
+
 # What is made from the list
 
 
