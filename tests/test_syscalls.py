@@ -296,6 +296,17 @@ def test_a_call_that_can_be_done_without_may_be_refused(
     assert proxy.count("error") == 0
 
 
+@pytest.mark.parametrize("call", ["clone", "wait4"])
+def test_where_processes_are_refused_auto_takes_another_runtime(call: str, bundle: Path, echoing: Exchange) -> None:
+    with contextlib.closing(refusing(call, errno.EPERM, "auto", bundle, echoing.target)) as proxy:
+        assert proxy.line("start")["runtime"] in ("threads", "interpreters")
+        with proxy.connect() as client:
+            client.sendall(b"order")
+            assert receive_exactly(client, 5) == b"order"
+        assert proxy.stop() == 0
+        assert proxy.stderr() == ""
+
+
 @pytest.mark.parametrize("runtime", ["processes", "threads"])
 @pytest.mark.parametrize("closed", ["", "<&- 2>&-"], ids=["", "standard-descriptors-closed"])
 def test_preserve_needs_neither_proc_nor_dev_null(runtime: str, closed: str, bundle: Path, echoing: Exchange) -> None:

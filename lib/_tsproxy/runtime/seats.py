@@ -192,4 +192,18 @@ def best() -> str:
     """What --runtime=auto takes here."""
     if is_free_threaded():
         return "threads"
-    return "interpreters" if have_interpreters() else "processes"
+    if have_interpreters():
+        return "interpreters"
+    return "processes" if _may_fork() else "threads"
+
+
+def _may_fork() -> bool:
+    """Whether fork(2), and waiting for a child, are allowed at all: tried. For want of tasks it may fail now and not later."""
+    try:
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0)
+        os.waitpid(pid, 0)
+    except OSError as error:
+        return error.errno in needs.PASSING
+    return True
