@@ -1,4 +1,4 @@
-"""`check`: would the timestamp policy hold here? Looks at each lever and each witness, then says yes (0) or no (78).
+"""`check`: would the timestamp policy hold here? Each lever, each witness: yes (0), no (78), no target resolves (75).
 
 It decides as relaying does, with the same Inspector and the same gate. No SYN leaves for a target before the loopback
 witness is clean: that SYN would be the leak. What a target answers does not change what is true of the policy.
