@@ -271,11 +271,11 @@ def test_a_target_that_refuses_times_out_or_has_no_route_changes_nothing(spaces:
     }
 
 
-def test_a_target_that_can_not_be_resolved_ends_with_2_as_for_relaying() -> None:
+def test_a_target_that_can_not_be_resolved_ends_with_75_as_for_relaying() -> None:
     done = subprocess.run(
         [*CHECKOUT, "check", "-t", "no-such-host.invalid:443"], capture_output=True, text=True, timeout=60, check=False
     )
-    assert (done.returncode, done.stdout) == (2, "")
+    assert (done.returncode, done.stdout) == (75, "")
     assert done.stderr.startswith("tsproxy: --target: given 'no-such-host.invalid:443'; can't be resolved")
     assert done.stderr.count("\n") == 1
 

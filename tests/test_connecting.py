@@ -117,7 +117,7 @@ def test_upstream_connections_come_from_the_sources_in_turn(start: Any, exchange
 
 def test_a_source_that_is_not_ours_says_so(start: Any, exchange: Exchange) -> None:
     proxy = start(exchange, "--source=192.0.2.77")
-    assert proxy.wait() == 2
+    assert proxy.wait() == 75, "it may come yet: a service manager tries again"
     assert "--source: given '192.0.2.77'" in proxy.stderr()
 
 

@@ -287,6 +287,21 @@ def test_a_worker_that_dies_after_the_zygote_ends_the_whole_once_the_others_have
     assert proxy.stderr() == ""
 
 
+def test_a_successor_for_which_the_main_process_has_no_descriptor_is_tried_again(forked: Stand) -> None:
+    """It needs two for a moment, a pipe(2): EMFILE there ended everything."""
+    proxy = forked.start()
+    with forked.unharmed(proxy):
+        main, (victim, _) = proxy.process.pid, children(zygote_of(proxy))
+        with descriptors_up_to(main, lowest_free(main)):
+            os.kill(victim, signal.SIGKILL)
+            died = proxy.line("error")["message"]
+        assert died.startswith("worker 0 died (killed by SIGKILL); 0 connections closed; no successor yet, trying again: ")
+        assert "pipe2(2): Too many open files" in died
+        assert proxy.line("warning")["message"] == "worker 0: a successor took its place after all"
+    assert proxy.stop() == 0
+    assert proxy.stderr() == ""
+
+
 def test_a_worker_whose_zygote_died_in_the_same_moment_is_no_crash(forked: Stand) -> None:
     proxy = forked.start()
     forked.ask(proxy)

@@ -17,7 +17,8 @@ from harness import Exchange, Line, Proxy, wait_until
 class Names:
     """A DNS server on port 53 of a namespace: what it answers, the test decides (RFC 1035, section 4.1)."""
 
-    OK, NXDOMAIN = 0, 3
+    OK, SERVFAIL, NXDOMAIN = 0, 2, 3
+    NODATA = 16  # an answer without an error and without a record
 
     def __init__(self, address: str) -> None:
         self.address: Optional[str] = address  # None: it keeps silent
@@ -46,7 +47,7 @@ class Names:
         found = self.code == self.OK and kind == wanted
         raw = socket.inet_pton(family, address)
         record = struct.pack("!HHHIH", 0xC00C, wanted, 1, 0, len(raw)) + raw
-        head = question[:2] + struct.pack("!HHHHH", 0x8180 | self.code, 1, int(found), 0, 0)
+        head = question[:2] + struct.pack("!HHHHH", 0x8180 | self.code & 15, 1, int(found), 0, 0)
         return head + asked + (record if found else b"")
 
     def close(self) -> None:
@@ -128,6 +129,19 @@ def test_a_resolver_that_fails_leaves_the_last_answer_in_use(named: Named, how: 
     assert warning.endswith("; the last answer stays in use")
     assert healed == f"exchange.test:{named.old.port} can be resolved again"
     assert (proxy.count("warning"), proxy.count("resolve")) == (1, 1), "once for each change"
+
+
+@pytest.mark.parametrize("how", ["NXDOMAIN", "SERVFAIL", "NODATA", "silent"])
+def test_a_name_that_can_not_be_resolved_yet_ends_the_start_with_75_and_the_next_one_is_good(named: Named, how: str) -> None:
+    """Not with 2: there is nothing wrong with what was given."""
+    named.names.code = getattr(Names, how, Names.OK)
+    named.names.address = None if how == "silent" else "127.0.0.2"
+    early = named.start()
+    assert early.wait() == 75
+    (line,) = early.stderr().splitlines()
+    assert line.startswith(f"tsproxy: --target: given 'exchange.test:{named.old.port}'; can't be resolved: ")
+    named.names.address, named.names.code = "127.0.0.2", Names.OK
+    named.stand.ask(named.start())
 
 
 def test_a_resolver_that_keeps_silent_holds_neither_clients_nor_the_end_up(named: Named) -> None:

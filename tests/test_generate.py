@@ -687,6 +687,17 @@ def test_the_service_is_started_with_the_options_that_were_given(more: Tuple[str
     assert ("sched_setaffinity" in setting(service, "SystemCallFilter")) == bool(wanted.cpus)
 
 
+def test_a_start_that_fails_is_tried_again_for_ever_and_the_socket_stays() -> None:
+    """With a start limit a client that waits uses it up in a moment, and the socket fails: nobody can connect any more."""
+    for name in ("tsproxy.service", "tsproxy-netns.service"):
+        lines = unit(name)
+        assert setting(lines, "StartLimitIntervalSec") == ["0"]
+        assert setting(lines, "Restart") == ["on-failure"]
+        assert setting(lines, "RestartSec") == ["2"], "the pace, since there is no limit"
+        assert setting(lines, "RestartPreventExitStatus") == []
+    assert setting(unit("tsproxy.socket"), "TriggerLimitIntervalSec") == ["0"]
+
+
 def test_the_shared_user_nobody_is_given_a_user_of_its_own_by_systemd() -> None:
     service = unit("tsproxy.service", "--user=nobody")
     assert (setting(service, "User"), setting(service, "DynamicUser")) == ([], ["yes"])

@@ -81,17 +81,20 @@ def test_what_the_kernel_gives_goes_back_to_the_kernel(family: int, ip: str) -> 
 # Wake-ups
 
 
+KIND = "eventfd" if wakeup.HAS_EVENTFD else "pipe"
+
+
 @contextlib.contextmanager
 def bell(kind: str) -> Iterator[wakeup.Wakeup]:
     """A wake-up of that kind: what this Python has, or what an older one falls back to."""
-    made = wakeup.create() if kind == wakeup.KIND else wakeup.Wakeup(*os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC))
+    made = wakeup.create() if kind == KIND else wakeup.Wakeup(*os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC))
     try:
         yield made
     finally:
         made.close()
 
 
-KINDS = pytest.mark.parametrize("kind", list(dict.fromkeys([wakeup.KIND, "pipe"])))
+KINDS = pytest.mark.parametrize("kind", list(dict.fromkeys([KIND, "pipe"])))
 
 
 def is_readable(fd: int) -> bool:

@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 from pathlib import Path
-from typing import Any, Iterator, List, Set, cast
+from typing import Any, Iterator, List, Sequence, Set, cast
 
 import pytest
 from _tsproxy.dataplane import inbox
@@ -20,6 +20,7 @@ from _tsproxy.telemetry.counters import Ledger
 from _tsproxy.telemetry.records import Notice, RecordPipe, decode
 from conftest import _starter
 from harness import ROOT, Exchange, Proxy, children, pause, pythons, receive_exactly, wait_until
+from unprivileged import BECOME, as_nobody
 
 PYTHON = dict(pythons())
 KINDS = ["threads", "processes", *(["interpreters"] if "3.13" in PYTHON else [])]
@@ -319,6 +320,88 @@ def test_workers_keep_to_their_cpus(start: Any, echoing: Exchange) -> None:
     )
     done = subprocess.run(["taskset", "-p", str(proxy.process.pid)], capture_output=True, check=False)
     assert done.returncode == 0
+
+
+# Tasks that can't be had (RLIMIT_NPROC counts those of a user, so each test has one of its own)
+
+
+USER = f"--reuid={70_000 + os.getpid() % 10_000}"
+
+
+@pytest.fixture
+def alone(bundle: Path) -> Iterator[Any]:
+    """Start the proxy as a user that nobody else is: alone(exchange, options, prefix=...) -> Proxy."""
+    with as_nobody(bundle) as words:
+        command = [USER if word.startswith("--reuid") else word for word in words]
+        running: List[Proxy] = []
+
+        def begin(far: Exchange, *options: str, prefix: Sequence[str] = ()) -> Proxy:
+            running.append(Proxy([*prefix, *command], "-t", far.target, "-p0", "--timestamps=preserve", *options))
+            return running[-1]
+
+        yield begin
+        for proxy in running:
+            proxy.close()
+
+
+@contextlib.contextmanager
+def tasks_up_to(pid: int, most: int) -> Iterator[None]:
+    """Set as the user that the process has: another needs CAP_SYS_RESOURCE, which not every root has."""
+    (limits,) = [line.split() for line in Path(f"/proc/{pid}/limits").read_text().splitlines() if "Max processes" in line]
+    _set_tasks(pid, str(most))
+    try:
+        yield
+    finally:
+        _set_tasks(pid, limits[3])
+
+
+def _set_tasks(pid: int, soft: str) -> None:
+    subprocess.run(
+        [*(USER if word.startswith("--reuid") else word for word in BECOME), "prlimit", f"--pid={pid}", f"--nproc={soft}:"],
+        check=True,
+    )
+
+
+@pytest.mark.parametrize(("runtime", "most"), [("threads", 1), ("threads", 2), *(("processes", most) for most in (1, 2, 3))])
+def test_tasks_that_are_refused_end_the_start_in_one_line(alone: Any, exchange: Exchange, runtime: str, most: int) -> None:
+    """The reporter's thread, the zygote, a worker: whichever it is."""
+    limit = ["prlimit", f"--nproc={most}:{most}"]
+    proxy = alone(exchange, f"--runtime={runtime}", "--workers=1", prefix=limit)
+    assert proxy.wait() == 75
+    (line,) = proxy.stderr().splitlines()
+    assert line.startswith(("tsproxy: fork(2): Resource temporarily unavailable", "tsproxy: clone(2): can't start new thread"))
+    assert line.endswith("raise the number of tasks that are allowed (ulimit -u, TasksMax=, pids.max)")
+    assert proxy.lines == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_successor_that_can_not_be_forked_is_tried_again_and_the_others_go_on(
+    alone: Any, echoing: Exchange, workers: int
+) -> None:
+    """With one worker, clients wait in the backlog; with two, the other one serves them all."""
+    proxy = alone(echoing, "--runtime=processes", f"--workers={workers}")
+    ask(proxy)
+    proxy.line("connection")
+    (zygote,) = children(proxy.process.pid)
+    with tasks_up_to(zygote, 1):
+        os.kill(workers_of(proxy)[0], signal.SIGKILL)
+        refusal = "no successor yet, trying again: fork(2): Resource temporarily unavailable, needed for a worker; "
+        died = proxy.line("error")["message"]
+        assert died.startswith(f"worker 0 died (killed by SIGKILL); 0 connections closed; {refusal}")
+        for _ in range(3):
+            assert proxy.line("error", after=len(proxy.lines))["message"].startswith(f"worker 0: {refusal}")
+        if workers > 1:
+            for _ in range(6):
+                ask(proxy)
+        waiting = waiting_clients(proxy) if workers == 1 else []
+    assert proxy.line("warning")["message"] == "worker 0: a successor took its place after all"
+    are_served(waiting)
+    for _ in range(4):
+        ask(proxy)
+    assert proxy.metrics()["worker_restarts_total"] == 1
+    assert len(workers_of(proxy)) == workers
+    assert proxy.stop() == 0
+    assert proxy.stderr() == ""
 
 
 class Stillborn(ThreadSeat):

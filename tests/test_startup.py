@@ -50,7 +50,7 @@ def test_a_listening_address_that_is_not_ours_ends_with_69() -> None:
 
 def test_a_target_that_can_not_be_resolved_is_named() -> None:
     done = refuse("-t", "no-such-host.invalid:443", *PRESERVE)
-    assert done.returncode == 2
+    assert done.returncode == 75
     assert "--target: given 'no-such-host.invalid:443'" in one_line(done)
 
 

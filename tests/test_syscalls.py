@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import functools
+import itertools
 import os
 import re
 import shutil
@@ -246,6 +248,93 @@ def test_a_call_that_is_not_listed_ends_the_process(call: str, tmp_path: Path) -
         assert process.stderr.readline() == b"confined\n"
         said, _ = process.communicate(timeout=PATIENCE)
     assert (process.returncode, said) == (-signal.SIGSYS, b"relaying\n")
+
+
+# Calls that are refused, as a sandbox does it that was made for something else
+
+NEEDED = """accept4 bind clone clone3 dup2 epoll_create1 epoll_ctl epoll_wait ftruncate getsockname getsockopt listen pipe2 poll
+recvmsg rt_sigaction sendmsg sendto setsockopt socket socketpair wait4""".split()
+WITHOUT = ["memfd_create", "eventfd2", "sched_getaffinity", "prlimit64", "prctl"]
+CALLED = {"clone": "fork(2)", "clone3": "clone(2)"}  # by what it is called in C
+NUMBERS = [errno.EPERM, errno.ENOSYS]
+
+
+def refusing(call: str, number: int, runtime: str, bundle: Path, target: str, *more: str) -> Proxy:
+    command = [sys.executable, "-I", "-S", LAUNCHER, "refuse", call, str(number), sys.executable, "-I", "-S", str(bundle)]
+    return Proxy(command, "-t", target, "-p0", "--timestamps=preserve", f"--runtime={runtime}", *more)
+
+
+@pytest.mark.parametrize(("call", "number"), list(zip(NEEDED, itertools.cycle(NUMBERS))))
+def test_a_call_that_is_refused_is_named_in_one_line_if_it_is_needed(call: str, number: int, bundle: Path) -> None:
+    """With processes, which need more of them than threads."""
+    with contextlib.closing(refusing(call, number, "processes", bundle, "127.0.0.1:9", "--workers=1")) as proxy:
+        with contextlib.suppress(AssertionError):  # it does not start
+            proxy.line("start")
+        code = proxy.wait() if call == "getsockopt" else proxy.stop()  # its worker ends, and with it the whole
+        said = proxy.stderr().splitlines()
+    assert code in (0, 1, 69, 75)
+    assert len(said) <= 1
+    told = said + [line["message"] for line in proxy.lines if line["event"] == "error"]
+    assert "Traceback" not in "".join(told)
+    if code:
+        assert any(CALLED.get(call, f"{call}(2)") in line for line in told), told
+
+
+@pytest.mark.parametrize(("runtime", "number"), list(zip(["processes", "threads"], NUMBERS)))
+@pytest.mark.parametrize("call", WITHOUT)
+def test_a_call_that_can_be_done_without_may_be_refused(
+    call: str, runtime: str, number: int, bundle: Path, echoing: Exchange
+) -> None:
+    with contextlib.closing(refusing(call, number, runtime, bundle, echoing.target)) as proxy:
+        with proxy.connect() as client:
+            client.sendall(b"order")
+            assert receive_exactly(client, 5) == b"order"
+        assert proxy.line("connection")["reason"] == "closed"
+        assert ("wakeup=pipe" in proxy.line("start")["knobs"]) == (call == "eventfd2" or not hasattr(os, "eventfd"))
+        assert proxy.stop() == 0
+        assert proxy.stderr() == ""
+    assert proxy.count("error") == 0
+
+
+@pytest.mark.parametrize("call", ["clone", "wait4"])
+def test_where_processes_are_refused_auto_takes_another_runtime(call: str, bundle: Path, echoing: Exchange) -> None:
+    with contextlib.closing(refusing(call, errno.EPERM, "auto", bundle, echoing.target)) as proxy:
+        assert proxy.line("start")["runtime"] in ("threads", "interpreters")
+        with proxy.connect() as client:
+            client.sendall(b"order")
+            assert receive_exactly(client, 5) == b"order"
+        assert proxy.stop() == 0
+        assert proxy.stderr() == ""
+
+
+@pytest.mark.parametrize("runtime", ["processes", "threads"])
+@pytest.mark.parametrize("closed", ["", "<&- 2>&-"], ids=["", "standard-descriptors-closed"])
+def test_preserve_needs_neither_proc_nor_dev_null(runtime: str, closed: str, bundle: Path, echoing: Exchange) -> None:
+    """As in a chroot that nobody has furnished. (strip reads /proc: that it can't is said, with 78.)"""
+    require_root()
+    bare = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none /proc && mount -t tmpfs none /dev && exec "$@" {closed}']
+    words = ["-t", echoing.target, "-p0", "--timestamps=preserve", "--workers=2", f"--runtime={runtime}"]
+    with contextlib.closing(Proxy([*bare, "sh", sys.executable, "-I", "-S", str(bundle)], *words)) as proxy:
+        for _ in range(4):
+            with proxy.connect() as client:
+                client.sendall(b"order")
+                assert receive_exactly(client, 5) == b"order"
+        assert proxy.stop() == 0
+        assert proxy.stderr() == ""
+    assert (proxy.count("connection"), proxy.count("error")) == (4, 0)
+
+
+def test_strip_without_proc_asks_for_proc_and_for_nothing_else(bundle: Path) -> None:
+    """No lever would help: what it reads is not there."""
+    require_root()
+    bare = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh"]
+    command = [*bare, sys.executable, "-I", "-S", str(bundle), "-t", "127.0.0.1:9", "-p0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
+    assert done.returncode == 78
+    first, *rest = done.stderr.splitlines()
+    path = "/proc/sys/net/ipv4/tcp_timestamps"
+    assert first == f"tsproxy: --timestamps=strip can't be honoured here: can't read {path}: No such file or directory."
+    assert [line.strip() for line in rest if line.startswith("    ")] == ["mount -t proc proc /proc"]
 
 
 # What is made from the list

@@ -9,7 +9,7 @@ import ipaddress
 import os
 import re
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Dict, FrozenSet, List, Mapping, NamedTuple, Optional, Tuple, Union
 
 IPNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
@@ -216,9 +216,17 @@ def _is_ipv6(text: str, scope: Optional[str]) -> bool:
     return ":" in text and is_address(text) and (scope is None or ":" in _plain(text))
 
 
+def usable_cpus() -> FrozenSet[int]:
+    """The CPUs of this process's affinity mask; all that are online where a sandbox refuses sched_getaffinity(2)."""
+    try:
+        return frozenset(os.sched_getaffinity(0))
+    except OSError:
+        return frozenset(range(os.cpu_count() or 1))
+
+
 def cpu_list(option: str, given: str) -> Tuple[int, ...]:
     """CPU numbers in taskset's form, e.g. 2-5,8; each must be one that this process may run on."""
-    usable = os.sched_getaffinity(0)
+    usable = usable_cpus()
     found: List[int] = []
     for part in given.split(","):
         match = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", part, re.ASCII)
@@ -348,4 +356,4 @@ def _defaults(fields: Dict[str, Any]) -> None:
     if fields.get("cpus"):
         fields["workers"] = len(fields["cpus"])
     elif "workers" not in fields:
-        fields["workers"] = len(os.sched_getaffinity(0))
+        fields["workers"] = len(usable_cpus())

@@ -1,4 +1,4 @@
-"""`check`: would the timestamp policy hold here? Looks at each lever and each witness, then says yes (0) or no (78).
+"""`check`: would the timestamp policy hold here? Each lever, each witness: yes (0), no (78), no target resolves (75).
 
 It decides as relaying does, with the same Inspector and the same gate. No SYN leaves for a target before the loopback
 witness is clean: that SYN would be the leak. What a target answers does not change what is true of the policy.
@@ -46,7 +46,7 @@ def run(config: Config, as_json: bool) -> int:
 
 
 def look(config: Config) -> Report:
-    """All of it, in order: the host, the levers, the witnesses on loopback, then the targets. Exit 2 if none resolves."""
+    """All of it, in order: the host, the levers, the witnesses on loopback, then the targets. Exit 75 if none resolves."""
     resolver = resolve(config)
     wanted = wanted_of(config, resolver)
     with contextlib.closing(Inspector(wanted)) as inspector:

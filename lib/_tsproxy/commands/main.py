@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Tuple, Union
 
 import _tsproxy
 from _tsproxy import cli, config, exits
 from _tsproxy.config import UsageError
 from _tsproxy.exits import Exit
+from _tsproxy.host.needs import PASSING, Refused
+from _tsproxy.host.nowhere import open_nowhere
 
 _UNWRITTEN = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
@@ -27,16 +30,20 @@ def run(manual: str, words: List[str], docopt: Docopt) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()  # now, where a failure can still be told
         return code
-    except UsageError as problem:
-        return _fail(exits.USAGE, str(problem))
-    except Exit as end:
-        return _fail(end.code, str(end))
+    except (UsageError, Exit, Refused) as problem:
+        return _fail(*_code_and_line(problem))
     except OSError as problem:
         _forget_output()
         gone = isinstance(problem, BrokenPipeError)  # who read our output: nobody to tell
         return exits.FAILED if gone else _fail(exits.FAILED, _told(problem))
     except KeyboardInterrupt:
         return 130
+
+
+def _code_and_line(problem: Union[UsageError, Exit, Refused]) -> Tuple[int, str]:
+    if isinstance(problem, Refused):
+        return exits.NOT_YET if problem.errno in PASSING else exits.FAILED, str(problem.strerror)
+    return problem.code if isinstance(problem, Exit) else exits.USAGE, str(problem)
 
 
 def _told(problem: OSError) -> str:
@@ -47,17 +54,17 @@ def _told(problem: OSError) -> str:
 
 def _open_standard_descriptors() -> None:
     """Started with 0, 1 or 2 closed, the next socket would take that number and get our lines."""
-    while True:
-        fd = os.open(os.devnull, os.O_RDWR)
-        if fd > 2:
-            os.close(fd)
-            return
-        os.set_inheritable(fd, True)
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:  # then it is the lowest that is free
+            os.set_inheritable(open_nowhere(), True)
 
 
 def _forget_output() -> None:
     """What could not be written would be tried again when the interpreter ends, and its exit code would be 120."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    with contextlib.suppress(OSError):
+        os.dup2(open_nowhere(), 1)
 
 
 def _dispatch(options: Dict[str, Any], manual: str) -> int:

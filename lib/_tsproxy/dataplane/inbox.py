@@ -16,8 +16,9 @@ import socket
 import struct
 from typing import Iterator, NamedTuple, Protocol, Union
 
-from _tsproxy.host import linux, wakeup
+from _tsproxy.host import linux, memory, wakeup
 from _tsproxy.host.addresses import PACKED_SIZE
+from _tsproxy.host.needs import Refused, needing
 from _tsproxy.host.wakeup import Wakeup
 from _tsproxy.telemetry.counters import Counter
 
@@ -81,9 +82,7 @@ class Channel(NamedTuple):
 
 def create_ring() -> Ring:
     """A new, empty ring."""
-    memory = os.memfd_create("tsproxy-inbox")
-    os.ftruncate(memory, CAPACITY * _SLOT)
-    return Ring(memory, wakeup.create())
+    return Ring(memory.create("tsproxy-inbox", CAPACITY * _SLOT), wakeup.create())
 
 
 def consumer(inbox: Union[Ring, Channel], row: memoryview) -> Consumer:
@@ -159,7 +158,8 @@ class ChannelProducer(_Producer):
     def __init__(self, row: memoryview) -> None:
         """`theirs` is the worker's end: pass it on; keep it open for a successor."""
         super().__init__(row)
-        self._ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        with needing("socketpair(2)", "for a worker's inbox"):
+            self._ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
 
     def put(self, entry: Entry) -> bool:
         """Send one entry with its descriptor, which is closed here then; False, with nothing done, if there is no room."""
@@ -169,7 +169,7 @@ class ChannelProducer(_Producer):
         except OSError as error:
             if error.errno in _FULL:
                 return False
-            raise
+            raise Refused("sendmsg(2)", error.errno or 0, "to reach a worker") from None
         if entry.fd >= 0:
             os.close(entry.fd)
         self.put_last += 1

@@ -16,6 +16,8 @@ import select
 import selectors
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
+from _tsproxy.host.needs import needing
+
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 READABLE = select.EPOLLIN
 WRITABLE = select.EPOLLOUT
@@ -37,7 +39,8 @@ class Poller(selectors.BaseSelector):
     """See the module. Descriptors are plain numbers; `data` is whatever the caller likes."""
 
     def __init__(self) -> None:
-        self._epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
+        with needing("epoll_create1(2)", "for a worker's loop"):
+            self._epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
         self._events: Dict[int, int] = {}
         self._data: Dict[int, Any] = {}
         self.wait = self._epoll.poll

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 
 PIPES_A_WORKER = 16  # for splice(2), two descriptors each
@@ -10,16 +11,32 @@ _OTHER = 64  # listeners, logs, the resolver, Python's own
 
 
 def raise_nofile(wanted: int) -> int:
-    """Raise RLIMIT_NOFILE to `wanted`, hard limit included where that is allowed; the soft limit then in force."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    """Raise RLIMIT_NOFILE to `wanted`, hard limit included where that is allowed; the soft limit then in force.
+
+    Where a sandbox refuses prlimit64(2) the limits stay as they are: as /proc tells them or, without that, unknown.
+    """
+    try:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    except OSError:
+        return _nofile_of_proc(wanted)
     unlimited = resource.RLIM_INFINITY
     if soft == unlimited or soft >= wanted:
         return wanted if soft == unlimited else soft
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, wanted if hard != unlimited and hard < wanted else hard))
     except (ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        with contextlib.suppress(OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def _nofile_of_proc(otherwise: int) -> int:
+    """The soft limit that /proc/self/limits shows (proc(5))."""
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/limits", encoding="ascii") as limits:
+        for line in limits:
+            if line.startswith("Max open files"):
+                return int(line.split()[3])
+    return otherwise
 
 
 def descriptors_for(connections: int, workers: int) -> int:

@@ -9,6 +9,7 @@ from typing import Callable, NamedTuple, Optional, Tuple
 
 from _tsproxy.host import linux
 from _tsproxy.host.addresses import Address, SockAddr
+from _tsproxy.host.needs import needing
 
 # SO_PRIORITY of each upstream socket: nftables knows tsproxy's connections by it ("meta priority 0:4"). No privilege
 # needed, not on the wire; TC_PRIO_INTERACTIVE_BULK (include/uapi/linux/pkt_sched.h), which no ordinary program's TOS
@@ -103,7 +104,8 @@ def reset_on_close(sock: SocketType) -> None:
 
 def save_syns(sock: socket.socket) -> None:
     """Let this listener keep each client's SYN for saved_syn() (TCP_SAVE_SYN, include/uapi/linux/tcp.h)."""
-    sock.setsockopt(socket.IPPROTO_TCP, linux.TCP_SAVE_SYN, 1)
+    with needing("setsockopt(2) with TCP_SAVE_SYN", "to see what a SYN offers"):
+        sock.setsockopt(socket.IPPROTO_TCP, linux.TCP_SAVE_SYN, 1)
 
 
 def saved_syn(sock: SocketType) -> bytes:
@@ -175,7 +177,8 @@ def _set_dscp(sock: SocketType, family: int, dscp: int) -> None:
 
 def inherit(fd: int) -> socket.socket:
     """A non-blocking socket object around a listener's descriptor, which it then owns; the family is the kernel's to tell."""
-    sock = socket.socket(fileno=fd)
+    with needing("getsockopt(2)", "to take over a listener"):
+        sock = socket.socket(fileno=fd)
     sock.setblocking(False)
     return sock
 

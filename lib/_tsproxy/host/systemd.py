@@ -11,6 +11,8 @@ import socket
 import stat
 from typing import Dict, List, Mapping, NamedTuple, Optional
 
+from _tsproxy.host.needs import needing
+
 _FIRST_FD = 3
 _MOST_FDS = 1024
 
@@ -60,7 +62,8 @@ class Notifier:
         self._address = "\0" + path[1:] if path.startswith("@") else path
         self._socket: Optional[socket.socket] = None
         if path.startswith(("/", "@")):
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+            with needing("socket(2)", "to tell the service manager (NOTIFY_SOCKET)"):
+                self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self.watchdog_s = _watchdog_s(environment, pid) if self._socket else 0.0
 
     @property

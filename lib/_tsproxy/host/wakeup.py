@@ -1,12 +1,14 @@
-"""A counting wake-up between threads, interpreters or processes: an eventfd, or a pipe before Python 3.10."""
+"""A counting wake-up between threads, interpreters or processes: an eventfd, or a pipe (before Python 3.10, in a sandbox)."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import NamedTuple
 
+from _tsproxy.host.needs import needing
+
 HAS_EVENTFD = hasattr(os, "eventfd")
-KIND = "eventfd" if HAS_EVENTFD else "pipe"
 _MOST = 65536  # a pipe holds no more bytes than this unless asked
 
 
@@ -35,6 +37,11 @@ class Wakeup(NamedTuple):
         except BlockingIOError:
             return 0
 
+    @property
+    def kind(self) -> str:
+        """What it is."""
+        return "eventfd" if self.reader == self.writer else "pipe"
+
     def close(self) -> None:
         """Close both descriptors. Call it once."""
         for fd in {self.reader, self.writer}:
@@ -42,8 +49,10 @@ class Wakeup(NamedTuple):
 
 
 def create() -> Wakeup:
-    """A new wake-up, close-on-exec."""
+    """A new wake-up, close-on-exec: a pipe also where a sandbox refuses eventfd2(2). Refused if there is none to be had."""
     if HAS_EVENTFD:
-        fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        return Wakeup(fd, fd)
-    return Wakeup(*os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC))
+        with contextlib.suppress(OSError):
+            fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            return Wakeup(fd, fd)
+    with needing("pipe2(2)", "to wake threads"):
+        return Wakeup(*os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from typing import List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from _tsproxy.dataplane import inbox
 from _tsproxy.host import wakeup
@@ -17,13 +17,32 @@ _QUICK_S = 1.0  # a worker that lives no longer than this ...
 _TRIES = 3  # ... so often in a row will not live at all
 
 
+_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0  # before a successor is tried again: doubled each time
+
+
 class Death(NamedTuple):
     """A worker that ended without being told to."""
 
     number: int
     fate: str
     connections: int  # that it had
-    obstacle: str  # to starting a successor; "" if there is one
+    obstacle: str  # why there will be no successor; "" if there is one, or may be later
+    delay: str  # why there is none yet; "" if there is
+
+
+class Retry(NamedTuple):
+    """One more try to start a successor where there was none yet."""
+
+    number: int
+    obstacle: str  # as above
+    delay: str
+
+
+class _Absence(NamedTuple):
+    """A seat that waits for a successor."""
+
+    until: float
+    pause_s: float
 
 
 class Crew:
@@ -39,6 +58,7 @@ class Crew:
         self.accepts = bool(listeners)
         self._seats = _seats(plan, ledger, records_fd, self.gone, self._zygote, tuple(sock.fileno() for sock in listeners))
         self._vacant: Set[int] = set()  # seats that nobody will sit on any more
+        self._absent: Dict[int, _Absence] = {}  # number -> when to try again
         self._started = [0.0] * len(self._seats)
         self._quick = [0] * len(self._seats)
         self._asked = [0] * len(self._seats)  # the last entry of each inbox at the last ping
@@ -46,7 +66,7 @@ class Crew:
         self._owed: List[Tuple[Seat, inbox.Entry]] = []  # in order
 
     def start(self) -> None:
-        """Start them all."""
+        """Start them all. OSError if one can't be."""
         for number, seat in enumerate(self._seats):
             self._started[number] = time.monotonic()
             seat.start()
@@ -60,7 +80,7 @@ class Crew:
         """Give an entry to the next worker that is there and has room; False if none has."""
         for _ in self._seats:
             turn, self._next = self._next, (self._next + 1) % len(self._seats)
-            if turn not in self._vacant and self._seats[turn].box.put(entry):
+            if turn not in self._vacant and turn not in self._absent and self._seats[turn].box.put(entry):
                 return True
         return False
 
@@ -103,8 +123,22 @@ class Crew:
         self.gone.collect()
         if self._ending:
             return []
-        seats = [(number, seat) for number, seat in enumerate(self._seats) if number not in self._vacant]
+        missed = self._vacant | self._absent.keys()
+        seats = [(number, seat) for number, seat in enumerate(self._seats) if number not in missed]
         return [self._replace(number, seat) for number, seat in seats if not seat.is_alive]
+
+    @property
+    def retry_s(self) -> Optional[float]:
+        """Seconds until try_again() has something to do; None if nobody is absent."""
+        if self._ending or not self._absent:
+            return None
+        return max(0.0, min(absence.until for absence in self._absent.values()) - time.monotonic())
+
+    def try_again(self) -> List[Retry]:
+        """Try to start the successors whose time has come. Their inboxes and rows have waited."""
+        now = time.monotonic()
+        due = [] if self._ending else [number for number, absence in self._absent.items() if absence.until <= now]
+        return [Retry(number, *self._fill(number, self._seats[number])) for number in due]
 
     def loss(self) -> str:
         """How the process that starts workers ended: told once; "" while it is there, or where none is needed."""
@@ -114,15 +148,24 @@ class Crew:
         fate, lost = seat.fate, self._ledger.write_off(number)
         now = time.monotonic()
         self._quick[number] = self._quick[number] + 1 if now - self._started[number] < _QUICK_S else 0
-        obstacle = self._obstacle(number, seat)
+        return Death(number, fate, lost, *self._fill(number, seat))
+
+    def _fill(self, number: int, seat: Seat) -> Tuple[str, str]:
+        """Start a successor; (why there will be none, why there is none yet)."""
+        before, obstacle = self._absent.pop(number, None), self._obstacle(number, seat)
         if obstacle:
             self._vacant.add(number)
-        else:
-            self._started[number] = now
+            return obstacle, ""
+        try:
             seat.box.offer_again()
             seat.start()
-            self._ledger.rows[ACCEPTOR_ROW][Counter.WORKER_RESTARTS] += 1
-        return Death(number, fate, lost, obstacle)
+        except OSError as problem:  # of tasks, memory or descriptors
+            pause_s = min(2 * before.pause_s, _LONGEST_PAUSE_S) if before else _PAUSE_S
+            self._absent[number] = _Absence(time.monotonic() + pause_s, pause_s)
+            return "", str(problem.strerror)
+        self._started[number] = time.monotonic()
+        self._ledger.rows[ACCEPTOR_ROW][Counter.WORKER_RESTARTS] += 1
+        return "", ""
 
     def _obstacle(self, number: int, seat: Seat) -> str:
         if self._quick[number] >= _TRIES:

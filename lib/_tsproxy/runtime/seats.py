@@ -14,6 +14,7 @@ import traceback
 from typing import Any, Dict, Protocol, Union
 
 from _tsproxy.dataplane import inbox
+from _tsproxy.host import needs
 from _tsproxy.runtime import origin
 from _tsproxy.runtime.spec import Spec, run_worker
 from _tsproxy.runtime.zygote import Zygote
@@ -32,7 +33,7 @@ class Seat(Protocol):
         ...
 
     def start(self) -> None:
-        """Start a worker here; the one before must be gone."""
+        """Start a worker here; the one before must be gone. OSError if there can't be one now."""
         ...
 
     @property
@@ -88,7 +89,7 @@ class ThreadSeat:
     def start(self) -> None:
         """See Seat."""
         self._thread = self._new()
-        self._thread.start()
+        needs.start_thread(self._thread, "for a worker")
 
     @property
     def can_start(self) -> bool:
@@ -191,4 +192,18 @@ def best() -> str:
     """What --runtime=auto takes here."""
     if is_free_threaded():
         return "threads"
-    return "interpreters" if have_interpreters() else "processes"
+    if have_interpreters():
+        return "interpreters"
+    return "processes" if _may_fork() else "threads"
+
+
+def _may_fork() -> bool:
+    """Whether fork(2), and waiting for a child, are allowed at all: tried. For want of tasks it may fail now and not later."""
+    try:
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0)
+        os.waitpid(pid, 0)
+    except OSError as error:
+        return error.errno in needs.PASSING
+    return True

@@ -20,6 +20,7 @@ from _tsproxy.dataplane.workbench import Rules, Workbench
 from _tsproxy.dataplane.worker import Worker
 from _tsproxy.host import cpus, sockets, wakeup
 from _tsproxy.host.addresses import Address
+from _tsproxy.host.needs import Refused
 from _tsproxy.host.sockets import Tuning
 from _tsproxy.telemetry.counters import Ledger
 from _tsproxy.telemetry.records import Notice, RecordWriter
@@ -69,8 +70,9 @@ def run_worker(spec: Spec) -> None:
             worker.run()
         finally:
             worker.close()
-    except Exception:
-        records.put(Notice(spec.number, time.time_ns(), "error", f"worker {spec.number} died: {traceback.format_exc()}"))
+    except Exception as problem:
+        why = problem.strerror if isinstance(problem, Refused) else traceback.format_exc()
+        records.put(Notice(spec.number, time.time_ns(), "error", f"worker {spec.number} died: {why}"))
         raise SystemExit(1) from None
 
 

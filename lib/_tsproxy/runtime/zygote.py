@@ -11,6 +11,8 @@ end of, and nobody can start a successor.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import pickle
 import select
@@ -18,15 +20,20 @@ import signal
 import socket
 import struct
 import time
-from typing import Dict, List, Set
+from typing import Dict, Iterable, List, Optional, Set
 
 from _tsproxy.dataplane import inbox
-from _tsproxy.host import linux
+from _tsproxy.host import linux, memory
+from _tsproxy.host.needs import Refused, needing
+from _tsproxy.host.nowhere import open_nowhere
 from _tsproxy.host.wakeup import Wakeup
 from _tsproxy.runtime.spec import Spec, run_worker
 
 _LAST_S = 2.0
-_STATUS = struct.Struct("=Hi")  # worker's number, wait status
+_ANSWER_S = 1.0
+_NEWS = struct.Struct("=HBi")  # worker's number, one of the next line, wait status or errno
+_BEGUN, _REFUSED, _ENDED, _FAILED = range(4)
+_LONGEST = 256  # behind _FAILED comes why
 
 
 class Zygote:
@@ -34,45 +41,72 @@ class Zygote:
 
     def __init__(self, kept: Set[int], gone: Wakeup) -> None:
         """Fork it now: no thread may have been started. `kept` are the descriptors that workers need; others are closed."""
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with needing("socketpair(2)", "to start workers as processes"):
+            self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._alive: Set[int] = set()
         self._fates: Dict[int, str] = {}
         self._lifelines: Dict[int, int] = {}  # worker's number -> our end of its pipe
-        self._own_fate = self._unsaid = ""
-        self._pid = os.fork()
+        self._answers: Dict[int, int] = {}  # worker's number -> what became of the last request for it: an errno, or 0
+        self._own_fate = self._unsaid = self._failure = ""
+        with needing("fork(2)", "to start workers as processes"):
+            self._pid = os.fork()
         if self._pid == 0:
             _be_zygote(theirs, kept | {*gone, theirs.fileno()}, gone)
         theirs.close()
         self._control.setblocking(False)
-        self._ends = select.epoll()
-        self._ends.register(self._control, select.EPOLLIN | select.EPOLLET)
+        with needing("epoll_create1(2) or epoll_ctl(2)", "to watch the workers"):
+            self._ends = select.epoll()
+            self._ends.register(self._control, select.EPOLLIN | select.EPOLLET)
 
     def fileno(self) -> int:
         """Readable when is_alive() or loss() may have something new to tell."""
         return self._ends.fileno()
 
     def start(self, spec: Spec, box: inbox.ChannelProducer) -> None:
-        """Fork a worker. Its end of the inbox goes along. If the zygote is gone, the worker has ended already."""
-        self._alive.add(spec.number)
+        """Fork a worker. Its end of the inbox goes along. If the zygote is gone, the worker has ended already.
+
+        OSError if there can't be a worker now. No answer for a second (the zygote is stopped) counts as one that will come.
+        """
         lifeline = self._new_lifeline(spec.number)
+        try:
+            self._ask(spec, [box.theirs.fileno(), lifeline, *spec.listeners])
+        finally:
+            os.close(lifeline)
+        self._alive.add(spec.number)
+        self._await_answer(spec.number)
+
+    def _ask(self, spec: Spec, fds: List[int]) -> None:
+        self._answers.pop(spec.number, None)
         self._control.setblocking(True)
         try:
-            with open(os.memfd_create("tsproxy-spec"), "w+b") as text:  # a message has no room for 3,000 --allow
+            with open(memory.create("tsproxy-spec", 0), "w+b") as text:  # a message has no room for 3,000 --allow
                 pickle.dump(spec, text)
                 text.flush()
-                fds = [text.fileno(), box.theirs.fileno(), lifeline, *spec.listeners]
-                socket.send_fds(self._control, [b"."], fds)
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # nobody has the other end of the lifeline now
+                with needing("sendmsg(2)", "to start a worker"):
+                    socket.send_fds(self._control, [b"."], [text.fileno(), *fds])
+        except Refused as problem:
+            if problem.errno not in (errno.EPIPE, errno.ECONNRESET):  # then nobody has the other end of the lifeline now
+                raise
         finally:
             self._control.setblocking(False)
-            os.close(lifeline)
+
+    def _await_answer(self, number: int) -> None:
+        answer = select.poll()
+        answer.register(self._control, select.POLLIN)
+        deadline = time.monotonic() + _ANSWER_S
+        while self.can_start and number not in self._answers and time.monotonic() < deadline:
+            answer.poll(max(0.0, deadline - time.monotonic()) * 1000)
+        if not self.can_start:
+            raise Refused("fork(2)", errno.ECHILD, "for a worker", f"the zygote died ({self._own_fate})")
+        if self._answers.get(number):
+            raise Refused("fork(2)", self._answers[number], "for a worker")
 
     def _new_lifeline(self, number: int) -> int:
         """The worker's end of a new pipe; ours is hung up when the worker is gone, however it ended."""
         if number in self._lifelines:
-            os.close(self._lifelines[number])
-        self._lifelines[number], theirs = os.pipe2(os.O_CLOEXEC)
+            os.close(self._lifelines.pop(number))
+        with needing("pipe2(2)", "to see a worker end"):
+            self._lifelines[number], theirs = os.pipe2(os.O_CLOEXEC)
         self._ends.register(self._lifelines[number], select.EPOLLET)
         return theirs
 
@@ -101,25 +135,43 @@ class Zygote:
         self._ends.poll(0)
         while True:
             try:
-                message = self._control.recv(_STATUS.size)
+                message = self._control.recv(_LONGEST)
             except BlockingIOError:
                 return
-            except ConnectionResetError:
-                message = b""
+            except ConnectionResetError:  # it ended without taking a request, which comes before what it said last
+                continue
             if not message:
                 self._look_ourselves()
                 return
-            number, status = _STATUS.unpack(message)
+            number, what, value = _NEWS.unpack_from(message)
+            self._hear(number, what, value, message[_NEWS.size :].decode())
+
+    def _hear(self, number: int, what: int, value: int, text: str) -> None:
+        if what == _FAILED:
+            self._failure = text
+        elif what != _ENDED:
+            self._answers[number] = value
+        if what == _REFUSED:
             self._alive.discard(number)
-            self._fates[number] = _fate(status)
+            self._fates[number] = f"fork(2): {os.strerror(value)}"
+        elif what == _ENDED:
+            self._alive.discard(number)
+            self._fates[number] = _fate(value)
 
     def _look_ourselves(self) -> None:
         """The zygote is gone: see how it ended, and which workers have ended without it."""
         if not self._own_fate:
-            self._own_fate = self._unsaid = _fate(os.waitpid(self._pid, 0)[1])
+            fate = self._wait()
+            self._own_fate = self._unsaid = self._failure or fate
         for number in {number for number in self._alive if _is_hung_up(self._lifelines[number])}:
             self._alive.discard(number)
             self._fates[number] = "how is not known, since the zygote is gone"
+
+    def _wait(self) -> str:
+        try:
+            return _fate(os.waitpid(self._pid, 0)[1])
+        except OSError as problem:
+            return f"wait4(2): {problem.strerror}"
 
 
 def _is_hung_up(fd: int) -> bool:
@@ -143,6 +195,9 @@ def _be_zygote(control: socket.socket, kept: Set[int], gone: Wakeup) -> None:
         _settle(kept)
         _serve(control, gone)
         code = 0
+    except OSError as problem:
+        why = problem.strerror or str(problem)
+        _tell(control, gone, _NEWS.pack(0, _FAILED, 0) + why.encode()[: _LONGEST - _NEWS.size])
     finally:
         os._exit(code)
 
@@ -152,42 +207,58 @@ def _settle(kept: Set[int]) -> None:
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process tells us what it means
-    for fd in map(int, os.listdir("/proc/self/fd")):
+    for fd in _open_ones():
         if fd > 2 and fd not in kept:
-            try:
+            with contextlib.suppress(OSError):  # the one that listed the directory
                 os.close(fd)
-            except OSError:
-                pass  # the one that listed the directory
-    nowhere = os.open(os.devnull, os.O_RDWR)
+    nowhere = open_nowhere()
     for fd in (0, 1):
-        os.dup2(nowhere, fd)  # the reader of standard output must see its end when the main process ends
+        with needing("dup2(2)", "to let go of standard output"):
+            os.dup2(nowhere, fd)  # the reader of standard output must see its end when the main process ends
     os.close(nowhere)
+
+
+def _open_ones() -> Iterable[int]:
+    """The descriptors that are open; where /proc is not there, in a chroot, all that may be."""
+    try:
+        return map(int, os.listdir("/proc/self/fd"))
+    except OSError:
+        return range(os.sysconf("SC_OPEN_MAX"))
 
 
 def _serve(control: socket.socket, gone: Wakeup) -> None:
     """Fork what is asked for, report what has ended, until the main process is gone."""
-    deaths, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    with needing("pipe2(2)", "to hear of workers that end"):
+        deaths, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     asked = control.fileno()
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     workers: Dict[int, int] = {}
+    events = select.poll()  # not select(2): what was inherited may have used up the numbers that it can take
+    events.register(asked, select.POLLIN)
+    events.register(deaths, select.POLLIN)
     while True:
-        ready, _, _ = select.select([asked, deaths], [], [])
+        ready = {fd for fd, _ in events.poll()}
         if deaths in ready:
             os.read(deaths, 4096)
             _reap(workers, control, gone)
         if asked in ready:
-            request, fds, _, _ = socket.recv_fds(control, 1, linux.SCM_MAX_FD)
+            with needing("recvmsg(2)", "to be told of workers to start"):
+                request, fds, _, _ = socket.recv_fds(control, 1, linux.SCM_MAX_FD)
             if not request:
                 _outlive(workers, deaths)
                 return
-            _fork(_spec(fds.pop(0)), fds, workers, {asked, deaths, wake})
+            spec = _spec(fds.pop(0))
+            refusal = _fork(spec, fds, workers, {asked, deaths, wake})
+            _tell(control, gone if refusal else None, _NEWS.pack(spec.number, _REFUSED if refusal else _BEGUN, refusal))
 
 
 def _outlive(workers: Dict[int, int], deaths: int) -> None:
     """The main process is gone, which its workers see as well. One that is stuck would keep what it has open: the port."""
     deadline = time.monotonic() + _LAST_S
-    while workers and select.select([deaths], [], [], max(0.0, deadline - time.monotonic()))[0]:
+    events = select.poll()
+    events.register(deaths, select.POLLIN)
+    while workers and events.poll(max(0.0, deadline - time.monotonic()) * 1000):
         os.read(deaths, 4096)
         for pid in _ended(workers):
             del workers[pid]
@@ -199,7 +270,8 @@ def _ended(workers: Dict[int, int]) -> Dict[int, int]:
     """Process id -> wait status of those that have ended since the last time."""
     found: Dict[int, int] = {}
     while len(found) < len(workers):
-        pid, status = os.waitpid(-1, os.WNOHANG)
+        with needing("wait4(2)", "to see workers end"):
+            pid, status = os.waitpid(-1, os.WNOHANG)
         if not pid:
             break
         found[pid] = status
@@ -213,20 +285,27 @@ def _spec(fd: int) -> Spec:
     return spec
 
 
-def _fork(spec: Spec, fds: List[int], workers: Dict[int, int], private: Set[int]) -> None:
-    """`fds`: its end of the inbox, and of its lifeline, which it holds till it ends; then its listeners.
+def _fork(spec: Spec, fds: List[int], workers: Dict[int, int], private: Set[int]) -> int:
+    """0, or the errno of fork(2): too many tasks, no memory.
 
-    `private` is what it must not keep: with the zygote's own ends its death would go unnoticed.
+    `fds`: its end of the inbox, and of its lifeline, which it holds till it ends; then its listeners. `private` is what it
+    must not keep: with the zygote's own ends its death would go unnoticed.
     """
-    pid = os.fork()
+    pid, refusal = -1, 0
+    try:
+        pid = os.fork()
+    except OSError as error:
+        refusal = error.errno or errno.EAGAIN
     if pid == 0:
         signal.set_wakeup_fd(-1)
         for fd in private:
             os.close(fd)
         _be_worker(spec._replace(inbox=inbox.Channel(fds[0]), listeners=tuple(fds[2:])))
-    workers[pid] = spec.number
+    if not refusal:
+        workers[pid] = spec.number
     for fd in fds:
         os.close(fd)
+    return refusal
 
 
 def _be_worker(spec: Spec) -> None:
@@ -241,5 +320,12 @@ def _be_worker(spec: Spec) -> None:
 
 def _reap(workers: Dict[int, int], control: socket.socket, gone: Wakeup) -> None:
     for pid, status in _ended(workers).items():
-        control.send(_STATUS.pack(workers.pop(pid), status))
-        gone.ring()
+        _tell(control, gone, _NEWS.pack(workers.pop(pid), _ENDED, status))
+
+
+def _tell(control: socket.socket, bell: Optional[Wakeup], news: bytes) -> None:
+    """Nobody hears it when the main process is gone, which the end of its requests shows."""
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        control.sendmsg([news])
+        if bell:
+            bell.ring()

@@ -24,6 +24,7 @@ class Drift:
         """`drifted` is called when the policy does not hold any more for some family."""
         self._lever, self._say, self._drifted = lever, say, drifted
         self.failing = self._unseen = self._absent = _NONE
+        self.refused = self.evidence = ""  # what is refused while anything fails, and why
 
     def on_look(self, look: Look) -> None:
         """Say what is not as it was."""
@@ -38,9 +39,9 @@ class Drift:
         self.failing = failing = families[Answer.FAILS] | (before & families[Answer.UNSEEN])
         if failing - before:
             self._drifted()
-            what = f"new connections over {names(failing)}" if families[Answer.HOLDS] else "new connections"
-            evidence = _evidence(look.finding, self._lever)
-            self._say("timestamps_drift", "error", f"{what} are refused until it holds again: {evidence}")
+            self.refused = f"new connections over {names(failing)}" if families[Answer.HOLDS] else "new connections"
+            self.evidence = _evidence(look.finding, self._lever)
+            self._say("timestamps_drift", "error", f"{self.refused} are refused until it holds again: {self.evidence}")
         elif before & families[Answer.HOLDS]:
             where = f" over {names(before - failing)}" if failing else ""
             self._say("timestamps_drift", "info", f"the policy holds again{where}: {look.finding.evidence}")

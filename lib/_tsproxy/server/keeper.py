@@ -12,7 +12,7 @@ import time
 import traceback
 from typing import Callable, Dict, NamedTuple
 
-from _tsproxy.host import linux
+from _tsproxy.host import linux, needs
 from _tsproxy.host.wakeup import Wakeup
 from _tsproxy.timestamps.evidence import Answer, Evidence
 from _tsproxy.timestamps.inspector import Finding, Inspector
@@ -56,8 +56,8 @@ class Keeper:
         self._unseen_since: Dict[int, float] = {}
 
     def start(self) -> None:
-        """Look from now on, until the process ends."""
-        threading.Thread(target=self._run, name="evidence", daemon=True).start()
+        """Look from now on, until the process ends. Refused if there can be no thread."""
+        needs.start_thread(threading.Thread(target=self._run, name="evidence", daemon=True), "to look at timestamps again")
 
     def _run(self) -> None:
         poller = select.poll()

@@ -12,6 +12,7 @@ from typing import Callable, Dict, List, Sequence, Tuple
 
 from _tsproxy.config import Target
 from _tsproxy.dataplane.inbox import MOST_UPSTREAMS
+from _tsproxy.host import needs
 from _tsproxy.host.addresses import Address, from_sockaddr, pack
 
 _INTERVAL_S = 30.0
@@ -62,7 +63,8 @@ class Resolver:
     def follow(self, connect_failures: Callable[[], int], say: Say) -> None:
         """Keep the answers fresh from now on, in a thread of its own; nothing to do if all targets are addresses."""
         if not all(target.is_literal for target in self._targets):
-            threading.Thread(target=self._follow, args=(connect_failures, say), name="resolver", daemon=True).start()
+            thread = threading.Thread(target=self._follow, args=(connect_failures, say), name="resolver", daemon=True)
+            needs.start_thread(thread, "to resolve the targets again")
 
     def _follow(self, connect_failures: Callable[[], int], say: Say) -> None:
         seen, due = connect_failures(), time.monotonic() + _INTERVAL_S

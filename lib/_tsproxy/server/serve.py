@@ -10,7 +10,7 @@ import selectors
 import socket
 import time
 from collections import deque
-from typing import Deque, List, Optional, Tuple
+from typing import Deque, List, Optional, Tuple, Union
 
 from _tsproxy import exits
 from _tsproxy.config import Config
@@ -18,10 +18,11 @@ from _tsproxy.dataplane.acceptor import Acceptor
 from _tsproxy.dataplane.clients import Clients, slots_for
 from _tsproxy.dataplane.inbox import DRAIN, DRIFTED, EVIDENCE, KILL, LEAVE, OPEN
 from _tsproxy.host import linux, sockets, wakeup
+from _tsproxy.host.needs import needing
 from _tsproxy.host.systemd import Notifier
-from _tsproxy.runtime.crew import Crew, Death
+from _tsproxy.runtime.crew import Crew, Death, Retry
 from _tsproxy.server import start_line, startup
-from _tsproxy.server.drift import Drift, names
+from _tsproxy.server.drift import Drift
 from _tsproxy.server.keeper import Keeper, Look
 from _tsproxy.server.leaving import Leaving
 from _tsproxy.server.signals import DRAINING, Signals
@@ -55,7 +56,8 @@ class Server:
 
     def __init__(self, ready: Ready, notifier: Notifier) -> None:
         self._ready, self._config = ready, ready.plan.config
-        self._signals = Signals()
+        with needing("pipe2(2) or rt_sigaction(2)", "to take signals"):
+            self._signals = Signals()
         self._slots = slots_for(self._config.max_connections, self._config.max_connections_per_client)
         self._ledger = Ledger.create(self._config.workers, self._slots)
         pipe = RecordPipe.create()
@@ -68,7 +70,8 @@ class Server:
         self._has_news = wakeup.create()
         self._watchdog = Watchdog(notifier, self._crew, self._status)
         self._drift = Drift(ready.plan.lever, self._say, lambda: self._crew.order(DRIFTED))
-        self._selector = selectors.DefaultSelector()
+        with needing("epoll_create1(2)", "to wait for events"):
+            self._selector = selectors.DefaultSelector()
         self._started = time.monotonic()
         self._ended_by: List[str] = []  # the signals that asked for the end, in order
         self._died = False
@@ -103,19 +106,32 @@ class Server:
 
     def run(self) -> int:
         """Start everything, accept until told to end, drain, say the last words; the exit code."""
-        self._reporter.start()
-        self._crew.start()
-        self._reporter.say("start", **start_line.fields(self._ready))
+        self._begin()
+        with needing("getsockname(2)", "to tell what address it listens on"):
+            fields = start_line.fields(self._ready, self._has_news.kind)
+        self._reporter.say("start", **fields)
         for target, reason in self._ready.resolver.failures:
             self._say("warning", "warning", f"can't resolve {target}: {reason}; the other targets are in use")
-        if self._ready.plan.lever in policy.WATCHED:
-            self._make_keeper().start()
-        self._ready.resolver.follow(self._unreached, self._tell)
-        for fd in (self._signals.fd, self._has_news.reader, *self._crew.watched):
-            self._selector.register(fd, selectors.EVENT_READ)
         self._watchdog.say(READY=1)
         self._accept_until_told()
         return self._stop(self._drain())
+
+    def _begin(self) -> None:
+        """Start what needs a thread or a process. OSError, with nothing left running, if one can't be had."""
+        with needing("epoll_ctl(2) or epoll_wait(2)", "to wait for events"):
+            for fd in (self._signals.fd, self._has_news.reader, *self._crew.watched):
+                self._selector.register(fd, selectors.EVENT_READ)
+            self._selector.select(0)
+        self._reporter.start()
+        try:
+            self._crew.start()
+            if self._ready.plan.lever in policy.WATCHED:
+                self._make_keeper().start()
+            self._ready.resolver.follow(self._unreached, self._tell)
+        except OSError:
+            self._kill()
+            self._reporter.close()
+            raise
 
     def _accept_until_told(self) -> None:
         """Accept, or let the worker accept, until a signal or a worker's death."""
@@ -142,13 +158,16 @@ class Server:
             self._crew.order(OPEN, self._told)
 
     def _patience_s(self, pause: float) -> Optional[float]:
-        """How long to sleep: until accepting goes on, an order is tried again, or the watchdog is due."""
-        dues = (pause or None, _ORDER_AGAIN_S if self._crew.owes else None, self._watchdog.due_s)
+        """How long to sleep: until accepting goes on, an order or a start is tried again, or the watchdog is due."""
+        again = _ORDER_AGAIN_S if self._crew.owes else None
+        dues = (pause or None, again, self._crew.retry_s, self._watchdog.due_s)
         return min((due for due in dues if due is not None), default=None)
 
     def _keep_time(self) -> None:
         self._acceptor.offer_again()
         self._crew.deliver()
+        for retry in self._crew.try_again():
+            self._on_retry(retry)
         self._watchdog.tick()
 
     def _status(self) -> str:
@@ -157,7 +176,7 @@ class Server:
         if self._ended_by or self._died:
             return f"draining {connections}"
         if self._drift.failing:
-            return f"refusing over {names(self._drift.failing)}, since the timestamp policy does not hold; {connections}"
+            return f"refusing {self._drift.refused}, with {connections}: {self._drift.evidence}"
         return f"relaying {connections}"
 
     def _listen(self, listening: bool) -> None:
@@ -208,11 +227,22 @@ class Server:
 
     def _on_death(self, death: Death) -> None:
         """Its connections are closed, the others are untouched; one that dies again and again ends the whole."""
-        self._died = self._died or bool(death.obstacle)
         self._told = None
-        then = f"{death.obstacle}: draining, then ending" if death.obstacle else "a successor took its place"
+        then = self._then(death) or "a successor took its place"
         about = f"worker {death.number} died ({death.fate}); {death.connections} connections closed; {then}"
         self._say("error", "error", about)
+
+    def _on_retry(self, retry: Retry) -> None:
+        then = self._then(retry)
+        level = "error" if then else "warning"
+        self._say(level, level, f"worker {retry.number}: {then or 'a successor took its place after all'}")
+
+    def _then(self, news: Union[Death, Retry]) -> str:
+        """What becomes of a worker's place that can't be filled now; "" if it is."""
+        self._died = self._died or bool(news.obstacle)
+        if news.obstacle:
+            return f"{news.obstacle}: draining, then ending"
+        return f"no successor yet, trying again: {news.delay}" if news.delay else ""
 
     def _drain(self) -> int:
         """Close the listeners, let connections end; at the deadline or the next signal end them. How many were cut."""

@@ -8,14 +8,13 @@ from typing import Any, Dict, List, Tuple
 import _tsproxy
 from _tsproxy.config import Config, compact
 from _tsproxy.dataplane import pipes
-from _tsproxy.host import wakeup
 from _tsproxy.host.addresses import from_sockaddr
 from _tsproxy.server.startup import Ready
 from _tsproxy.telemetry import encoder
 
 
-def fields(ready: Ready) -> Dict[str, Any]:
-    """Flat, but for lists of short texts."""
+def fields(ready: Ready, wakeup: str) -> Dict[str, Any]:
+    """Flat, but for lists of short texts. `wakeup` is the kind that is in use."""
     config = ready.plan.config
     addresses = [from_sockaddr(listener.family, listener.getsockname()) for listener in ready.listeners]
     return {
@@ -32,15 +31,15 @@ def fields(ready: Ready) -> Dict[str, Any]:
         "runtime": config.runtime,
         "python": platform.python_version(),
         "json_encoder": encoder.ENCODER,
-        "knobs": _knobs(config),
+        "knobs": _knobs(config, wakeup),
         "limits": _limits(config, ready.nofile),
     }
 
 
-def _knobs(config: Config) -> List[str]:
+def _knobs(config: Config, wakeup: str) -> List[str]:
     """What took effect, as name=value."""
     values: Dict[str, object] = {
-        "wakeup": wakeup.KIND,
+        "wakeup": wakeup,
         "tcp_nodelay": 1,
         "tcp_quickack": 1,
         "tcp_save_syn": 1,

@@ -30,10 +30,13 @@ from _tsproxy.timestamps.policy import Lever, Wanted
 # What getaddrinfo(3) can take for one name: 5 s, twice, for three servers and each of six domains to search (resolv.conf(5)).
 _LOOK_UP_S = 240.0
 _BACKLOG = 4096  # the kernel takes the smaller of this and net.core.somaxconn
+_SANDBOX = " (does a sandbox refuse socket(2), setsockopt(2), bind(2) or listen(2)? SECURITY.md lists the system calls)"
 _HINTS = {
     errno.EADDRINUSE: " (ss -ltnp shows by whom; --reuse-port shares a port)",
     errno.EACCES: " (ports below 1024 need root; --user drops it after binding)",
     errno.EADDRNOTAVAIL: " (--bind takes an address of this host)",
+    errno.EPERM: _SANDBOX,
+    errno.ENOSYS: _SANDBOX,
 }
 
 
@@ -141,11 +144,15 @@ def _raise_limits(config: Config) -> int:
 
 
 def _require_sources(config: Config) -> Tuple[Address, ...]:
-    """Each --source must be an address of this host: found out now, not with the first order."""
+    """Each --source must be an address of this host: found out now, not with the first order.
+
+    It may be a slip, and it may be yet to come: by DHCP, with a fail-over, or an IPv6 one that nobody else is known not to
+    have so far. No errno tells these apart. To try again costs little where it is a slip, to give up costs a person where not.
+    """
     sources = _sources(config)
     for source in sources:
         if not _is_local(source):
-            raise Exit(exits.USAGE, f"--source: given {source.ip!r}; allowed: an address of this host (ip -brief address)")
+            raise Exit(exits.NOT_YET, f"--source: given {source.ip!r}; allowed: an address of this host (ip -brief address)")
     return sources
 
 
@@ -158,12 +165,16 @@ def _family(ip: str) -> int:
 
 
 def resolve(config: Config) -> Resolver:
-    """The targets' addresses; a target that can't be resolved is an error only if no other can be."""
+    """The targets' addresses; a target that can't be resolved is an error only if no other can be.
+
+    Whatever the resolver says, "no such name" too, may be otherwise in a minute: the name was sound, the network is not up,
+    the record not out, a negative answer cached (RFC 2308).
+    """
     resolver = Resolver(config.targets, [source.family for source in _sources(config)])
     resolver.resolve()
     if not resolver.addresses:
         target, reason = resolver.failures[0]
-        raise Exit(exits.USAGE, f"--target: given '{target}'; can't be resolved: {reason}")
+        raise Exit(exits.NOT_YET, f"--target: given '{target}'; can't be resolved: {reason}")
     return resolver
 
 

@@ -12,6 +12,7 @@ import sys
 from enum import IntEnum, auto
 from typing import Tuple
 
+from _tsproxy.host import memory
 from _tsproxy.telemetry import histogram
 
 
@@ -69,8 +70,7 @@ class Ledger:
     @classmethod
     def create(cls, workers: int, client_slots: int = 0) -> Ledger:
         """A new ledger, all zero, for an acceptor, a reporter and `workers` workers; pages take memory once written."""
-        fd = os.memfd_create("tsproxy-counters")
-        os.ftruncate(fd, (FIRST_WORKER_ROW + workers) * _widths(client_slots)[1] * 8)
+        fd = memory.create("tsproxy-counters", (FIRST_WORKER_ROW + workers) * _widths(client_slots)[1] * 8)
         if client_slots:
             os.pwrite(fd, client_slots.to_bytes(8, sys.byteorder), _CLIENTS * 8)
         return cls(fd)

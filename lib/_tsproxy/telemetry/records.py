@@ -16,6 +16,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 from _tsproxy.host import linux
 from _tsproxy.host.addresses import PACKED_SIZE, is_packed, unpack
+from _tsproxy.host.needs import needing
 from _tsproxy.telemetry.counters import Counter
 from _tsproxy.telemetry.endings import WORDS, Ending
 
@@ -175,7 +176,8 @@ class RecordPipe(NamedTuple):
     @classmethod
     def create(cls) -> RecordPipe:
         """A pipe as large as the host gives."""
-        pipe = cls(*os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC))
+        with needing("pipe2(2)", "for what workers report"):
+            pipe = cls(*os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC))
         try:
             fcntl.fcntl(pipe.writer, linux.F_SETPIPE_SZ, _PIPE_BYTES)
         except OSError:

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from typing import Any, Callable, Deque, Dict, Optional, Sequence, Tuple
 
-from _tsproxy.host import wakeup
+from _tsproxy.host import needs, wakeup
 from _tsproxy.telemetry import encoder, metrics
 from _tsproxy.telemetry.counters import REPORTER_ROW, Counter, Ledger
 from _tsproxy.telemetry.endings import WORDS
@@ -60,8 +60,10 @@ class Reporter:
         self._thread = threading.Thread(target=self.run, name="reporter", daemon=True)
 
     def start(self) -> None:
-        """Begin writing."""
-        self._thread.start()
+        """Begin writing. Refused if there can't be a thread for it."""
+        with needs.needing("poll(2)", "to write the lines"):
+            self._poller.poll(0)  # where a sandbox refuses it, that is told here
+        needs.start_thread(self._thread, "to write the lines")
 
     def say(self, event: str, level: str = "info", **fields: Any) -> None:
         """Queue one line. Never blocks."""

@@ -16,8 +16,9 @@ or by a packet filter; no socket option turns it off for one connection."""
 def unattainable(finding: Finding, wanted: Wanted, targets: Sequence[str]) -> str:
     """The message that goes with exit code 78: what was found, why, and what an administrator has to run once."""
     asked = f"--timestamps={wanted.mode}" + (f" --static-timestamp={wanted.tsval}" if wanted.mode == "rewrite" else "")
-    found = f"{asked} can't be honoured here: {finding.problem}.\nFound: {finding.evidence}."
-    return "\n".join([found, _WHY, "An administrator has to run one of these, once:", *_commands(finding, wanted, targets)])
+    problem = f"{asked} can't be honoured here: {finding.problem}."
+    why = [] if finding.sysctl is None else [f"Found: {finding.evidence}.", _WHY]
+    return "\n".join([problem, *why, "An administrator has to run one of these, once:", *_commands(finding, wanted, targets)])
 
 
 def fixes(finding: Finding, wanted: Wanted, targets: Sequence[str]) -> List[str]:
@@ -30,6 +31,11 @@ def _commands(finding: Finding, wanted: Wanted, targets: Sequence[str]) -> List[
         return ["  in this network namespace:", "    " + finding.problem.rpartition(" it: ")[2]]
     if MISBEHAVES in finding.problem:
         return _newer_rules(wanted, targets)
+    if finding.sysctl is None:
+        return [
+            "  where tsproxy runs (not with a chroot, RootDirectory= or ProcSubset=pid that hides it):",
+            "    mount -t proc proc /proc",
+        ]
     return _rewrite(finding, wanted, targets) if wanted.mode == "rewrite" else _strip(targets)
 
 

@@ -7,11 +7,12 @@ word with the time of its look, so a reader never sees half of one. Readers writ
 from __future__ import annotations
 
 import mmap
-import os
 import socket
 import time
 from enum import IntEnum
 from typing import Dict, List, NamedTuple
+
+from _tsproxy.host import memory
 
 NAMES: Dict[int, str] = {socket.AF_INET: "IPv4", socket.AF_INET6: "IPv6"}
 _PLACES = {family: place for place, family in enumerate(NAMES)}
@@ -40,16 +41,14 @@ class Evidence:
     """The words. `fd` may be handed to another interpreter or process, which attaches to it."""
 
     def __init__(self, fd: int) -> None:
-        """Attach to the memfd `fd`; it stays the caller's to close."""
+        """Attach to the memory behind `fd`; it stays the caller's to close."""
         self.fd = fd
         self._words = memoryview(mmap.mmap(fd, mmap.PAGESIZE)).cast("Q")
 
     @classmethod
     def create(cls) -> Evidence:
         """New evidence: nothing is known."""
-        fd = os.memfd_create("tsproxy-evidence")
-        os.ftruncate(fd, mmap.PAGESIZE)
-        return cls(fd)
+        return cls(memory.create("tsproxy-evidence", mmap.PAGESIZE))
 
     def publish(self, family: int, answer: Answer, at_ns: int) -> None:
         """The writer's: what a look that began at `at_ns` showed."""

@@ -81,7 +81,9 @@ class Inspector:
             self._sysctl = self._sysctl or Sysctl()
             value = self._sysctl.value()
         except (OSError, ValueError) as error:
-            return Finding(None, None, {}, f"can't read {PATH}: {error}")
+            if self.wanted.mode == "preserve":  # nothing rests on it
+                return Finding(Lever.NONE, None, {})
+            return Finding(None, None, {}, f"can't read {PATH}: {getattr(error, 'strerror', None) or error}")
         early = _without_witness(self.wanted, value)
         if early:
             return early

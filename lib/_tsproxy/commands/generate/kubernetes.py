@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pwd
 
 from _tsproxy import exits
 from _tsproxy.commands.generate.docker import IMAGE, words_inside
 from _tsproxy.commands.generate.text import command, fill, targets
-from _tsproxy.config import Config
+from _tsproxy.config import Config, usable_cpus
 from _tsproxy.exits import Exit
 
 _NOBODY = 65534
@@ -181,7 +180,7 @@ def text(config: Config) -> str:
         ARGUMENTS="\n".join(f"            - {json.dumps(word)}" for word in words_inside(config)),
         PORT=config.port,
         PORT_HEX=f"{config.port:04X}",
-        CPUS=1 if config.workers == len(os.sched_getaffinity(0)) else config.workers,
+        CPUS=1 if config.workers == len(usable_cpus()) else config.workers,
         PYTHON_MIB=_PYTHON_MIB,
         MEMORY_MIB=_PYTHON_MIB + math.ceil(config.max_connections * per_connection / _MIB),
         GONE_S=_GONE_S,

@@ -35,10 +35,14 @@ _UNITS = """\
 Description=The network namespace tsproxy, whose TCP sends no timestamps
 Wants=network-online.target
 After=network-online.target
+# No default route yet, say: tried again until there is one. A limit would close the port until a person comes.
+StartLimitIntervalSec=0
 
 [Service]
 Type=oneshot
 RemainAfterExit=yes
+Restart=on-failure
+RestartSec=2
 # MODE, UPLINK, ADDRESS and GATEWAY, if the defaults won't do: the script says what they mean.
 EnvironmentFile=-/etc/default/tsproxy-netns
 ExecStart=/bin/sh /usr/local/sbin/tsproxy-netns up
@@ -55,6 +59,8 @@ ListenStream=@LISTEN@
 FileDescriptorName=tsproxy
 # The address may come up later than this does.
 FreeBind=yes
+# However often the service has to be started: a limit here would refuse every client from then on.
+TriggerLimitIntervalSec=0
 NoDelay=yes
 Backlog=4096
 @REUSE@
@@ -71,6 +77,9 @@ Description=tsproxy: relays without TCP timestamps
 BindsTo=tsproxy-netns.service
 Requires=tsproxy.socket
 After=tsproxy-netns.service tsproxy.socket
+# While it can't start, clients wait in the socket's queue. With a limit the socket would fail after five tries in ten seconds,
+# and refuse them, also when the cause is gone.
+StartLimitIntervalSec=0
 
 [Service]
 Type=notify
@@ -87,12 +96,11 @@ SyslogIdentifier=tsproxy
 # One line for each connection: none shall be held back.
 LogRateLimitIntervalSec=0
 
-# It sends WATCHDOG=1; one that hangs is replaced. One that was told wrongly (2), or whose policy can't be had (78), would
-# only fail again.
+# It sends WATCHDOG=1; one that hangs is replaced. Whatever a start fails for may heal: a name that can't be resolved yet (75),
+# a policy whose lever somebody pulls (78), a script that is being replaced (Python's 2).
 WatchdogSec=10
 Restart=on-failure
-RestartSec=1
-RestartPreventExitStatus=2 78
+RestartSec=2
 # SIGTERM drains: the drain timeout, and a little more.
 KillMode=mixed
 TimeoutStopSec=@STOP_S@

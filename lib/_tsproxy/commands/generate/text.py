@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import shlex
 from typing import Any, Iterator, List, Sequence
 
 import _tsproxy
 from _tsproxy.commands.generate import fields
-from _tsproxy.config import OPTIONS, REPEATED, Config
+from _tsproxy.config import OPTIONS, REPEATED, Config, usable_cpus
 
 DIRECTORY = "/var/log/tsproxy"
 LINES_FILE = f"{DIRECTORY}/tsproxy.json"  # where a shipper finds the lines
@@ -63,7 +62,7 @@ def _words(config: Config) -> Iterator[str]:
 def _default(field: str, config: Config) -> Any:
     """What the field would be if its option had not been given."""
     if field == "workers":
-        return len(config.cpus or os.sched_getaffinity(0))
+        return len(config.cpus or usable_cpus())
     return _DEFAULTS[field]
 
 

@@ -131,7 +131,9 @@ class Screen:
             try:
                 rest = rest[os.write(self._out, rest) :]
             except BlockingIOError:
-                select.select((), (self._out,), (), 1.0)
+                room = select.poll()
+                room.register(self._out, select.POLLOUT)
+                room.poll(1000)
 
 
 def open_keys() -> Optional[int]:
