@@ -11,6 +11,7 @@ from time import monotonic_ns
 from typing import NamedTuple, Optional, Protocol, Union
 
 from _tsproxy.dataplane.held import Held, InBuffer
+from _tsproxy.dataplane.liveness import Doubt, dispel
 from _tsproxy.dataplane.poller import READ, READ_EDGES, WRITE
 from _tsproxy.dataplane.states import DRAINING, EOF, FLUSHED, OPEN, SHUT, flow_after
 from _tsproxy.dataplane.stream import Stream
@@ -60,6 +61,7 @@ class Half:
 
     __slots__ = (
         "bench",
+        "doubt",
         "fd",
         "filled_at",
         "fills",
@@ -93,6 +95,7 @@ class Half:
         self.stream: Optional[Stream] = None
         self.fills = self.filled_at = 0  # full buffers in a row, and `received` as of the last one
         self.moved_at = 0
+        self.doubt: Optional[Doubt] = None  # whether the sink's peer still lives
 
     def readable(self) -> None:
         """One receive, one send: the whole life of a small order. Everything else is the exception."""
@@ -280,4 +283,5 @@ class Half:
             self._drop_stream()
         del self.owner
         if hasattr(self, "twin"):
+            dispel(self)
             del self.twin, self.sink

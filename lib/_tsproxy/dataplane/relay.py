@@ -42,6 +42,7 @@ class Relay:
         "_failure",
         "_halves",
         "_phase",
+        "_settled_at",
         "_started_ns",
         "_upstream",
         "_upstream_timestamps",
@@ -56,6 +57,7 @@ class Relay:
         self._upstream: Optional[bytes] = None
         self._started_ns = entry.accepted_ns
         self._connect_us: Optional[int] = None
+        self._settled_at = 0  # all that had moved until then was acknowledged by both peers
         self._upstream_timestamps: Optional[bool] = None
         # to_upstream, and to_downstream once there is an upstream socket
         self._halves = [Half(self, bench, sockets.adopt(entry.fd, socket.AF_INET), FROM_DOWNSTREAM)]
@@ -182,6 +184,7 @@ class Relay:
             return
         for half in (up, down):
             sockets.acknowledge_at_once(half.source)
+        self._bench.liveness.begin(now)
         up.readable()  # what the client has said meanwhile need not wait, not even until the descriptors are watched
         self.on_flow()
 
@@ -251,9 +254,30 @@ class Relay:
             return
         limit = self._silence_ns
         if limit and self._moved_at + limit <= now_ns:
+            self._see_what_kernel_moves(now_ns)
+        if limit and self._moved_at + limit <= now_ns:
             self._end_silent()
         else:
             self._set_timer()
+
+    def _see_what_kernel_moves(self, now_ns: int) -> None:
+        """Bytes that were given to the kernel long ago may still be moving: to a peer that reads slowly."""
+        for half in self._halves:
+            seen = sockets.outstanding(half.sink)
+            if seen.any and not seen.retransmits:
+                half.moved_at = max(half.moved_at, now_ns - seen.sent_ms * 1_000_000)
+
+    def look(self, now_ns: int) -> None:
+        """Whether both peers still live. One that has acknowledged all is not looked at before something moves again."""
+        if self._phase is not RELAYING or self._settled_at == self._moved_at:
+            return
+        moved_at = self._moved_at
+        for half in self._halves:
+            if self._bench.liveness.is_gone(half, now_ns):
+                self.on_broken_sink(half, OSError(errno.ETIMEDOUT, "no ACK within the user timeout"))
+                return
+        if not any(half.doubt for half in self._halves):
+            self._settled_at = moved_at
 
     def _end_silent(self) -> None:
         rules = self._bench.rules

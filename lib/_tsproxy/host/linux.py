@@ -5,6 +5,7 @@ architecture that Linux's generic headers serve (x86_64, aarch64, ppc64le, s390x
 """
 
 import errno
+import struct
 
 # include/uapi/linux/tcp.h, level IPPROTO_TCP
 TCP_INFO = 11
@@ -13,9 +14,14 @@ TCP_USER_TIMEOUT = 18
 TCP_TIMESTAMP = 24
 TCP_SAVE_SYN = 27
 TCP_SAVED_SYN = 28
+TCP_RTO_MAX_MS = 44  # Linux 6.15
 
 # include/net/tcp_states.h, tcpi_state: ESTABLISHED, and CLOSE_WAIT where the peer's FIN is here already
 TCP_CONNECTED = frozenset({1, 8})
+
+# include/uapi/linux/tcp.h, struct tcp_info: tcpi_unacked, last_data_sent, last_ack_recv, bytes_acked, notsent_bytes, snd_wnd
+# (Linux 5.4), by their offsets. It has only ever grown at its end.
+TCPI_OUTSTANDING = struct.Struct("=24xI16xI8xI60xQ16xI80xI")
 
 # include/uapi/linux/tcp.h, tcpi_options
 TCPI_OPT_TIMESTAMPS = 1

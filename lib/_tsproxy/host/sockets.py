@@ -16,7 +16,9 @@ from _tsproxy.host.addresses import Address, SockAddr
 TAG = 4
 _LINGER_ZERO = struct.pack("ii", 1, 0)
 _KEEPALIVE_PROBES = 3
+_MOST_KEEPALIVE_PROBES, _LONGEST_KEEPALIVE_S = 127, 32767  # include/net/tcp.h, MAX_TCP_KEEPCNT and MAX_TCP_KEEPINTVL
 _LONGEST_SYN = 1024
+_SHORTEST_RTO_MAX_MS = 1000  # TCP_RTO_MAX_MS takes no less
 # A relayed socket is a plain SocketType, which is all C: socket.socket adds makefile() and Python frames to making and closing.
 _STREAM = int(socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
 
@@ -51,6 +53,45 @@ def counts_microseconds(sock: SocketType) -> bool:
     return bool(sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, 8)[5] & linux.TCPI_OPT_USEC_TS)
 
 
+class Outstanding(NamedTuple):
+    """What a peer has not acknowledged, by TCP_INFO."""
+
+    any: bool  # bytes or a FIN, sent or waiting for the peer's window
+    acknowledged: int  # bytes, since the beginning
+    silent_ms: int  # since an ACK came, whether it acknowledged anything new or not
+    sent_ms: int  # since data was sent, or sent again; probes do not count
+    retransmits: int  # of the first byte that is outstanding
+    asked: bool  # there was more than one segment that should have been answered, and none was
+
+
+def outstanding(sock: SocketType) -> Outstanding:
+    """TCP_INFO, read for what is under way. An older kernel's is shorter: what it lacks reads 0."""
+    size = linux.TCPI_OUTSTANDING.size
+    raw = sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, size).ljust(size, b"\0")
+    unacked, sent_ms, silent_ms, acknowledged, not_sent, window = linux.TCPI_OUTSTANDING.unpack(raw)
+    retransmits, probes = raw[2], raw[3]
+    # Of a window that was taken back, retransmits are not counted (tcp_retransmit_timer()).
+    again = sent_ms < silent_ms and (retransmits > 1 or not window)
+    return Outstanding(bool(unacked or not_sent), acknowledged, silent_ms, sent_ms, retransmits, again or probes > 1)
+
+
+class TcpOption(NamedTuple):
+    """For setsockopt(2) at level IPPROTO_TCP."""
+
+    number: int
+    value: int
+
+
+def limit_rto(sock: SocketType, most_ms: int) -> Optional[TcpOption]:
+    """Let no more time pass between retransmits, or probes; what sets it back. None before Linux 6.15."""
+    try:
+        before = sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_RTO_MAX_MS)
+        sock.setsockopt(socket.IPPROTO_TCP, linux.TCP_RTO_MAX_MS, min(max(most_ms, _SHORTEST_RTO_MAX_MS), before))
+    except OSError:
+        return None
+    return TcpOption(linux.TCP_RTO_MAX_MS, before)
+
+
 class Tuning(NamedTuple):
     """What each connection gets, downstream and upstream alike. 0 leaves the kernel's own setting."""
 
@@ -64,13 +105,24 @@ class Tuning(NamedTuple):
         sock.setsockopt(tcp, socket.TCP_NODELAY, 1)
         if self.keepalive_s:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            gap_s, count = self._probes
             sock.setsockopt(tcp, socket.TCP_KEEPIDLE, self.keepalive_s)
-            sock.setsockopt(tcp, socket.TCP_KEEPINTVL, max(1, self.keepalive_s // _KEEPALIVE_PROBES))
-        if self.user_timeout_ms:
-            sock.setsockopt(tcp, linux.TCP_USER_TIMEOUT, self.user_timeout_ms)
-        elif self.keepalive_s:
-            # Where there is a user timeout, it decides instead of the count (tcp(7), TCP_USER_TIMEOUT).
-            sock.setsockopt(tcp, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
+            sock.setsockopt(tcp, socket.TCP_KEEPINTVL, gap_s)
+            sock.setsockopt(tcp, socket.TCP_KEEPCNT, count)
+
+    @property
+    def _probes(self) -> Tuple[int, int]:
+        """Seconds between keepalive probes, and how many are sent: an idle peer is gone after a silence of the user timeout.
+
+        But not before the first probe has had a third of the keepalive time, which is also what each has without a user
+        timeout. TCP_USER_TIMEOUT itself is not set: it would count the time of a closed window (dataplane/liveness.py).
+        """
+        gap_s = max(1, self.keepalive_s // _KEEPALIVE_PROBES)
+        if not self.user_timeout_ms:
+            return gap_s, _KEEPALIVE_PROBES
+        left_s = max(gap_s, -(-self.user_timeout_ms // 1000) - self.keepalive_s)
+        gap_s = max(1, min(left_s // _KEEPALIVE_PROBES, _LONGEST_KEEPALIVE_S))
+        return gap_s, min(left_s // gap_s, _MOST_KEEPALIVE_PROBES)
 
 
 def acknowledge_at_once(sock: SocketType) -> None:
