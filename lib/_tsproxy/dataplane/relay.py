@@ -18,7 +18,7 @@ from _tsproxy.dataplane.states import CLOSED, CONNECTED, CONNECTING, ENDED, OPEN
 from _tsproxy.dataplane.timers import TICK_NS
 from _tsproxy.dataplane.workbench import Workbench
 from _tsproxy.host import linux, sockets
-from _tsproxy.host.addresses import PACKED_SIZE, unpack
+from _tsproxy.host.addresses import PACKED_SIZE, Address, unpack
 from _tsproxy.telemetry.counters import CONNECT, Counter
 from _tsproxy.telemetry.endings import Ending
 from _tsproxy.telemetry.histogram import slot
@@ -110,14 +110,24 @@ class Relay:
         address = unpack(packed)
         code = 0
         for source in self._bench.sources(address.family):
-            sock = sockets.dial(address.family, self._bench.rules.tuning, source)
+            try:
+                sock = sockets.dial(address.family, self._bench.rules.tuning, source)
+            except sockets.SourceGone:
+                self._complain_of_source(source)
+                continue
             code = sock.connect_ex(address.sockaddr)
             if code == 0 or code in linux.RETRY:
                 return sock
             sock.close()
             if code != errno.EADDRNOTAVAIL:
                 break
-        raise OSError(code, "connect")
+        raise OSError(code or errno.ENODEV, "connect")
+
+    def _complain_of_source(self, source: Optional[Address]) -> None:
+        """One of the local addresses has left: the others serve; without any the connection fails, for no lack of ports."""
+        gone = f"--source={source.ip}" if source else "the source"
+        text = f"{gone} is no address of this host any more: connections come from the others, if there are any"
+        self._bench.complain("error", gone, text)
 
     def _await(self, sock: socket.SocketType) -> None:
         """Wait for the answer; a target on this host has given it already."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
 from socket import SocketType
@@ -174,8 +175,15 @@ def listener(address: Address, backlog: int, tuning: Tuning, reuse_port: bool = 
     return sock
 
 
+class SourceGone(OSError):
+    """The address to bind to is none of this host's, or its interface is gone."""
+
+
 def dial(family: int, tuning: Tuning, source: Optional[Address]) -> SocketType:
-    """An unconnected, non-blocking upstream socket with the tag, bound to `source` if one is given. OSError as it comes."""
+    """An unconnected, non-blocking upstream socket with the tag, bound to `source` if one is given. OSError as it comes.
+
+    bind(2) here needs no port, so EADDRNOTAVAIL from it is about the address: SourceGone. From connect(2) it is about ports.
+    """
     sock = SocketType(family, _STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, TAG)
@@ -183,11 +191,20 @@ def dial(family: int, tuning: Tuning, source: Optional[Address]) -> SocketType:
         if source is not None:
             # The port is chosen at connect(), by the 4-tuple; bind() would reserve one for all targets.
             sock.setsockopt(socket.IPPROTO_IP, linux.IP_BIND_ADDRESS_NO_PORT, 1)
-            sock.bind(source._replace(port=0).sockaddr)
+            _bind(sock, source._replace(port=0))
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+def _bind(sock: SocketType, address: Address) -> None:
+    try:
+        sock.bind(address.sockaddr)
+    except OSError as error:
+        if error.errno in (errno.EADDRNOTAVAIL, errno.ENODEV):
+            raise SourceGone(*error.args) from None
+        raise
 
 
 def inherit(fd: int) -> socket.socket:
