@@ -1,17 +1,19 @@
 """Run by a test: system calls that are refused, as gVisor, a seccomp profile or an older kernel does; the others are not.
 
-    refusing_launcher.py CALL[:ARGUMENT=VALUE...]=ERRNO... -- COMMAND...
+    refusing_launcher.py CALL[:ARGUMENT=VALUE...]:ERRNO... -- COMMAND...
 
-E.g. `splice=EINVAL`, or `setsockopt:1=6:2=44=ENOPROTOOPT` for that level and option. libseccomp(3) makes the filter.
+E.g. `splice:EINVAL`, or `setsockopt:1=6:2=44:ENOPROTOOPT` for that level and option, or `splice:4!=1:EINVAL` for every
+length but one. libseccomp(3) makes the filter.
 """
 
 import ctypes
 import errno
 import os
+import re
 import sys
 
 ALLOW, ERRNO = 0x7FFF0000, 0x00050000  # include/uapi/linux/seccomp.h
-EQUAL = 4  # SCMP_CMP_EQ
+OPERATORS = {"!=": 1, "=": 4}  # SCMP_CMP_NE, SCMP_CMP_EQ
 
 
 class Comparison(ctypes.Structure):
@@ -21,11 +23,11 @@ class Comparison(ctypes.Structure):
 
 
 def refuse(library, context, rule):
-    call, *arguments = rule.split(":")
-    *arguments, code = ":".join(arguments).rsplit("=", 1) if arguments else (call.split("=")[1],)
-    pairs = [pair.split("=") for pair in (arguments[0].split(":") if arguments else [])]
-    wanted = (Comparison * len(pairs))(*(Comparison(int(number), EQUAL, int(value), 0) for number, value in pairs))
-    number = library.seccomp_syscall_resolve_name(call.split("=")[0].encode())
+    call, *arguments, code = rule.split(":")
+    parts = [re.fullmatch(r"(\d)(!?=)(\d+)", argument).groups() for argument in arguments]
+    pairs = [Comparison(int(number), OPERATORS[sign], int(value), 0) for number, sign, value in parts]
+    wanted = (Comparison * len(pairs))(*pairs)
+    number = library.seccomp_syscall_resolve_name(call.encode())
     assert number >= 0, call
     action = ctypes.c_uint32(ERRNO | getattr(errno, code))
     assert library.seccomp_rule_add_array(context, action, number, len(pairs), wanted) == 0, rule

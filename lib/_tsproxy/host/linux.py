@@ -18,6 +18,7 @@ TCP_RTO_MAX_MS = 44  # Linux 6.15
 
 # include/net/tcp_states.h, tcpi_state: ESTABLISHED, and CLOSE_WAIT where the peer's FIN is here already
 TCP_CONNECTED = frozenset({1, 8})
+TCP_CLOSE = 7
 
 # include/uapi/linux/tcp.h, struct tcp_info: tcpi_unacked, last_data_sent, last_ack_recv, bytes_acked, notsent_bytes, snd_wnd
 # (Linux 5.4), by their offsets. It has only ever grown at its end.
@@ -51,6 +52,9 @@ PEER_GONE = PEER_RESET | {
     errno.ECONNREFUSED,
     errno.EPROTO,
 }
+
+# This kernel, its security module or a filter (seccomp(2), gVisor) does not do that here, and will not: do without it.
+UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOTSUP})
 
 # The host has no room: pause, try again by the clock, never spin (accept(2), socket(2)).
 CAPACITY = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})

@@ -49,6 +49,11 @@ def connected_with_timestamps(sock: SocketType) -> Optional[bool]:
     return bool(info[5] & linux.TCPI_OPT_TIMESTAMPS) if info[0] in linux.TCP_CONNECTED else None
 
 
+def is_closed(sock: SocketType) -> bool:
+    """Whether the connection is no more; an error that ended it may have been told already, and is told only once."""
+    return sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, 1)[0] == linux.TCP_CLOSE
+
+
 def counts_microseconds(sock: SocketType) -> bool:
     """Whether this connection's timestamps would count microseconds (a route's feature, TCPI_OPT_USEC_TS)."""
     return bool(sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, 8)[5] & linux.TCPI_OPT_USEC_TS)
