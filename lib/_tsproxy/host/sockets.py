@@ -109,6 +109,8 @@ class Tuning(NamedTuple):
         tcp = socket.IPPROTO_TCP
         # A small order must not wait for the previous one's ACK.
         sock.setsockopt(tcp, socket.TCP_NODELAY, 1)
+        # An urgent byte is one of the stream, in its place: without this recv(2) passes over it, and it is lost (tcp(7)).
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         if self.keepalive_s:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             gap_s, count = self._probes
