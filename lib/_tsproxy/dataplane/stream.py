@@ -33,6 +33,9 @@ class Direction(Protocol):
     def receive_failed(self, error: OSError) -> None:
         """Nothing was there after all, or never will be again."""
 
+    def is_full(self, error: OSError) -> bool:
+        """Whether the sink takes nothing just now."""
+
     def readable(self) -> None:
         """Receive once, by copying."""
 
@@ -89,7 +92,7 @@ class Stream:
         try:
             sent = self._pipe.send(half.sink)
         except OSError as error:
-            if error.errno not in linux.RETRY:
+            if not half.is_full(error):
                 half.lose(received, error)
                 return
             sent = 0

@@ -186,6 +186,12 @@ class SourceGone(OSError):
     """The address to bind to is none of this host's, or its interface is gone."""
 
 
+def tune_inherited(sock: SocketType, tuning: Tuning) -> None:
+    """A listener that somebody else made, and that an earlier tsproxy may have tuned: with the user timeout, then."""
+    tuning.apply(sock)
+    sock.setsockopt(socket.IPPROTO_TCP, linux.TCP_USER_TIMEOUT, 0)
+
+
 def dial(family: int, tuning: Tuning, source: Optional[Address]) -> SocketType:
     """An unconnected, non-blocking upstream socket with the tag, bound to `source` if one is given. OSError as it comes.
 
