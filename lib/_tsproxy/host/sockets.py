@@ -34,7 +34,7 @@ class TcpInfo(NamedTuple):
 
 def tcp_info(sock: SocketType) -> TcpInfo:
     """TCP_INFO of an established (or since closed) connection. While SYN_SENT the options read 0."""
-    raw = sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, 104)
+    raw = sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, 104).ljust(104, b"\0")
     return TcpInfo(bool(raw[5] & linux.TCPI_OPT_TIMESTAMPS), *struct.unpack_from("=I28xI", raw, 68))
 
 
@@ -134,8 +134,11 @@ class Tuning(NamedTuple):
 
 
 def acknowledge_at_once(sock: SocketType) -> None:
-    """Leave delayed-ACK mode now (TCP_QUICKACK, tcp(7)); the kernel may enter it again later."""
-    sock.setsockopt(socket.IPPROTO_TCP, linux.TCP_QUICKACK, 1)
+    """Leave delayed-ACK mode now (TCP_QUICKACK, tcp(7)); the kernel may enter it again later, or not know it."""
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, linux.TCP_QUICKACK, 1)
+    except OSError:
+        pass  # slower by a moment, at the beginning
 
 
 def reset_on_close(sock: SocketType) -> None:
