@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -12,11 +13,16 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List
 
 import pytest
+from _tsproxy.dataplane import inbox
 from _tsproxy.host import systemd
+from _tsproxy.runtime.crew import Crew
+from _tsproxy.server.watchdog import Watchdog
+from _tsproxy.telemetry.counters import Counter
 from conftest import CHECKOUT
-from harness import Exchange, Proxy, receive_exactly, wait_until
+from harness import Exchange, Proxy, children, echo, pause, receive_exactly, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
+from namespaces import Namespace, require_root
 
 WORDS = ["-t", "127.0.0.1:9", "--timestamps=preserve", "--metrics-interval=0"]
 HAND_OVER = """
@@ -132,11 +138,21 @@ class Manager:
         self.messages: List[Dict[str, str]] = []
 
     def wait_for(self, name: str) -> str:
+        return self.wait_for_state(name)[name]
+
+    def wait_for_state(self, name: str) -> Dict[str, str]:
+        """The next message that has this."""
         while True:
             text = self._socket.recv(4096).decode()
             self.messages.append(dict(line.split("=", 1) for line in text.splitlines()))
             if name in self.messages[-1]:
-                return self.messages[-1][name]
+                return self.messages[-1]
+
+    def falls_silent(self, for_s: float) -> None:
+        """Nothing comes for so long, once what is under way has come."""
+        ready = select.poll()
+        ready.register(self._socket, select.POLLIN)
+        wait_until(lambda: not (ready.poll(for_s * 1000) and self._socket.recv(4096)), "silence")
 
     def close(self) -> None:
         self._socket.close()
@@ -163,6 +179,121 @@ def test_the_manager_hears_of_the_start_of_life_and_of_the_end(start: Any, echoi
         assert manager.wait_for("STOPPING") == "1"
         assert manager.wait_for("WATCHDOG") == "1", "a long drain must not look like a hang"
     assert proxy.wait() == 0
+
+
+def test_the_watchdog_is_fed_through_a_whole_drain_though_a_worker_has_ended(
+    start: Any, echoing: Exchange, manager: Manager
+) -> None:
+    """One worker has a connection that stays, the other has nothing to do, and ends at once."""
+    env = {**os.environ, "NOTIFY_SOCKET": manager.path, "WATCHDOG_USEC": "300000"}
+    proxy = start(echoing, "--workers=2", "--runtime=processes", env=env)
+    with proxy.connect() as client:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+        proxy.process.send_signal(signal.SIGTERM)
+        assert int(manager.wait_for_state("STOPPING")["EXTEND_TIMEOUT_USEC"]) > 30e6, "as long as the drain may take"
+        (zygote,) = children(proxy.process.pid)
+        wait_until(lambda: len(children(zygote)) == 1, "the worker that has nothing to do ends")
+        for _ in range(8):
+            assert manager.wait_for_state("WATCHDOG")["STATUS"] == "draining 1 connections"
+    assert proxy.wait() == 0
+
+
+def test_a_stuck_worker_silences_the_watchdog_until_it_goes_on(start: Any, echoing: Exchange, manager: Manager) -> None:
+    env = {**os.environ, "NOTIFY_SOCKET": manager.path, "WATCHDOG_USEC": "300000"}
+    proxy = start(echoing, "--workers=2", "--runtime=processes", env=env)
+    manager.wait_for("WATCHDOG")
+    (zygote,) = children(proxy.process.pid)
+    stuck = children(zygote)[0]
+    pause(stuck)
+    manager.falls_silent(for_s=1.0)
+    os.kill(stuck, signal.SIGCONT)
+    assert manager.wait_for("WATCHDOG") == "1"
+
+
+def test_a_stuck_worker_is_ended_by_the_clock_of_the_drain(start: Any, echoing: Exchange, manager: Manager) -> None:
+    """Not by the manager's watchdog, which would kill the other workers' connections with it."""
+    env = {**os.environ, "NOTIFY_SOCKET": manager.path, "WATCHDOG_USEC": "300000"}
+    proxy = start(echoing, "--workers=2", "--runtime=processes", "--drain-timeout=0.1", env=env)
+    proxy.line("start")
+    (zygote,) = children(proxy.process.pid)
+    stuck = children(zygote)[0]
+    pause(stuck)
+    proxy.process.send_signal(signal.SIGTERM)
+    manager.wait_for_state("STOPPING")
+    assert int(manager.wait_for("EXTEND_TIMEOUT_USEC")) > 5e6, "the time that it takes is asked for, once more"
+    os.kill(stuck, signal.SIGCONT)
+    assert proxy.wait() == 0
+
+
+class Seated:
+    """A worker's place whose inbox the test empties."""
+
+    is_alive = True
+
+    def __init__(self) -> None:
+        self.row = memoryview(bytearray(8 * len(Counter))).cast("Q")
+        self.box = inbox.ChannelProducer(self.row)
+        self.consumer = inbox.ChannelConsumer(inbox.Channel(self.box.theirs.fileno()), self.row)
+
+    def close(self) -> None:
+        self.box.theirs.detach()
+        self.consumer._socket.close()
+        self.box._ours.close()
+
+
+def test_a_busy_worker_whose_inbox_is_never_empty_answers_the_watchdog(manager: Manager) -> None:
+    """What counts is that it has taken what was there when it was asked."""
+    crew = Crew.__new__(Crew)
+    crew._seats = [seat] = [Seated()]  # type: ignore[list-item]
+    notifier = systemd.Notifier({"NOTIFY_SOCKET": manager.path, "WATCHDOG_USEC": "30000"}, os.getpid())
+    watchdog = Watchdog(notifier, crew, lambda: "relaying")
+    with contextlib.closing(notifier), contextlib.closing(seat):
+        seat.box.put(inbox.Entry(inbox.PING))
+        for _ in range(3):
+            watchdog.tick()
+            seat.box.put(inbox.Entry(inbox.PING))  # one comes before one is taken
+            assert len(list(seat.consumer.take())) == 1
+            assert not seat.box.is_empty
+            wait_until(lambda: watchdog.due_s == 0)
+            watchdog.tick()
+            assert manager.wait_for("WATCHDOG") == "1"
+            wait_until(lambda: watchdog.due_s == 0)
+        watchdog.tick()
+        wait_until(lambda: watchdog.due_s == 0)
+        watchdog.tick()
+        manager.falls_silent(for_s=0)
+
+
+def test_the_status_tells_a_drift_until_it_is_over(manager: Manager) -> None:
+    require_root()
+    env = {**os.environ, "NOTIFY_SOCKET": manager.path, "WATCHDOG_USEC": "300000"}
+    with contextlib.closing(Namespace(tcp_timestamps="0")) as host, contextlib.ExitStack() as stack:
+        with host:
+            far = stack.enter_context(contextlib.closing(Exchange(echo)))
+        proxy = Proxy([*host.enter, *CHECKOUT], "-t", far.target, "-p0", env=env)
+        stack.callback(proxy.close)
+        proxy.line("start")
+        host.sysctl("tcp_timestamps", "1")
+        while not manager.wait_for("STATUS").startswith("refusing"):
+            pass
+        for _ in range(4):
+            status = manager.wait_for_state("WATCHDOG")["STATUS"]
+            assert status.startswith("refusing new connections, with 0 connections: ")
+            assert "tcp_timestamps=1" in status
+        host.sysctl("tcp_timestamps", "0")
+        while manager.wait_for("STATUS").startswith("refusing"):
+            pass
+        assert manager.wait_for("STATUS") == "relaying 0 connections"
+        assert proxy.stop() == 0
+
+
+def test_a_name_that_takes_its_time_is_resolved_before_the_manager_loses_patience(start: Any, manager: Manager) -> None:
+    start("localhost:9", env={**os.environ, "NOTIFY_SOCKET": manager.path})
+    first = manager.wait_for_state("EXTEND_TIMEOUT_USEC")
+    assert first["STATUS"] == "resolving localhost:9"
+    assert int(first["EXTEND_TIMEOUT_USEC"]) > 90e6, "more than systemd's own limit for a start"
+    assert manager.wait_for_state("READY")["STATUS"] == "relaying 0 connections"
 
 
 def test_a_manager_that_is_gone_does_not_matter(start: Any, echoing: Exchange, manager: Manager) -> None:

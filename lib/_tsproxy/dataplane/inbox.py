@@ -91,35 +91,48 @@ def consumer(inbox: Union[Ring, Channel], row: memoryview) -> Consumer:
     return RingConsumer(inbox, row) if isinstance(inbox, Ring) else ChannelConsumer(inbox, row)
 
 
-class RingProducer:
-    """The acceptor's side of a ring."""
+class _Producer:
+    """How far the other side is. Entries are numbered from 1; `put_last` is the number of the last one."""
 
-    def __init__(self, ring: Ring, row: memoryview) -> None:
+    def __init__(self, row: memoryview) -> None:
         """`row` is that of the worker that takes; it is only read here."""
-        self._bell, self._row = ring.bell, row
-        self._map = mmap.mmap(ring.memory, 0)
-        self._put = 0
+        self._row = row
+        self.put_last = 0
 
-    def put(self, entry: Entry) -> bool:
-        """Hand over one entry and wake the worker; False, with nothing done, if the ring is full."""
-        if self._put - self._row[Counter.TAKEN] >= CAPACITY:
-            return False
-        data = entry.encode()
-        start = (self._put % CAPACITY) * _SLOT
-        self._map[start : start + len(data)] = data
-        self._put += 1
-        self._bell.ring()
-        return True
+    def has_taken(self, number: int) -> bool:
+        """Whether the worker has taken the entry of that number."""
+        return bool(self._row[Counter.TAKEN] >= number)
 
     @property
     def is_empty(self) -> bool:
         """Whether the worker has taken all that was put."""
-        return bool(self._put == self._row[Counter.TAKEN])
+        return self.has_taken(self.put_last)
+
+
+class RingProducer(_Producer):
+    """The acceptor's side of a ring."""
+
+    def __init__(self, ring: Ring, row: memoryview) -> None:
+        """Attach to the ring."""
+        super().__init__(row)
+        self._bell = ring.bell
+        self._map = mmap.mmap(ring.memory, 0)
+
+    def put(self, entry: Entry) -> bool:
+        """Hand over one entry and wake the worker; False, with nothing done, if the ring is full."""
+        if self.put_last - self._row[Counter.TAKEN] >= CAPACITY:
+            return False
+        data = entry.encode()
+        start = (self.put_last % CAPACITY) * _SLOT
+        self._map[start : start + len(data)] = data
+        self.put_last += 1
+        self._bell.ring()
+        return True
 
     def offer_again(self) -> None:
         """The worker is gone: announce to its successor what it was told of but has not taken."""
         self._bell.collect()
-        for _ in range(self._put - self._row[Counter.TAKEN]):
+        for _ in range(self.put_last - self._row[Counter.TAKEN]):
             self._bell.ring()
 
 
@@ -140,12 +153,12 @@ class RingConsumer:
             yield entry
 
 
-class ChannelProducer:
+class ChannelProducer(_Producer):
     """The acceptor's side of a socket pair. What was sent and not taken waits in the socket for the next worker, too."""
 
     def __init__(self, row: memoryview) -> None:
         """`theirs` is the worker's end: pass it on; keep it open for a successor."""
-        self._row, self._put = row, 0
+        super().__init__(row)
         self._ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
 
     def put(self, entry: Entry) -> bool:
@@ -159,13 +172,8 @@ class ChannelProducer:
             raise
         if entry.fd >= 0:
             os.close(entry.fd)
-        self._put += 1
+        self.put_last += 1
         return True
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether the worker has taken all that was put."""
-        return bool(self._put == self._row[Counter.TAKEN])
 
     def offer_again(self) -> None:
         """Nothing to do: the socket keeps what was not taken."""

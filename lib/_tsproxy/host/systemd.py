@@ -63,11 +63,20 @@ class Notifier:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self.watchdog_s = _watchdog_s(environment, pid) if self._socket else 0.0
 
+    @property
+    def is_heard(self) -> bool:
+        """Whether there is a manager."""
+        return self._socket is not None
+
+    def extend(self, by_s: float, **state: object) -> None:
+        """A start or a stop may take so long from now on, beyond the unit's limits (EXTEND_TIMEOUT_USEC, sd_notify(3))."""
+        self.say(**state, EXTEND_TIMEOUT_USEC=round(by_s * 1e6))
+
     def say(self, **state: object) -> None:
         """One message, e.g. READY=1 and STATUS="relaying". A manager that does not listen costs just that message."""
         if self._socket is None:
             return
-        text = "\n".join(f"{name}={value}" for name, value in state.items())
+        text = "\n".join(f"{name}={' '.join(str(value).splitlines())}" for name, value in state.items())
         try:
             self._socket.sendto(text.encode("utf-8", "backslashreplace"), self._address)
         except OSError:
@@ -80,10 +89,10 @@ class Notifier:
 
 
 def _watchdog_s(environment: Mapping[str, str], pid: int) -> float:
-    """How often WATCHDOG=1 is due: half of what the manager waits for (sd_watchdog_enabled(3)); 0 if it does not."""
+    """How long the manager waits for WATCHDOG=1 (sd_watchdog_enabled(3)), an hour at most; 0 if it does not."""
     if environment.get("WATCHDOG_PID", str(pid)) != str(pid):
         return 0.0
-    return min(_number(environment.get("WATCHDOG_USEC", "")), 3_600_000_000) / 2e6
+    return min(_number(environment.get("WATCHDOG_USEC", "")), 3_600_000_000) / 1e6
 
 
 def _number(text: str) -> int:

@@ -40,6 +40,7 @@ class Crew:
         self._vacant: Set[int] = set()  # seats that nobody will sit on any more
         self._started = [0.0] * len(self._seats)
         self._quick = [0] * len(self._seats)
+        self._asked = [0] * len(self._seats)  # the last entry of each inbox at the last ping
         self._ending = False
         self._owed: List[Tuple[Seat, inbox.Entry]] = []  # in order
 
@@ -77,15 +78,24 @@ class Crew:
         """Whether an order waits for room."""
         return bool(self._owed)
 
+    @property
+    def has_obeyed(self) -> bool:
+        """Whether each worker has emptied its inbox, and so taken each order that was given."""
+        return not self._owed and all(seat.box.is_empty for seat in self._seats)
+
     def ping(self) -> None:
-        """Put a do-nothing order into each inbox that is empty, for all_answered() to ask about."""
+        """See to it that each inbox has had something to take, for all_answered() to ask about: a do-nothing order at least."""
         for seat in self._seats:
             if seat.box.is_empty:
                 seat.box.put(inbox.Entry(inbox.PING))
+        self._asked = [seat.box.put_last for seat in self._seats]
 
     def all_answered(self) -> bool:
-        """Whether each worker has emptied its inbox: of the last ping, or of the last order that is not owed any more."""
-        return all(seat.box.is_empty for seat in self._seats)
+        """Whether each worker has taken what was in its inbox at the last ping, however much has come since.
+
+        One that has ended owes no answer: it has done as it was told, or is to be replaced.
+        """
+        return all(seat.box.has_taken(asked) or not seat.is_alive for seat, asked in zip(self._seats, self._asked))
 
     def replace_the_dead(self) -> List[Death]:
         """After `gone` was rung: a successor for each worker that should still be there. Its inbox and row go on."""
@@ -122,13 +132,6 @@ class Crew:
     def alive(self) -> bool:
         """Whether any worker still runs."""
         return any(seat.is_alive for seat in self._seats)
-
-    def wait(self, patience_s: float) -> None:
-        """Wait until all have ended, but no longer than that."""
-        deadline = time.monotonic() + patience_s
-        while self.alive and time.monotonic() < deadline:
-            self.deliver()
-            time.sleep(0.002)
 
 
 def _seats(

@@ -33,6 +33,8 @@ from _tsproxy.telemetry.reporter import Reporter
 from _tsproxy.timestamps import policy
 
 _END_NOW_S = 5.0
+_LAST_S = _END_NOW_S + 4.0  # that, the last lines, and some
+_ATTEND_S = 0.05
 _ORDER_AGAIN_S = 0.005
 _LEAVE_S = 3.0  # a client whose handshake takes longer is given up
 _LEAVE_PACE_S = 0.005
@@ -43,13 +45,14 @@ _STDOUT = 1  # by number: sys.stdout is None when it was closed at the start
 
 def serve(config: Config) -> int:
     """Relay until a signal ends it; the exit code. Exit with its code if it can't begin."""
-    return Server(startup.prepare(config, os.environ)).run()
+    notifier = Notifier(os.environ, os.getpid())
+    return Server(startup.prepare(config, os.environ, notifier), notifier).run()
 
 
 class Server:
     """Owns the crew, the reporter and the listeners, from the `start` line to the `stop` line."""
 
-    def __init__(self, ready: Ready) -> None:
+    def __init__(self, ready: Ready, notifier: Notifier) -> None:
         self._ready, self._config = ready, ready.plan.config
         self._signals = Signals()
         self._slots = slots_for(self._config.max_connections, self._config.max_connections_per_client)
@@ -61,8 +64,8 @@ class Server:
         self._told: Optional[bytes] = None  # the upstream addresses that a worker which accepts was told last
         self._news: Deque[Tuple[str, str, str]] = deque()  # what the resolver's thread wants said
         self._has_news = wakeup.create()
-        self._notifier = Notifier(os.environ, os.getpid())
-        self._watchdog = Watchdog(self._notifier, self._crew)
+        self._watchdog = Watchdog(notifier, self._crew, self._status)
+        self._refuses = ""  # why clients are refused
         self._drift = DriftWatch(ready.inspector, ready.plan.lever, self._on_drift, self._on_held)
         self._selector = selectors.DefaultSelector()
         self._started = time.monotonic()
@@ -100,7 +103,7 @@ class Server:
         self._ready.resolver.follow(lambda: self._ledger.total(Counter.CONNECT_FAIL), self._tell)
         for fd in (self._signals.fd, self._has_news.reader, *self._crew.watched):
             self._selector.register(fd, selectors.EVENT_READ)
-        self._notifier.say(READY=1, STATUS="relaying")
+        self._watchdog.say(READY=1)
         self._accept_until_told()
         return self._stop(self._drain())
 
@@ -138,8 +141,14 @@ class Server:
         self._crew.deliver()
         if self._drift.due_s == 0:
             self._drift.look()
-        if self._watchdog.due_s == 0:
-            self._watchdog.tick(f"relaying {metrics.active(self._ledger)} connections")
+        self._watchdog.tick()
+
+    def _status(self) -> str:
+        """What it does just now, for the manager to show."""
+        connections = f"{metrics.active(self._ledger)} connections"
+        if self._ended_by or self._died:
+            return f"draining {connections}"
+        return f"refusing new connections, with {connections}: {self._refuses}" if self._refuses else f"relaying {connections}"
 
     def _listen(self, listening: bool) -> None:
         for listener in self._ready.listeners:
@@ -189,15 +198,17 @@ class Server:
         rewriting = self._config.timestamps == "rewrite"
         self._crew.order(DRIFTED_ALL if rewriting else DRIFTED_CONNECTING)
         self._say("timestamps_drift", "error", f"new connections are refused until it holds again: {evidence}")
-        self._notifier.say(STATUS="refusing connections: the timestamp policy does not hold")
+        self._refuses = evidence
+        self._watchdog.say()
 
     def _on_held(self, evidence: str) -> None:
         self._say("timestamps_drift", "info", f"the policy holds again: {evidence}")
-        self._notifier.say(STATUS="relaying")
+        self._refuses = ""
+        self._watchdog.say()
 
     def _drain(self) -> int:
         """Close the listeners, let connections end; at the deadline or the next signal end them. How many were cut."""
-        self._notifier.say(STOPPING=1, STATUS="draining")
+        self._watchdog.extend(self._config.drain_timeout_s + _LAST_S, STOPPING=1)
         deadline = time.monotonic() + self._config.drain_timeout_s
         if self._crew.accepts:
             self._accept_instead(min(deadline, time.monotonic() + _ANSWER_S))
@@ -210,13 +221,13 @@ class Server:
         self._reporter.say("drain", active_connections=active, drain_timeout_s=self._config.drain_timeout_s)
         self._crew.order(DRAIN)
         while self._crew.alive and self._may_wait(deadline):
-            self._attend(max(0.0, min(0.05, deadline - time.monotonic())))
+            self._attend_until(deadline)
         return self._kill()
 
     def _accept_instead(self, until: float) -> None:
         """A worker that accepts shall stop; who is in the backlog by then is for the main thread to take."""
         self._crew.order(LEAVE)
-        while self._crew.alive and (self._crew.owes or not self._crew.all_answered()) and self._may_wait(until):
+        while self._crew.alive and not self._crew.has_obeyed and self._may_wait(until):
             self._attend(_LEAVE_PACE_S)
         self._acceptor = self._make_acceptor()
 
@@ -233,6 +244,7 @@ class Server:
     def _take_all(self, leaving: Leaving, until: float) -> None:
         """Those on a shared port can wait for room, since later ones go to another instance."""
         while time.monotonic() < until and (leaving.is_alone or not self._acceptor.pause_s):
+            self._watchdog.tick()
             if self._acceptor.is_held_up:
                 self._attend(_LEAVE_PACE_S)
             elif not self._acceptor.accept(leaving.take):
@@ -247,10 +259,17 @@ class Server:
             self._on_word(key.fd)
         self._keep_time()
 
+    def _attend_until(self, deadline: float) -> None:
+        self._attend(max(0.0, min(_ATTEND_S, deadline - time.monotonic())))
+
     def _kill(self) -> int:
+        """From here on the clock ends everything, a stuck worker too: nobody has to answer for it any more."""
         left = metrics.active(self._ledger)
+        self._watchdog.extend(_LAST_S)
         self._crew.order(KILL)
-        self._crew.wait(_END_NOW_S)
+        until = time.monotonic() + _END_NOW_S
+        while self._crew.alive and time.monotonic() < until:
+            self._attend_until(until)
         return left
 
     def _stop(self, killed: int) -> int:

@@ -25,6 +25,8 @@ from _tsproxy.server.resolver import Resolver
 from _tsproxy.timestamps import advice
 from _tsproxy.timestamps.policy import Inspector, Lever, Wanted
 
+# What getaddrinfo(3) can take for one name: 5 s, twice, for three servers and each of six domains to search (resolv.conf(5)).
+_LOOK_UP_S = 240.0
 _BACKLOG = 4096  # the kernel takes the smaller of this and net.core.somaxconn
 _HINTS = {
     errno.EADDRINUSE: " (ss -ltnp shows by whom; --reuse-port shares a port)",
@@ -43,9 +45,12 @@ class Ready(NamedTuple):
     nofile: int
 
 
-def prepare(config: Config, environment: Mapping[str, str]) -> Ready:
+def prepare(config: Config, environment: Mapping[str, str], notifier: systemd.Notifier) -> Ready:
     """Do all of it, and drop root at the end. Exit with its code and message if something is in the way."""
     account = _account(config)
+    names = [target for target in config.targets if not target.is_literal]
+    if names:
+        notifier.extend(_LOOK_UP_S * len(names), STATUS=f"resolving {', '.join(map(str, names))}")
     resolver = resolve(config)
     inspector, lever = _require_policy(config, wanted_of(config, resolver))
     nofile = _raise_limits(config)

@@ -10,7 +10,7 @@ from _tsproxy.config import Config
 from _tsproxy.host.limits import descriptors_for
 
 _LISTENING = ("--port", "--bind", "--reuse-port")  # the socket unit does these
-_GRACE_S = 5  # beyond the drain, for the last lines
+_GRACE_S = 10  # beyond the drain, for what does not end by itself, and the last lines
 
 _UNITS = """\
 # tsproxy @VERSION@ under systemd: clients connect in the host's network namespace, tsproxy relays from a clean one.
