@@ -16,6 +16,9 @@ would be noticed late. A look that finds the same for a second time therefore sh
 6.15). Before that a user timeout that always lies ahead does it, since a probe is never put off beyond it
 (tcp_clamp_probe0_to_user_timeout()); each look moves it on. Both are undone when the peer moves on.
 
+After close(2) the kernel is alone with what is unsent, and delivers it to who acknowledges; but when a window has stayed
+closed until a probe would be two minutes away it gives such an orphan up (tcp_orphan_retries()).
+
 A look costs two system calls for each connection that has moved since it was last found settled, and one comparison for
 all others; they come in slices over a third of the timeout. Knows nothing of what becomes of who is gone.
 """
@@ -31,7 +34,7 @@ from _tsproxy.host import linux, sockets
 
 _LOOKS = 3  # in a timeout
 _SHORTEST_NS = 100_000_000  # between looks: a shorter timeout is noticed later
-_SLICE = 32  # connections at a time: below 0.1 ms, all of them moving
+_SLICE = 32  # connections at a time: 0.1 ms if all of them have moved (1.4 us a look), 0.01 ms if none has
 _STALL_MS = 5000  # for so long the loop may stand still before the kernel ends a peer whose timeout it should move on
 _JIFFY_MS = 10  # what the kernel's milliseconds may be short of, at most (HZ=100)
 
