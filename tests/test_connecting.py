@@ -140,6 +140,7 @@ def test_a_source_address_that_leaves_the_host_leaves_its_share_to_the_others(
     said = proxy.line("error")["message"]
     assert f"--source={first} is no address of this host any more" in said
     assert "port" not in said
+    proxy.wait_metrics(lambda line: line["downstream_cx_active"] == 0)  # no FIN can come to an address that is gone
     void.run(*ip, "del", second + length, "dev", "lo")
     with void:
         proxy.expect_reset()
