@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -120,10 +121,10 @@ def let_pass(seconds: float) -> None:
 def test_a_reader_that_pauses_for_many_user_timeouts_gets_every_byte(wire: Wire, side: str, zero_copy: str) -> None:
     line = Line(wire, side, f"--zero-copy={zero_copy}")
     with line.sending(MUCH, shut):
-        let_pass(5 * TIMEOUT_S)
+        let_pass(3 * TIMEOUT_S)
         half = len(MUCH) // 2
         assert receive_exactly(line.peer, half) == MUCH[:half]
-        let_pass(5 * TIMEOUT_S)
+        let_pass(3 * TIMEOUT_S)
         assert receive_all(line.peer) == MUCH[half:]
     line.peer.close()
     assert line.proxy.line("connection")["reason"] == "closed"
@@ -154,7 +155,7 @@ def test_a_reader_that_pauses_before_the_last_bytes_of_a_closed_connection_gets_
     let_pass(3 * TIMEOUT_S)  # so that probes have been hastened, which an orphan could not bear
     line.other.close()
     assert line.proxy.line("connection")["reason"] == "closed"
-    let_pass(5 * TIMEOUT_S)
+    let_pass(3 * TIMEOUT_S)
     assert receive_all(line.peer) == data
 
 
@@ -164,7 +165,7 @@ def test_a_reader_that_pauses_while_the_proxy_drains_gets_every_byte(wire: Wire)
         assert receive_exactly(line.peer, 1) == MUCH[:1]
         line.proxy.process.terminate()
         line.proxy.line("drain")
-        let_pass(5 * TIMEOUT_S)
+        let_pass(3 * TIMEOUT_S)
         assert receive_all(line.peer) == MUCH[1:]
         line.peer.close()
     assert line.proxy.wait() == 0
@@ -318,6 +319,8 @@ class Way:
 
 def test_idle_connections_are_not_looked_at(wire: Wire, tmp_path: Path) -> None:
     """strace(1) sees each TCP_INFO: one look at both ends finds them settled, and no other follows."""
+    if not shutil.which("strace"):
+        pytest.skip("LOUD: no strace: that an idle connection costs no look is NOT tested here")
     trace = tmp_path / "trace"
     wrap = ("strace", "-D", "-f", "-qq", "-o", str(trace), "-e", "trace=getsockopt")
     line = Line(wire, "client", "--keepalive=0", wrap=wrap)
