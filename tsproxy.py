@@ -55,7 +55,7 @@ Relaying:
   --zero-copy=<when>           auto: long streams go through pipes by splice(2) (Python 3.10+); never [default: auto].
   --idle-timeout=<s>           End a connection that moved no byte for so long; 0 is off [default: 0].
   --half-close-timeout=<s>     The same after one side's FIN [default: 300].
-  --user-timeout=<ms>          Unacknowledged for so long: dead (TCP_USER_TIMEOUT); 0 is off [default: 10000].
+  --user-timeout=<ms>          Acknowledges nothing for so long: dead; slow is not; 0 is off [default: 10000].
   --keepalive=<s>              Idle time before keepalive probes; 0 is off [default: 30].
   --drain-timeout=<s>          How long connections may finish after SIGTERM [default: 30].
 

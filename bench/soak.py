@@ -2,11 +2,12 @@
 """A soak: mixed traffic through tsproxy for --seconds, every byte verified, and nothing may leak, be lost or not add up.
 
 Clients and far end talk in streams whose every byte follows from a seed and its position: small orders back and forth,
-bulk in each direction and in both, short connections in numbers, half-closes, slow readers, visitors who say nothing,
-and resets by either side at a random moment. First comes a warm-up, after which all must be quiet: that is the starting
-level. Then the traffic runs; each second tsproxy's memory, descriptors and threads are looked at. In the end its own
-JSON lines must add up (received = sent + discarded, accepted = ended + active, a line for each connection, and not a
-byte more at one end than was sent at the other), and everything must be back at the starting level.
+bulk in each direction and in both, short connections in numbers, half-closes, slow readers, readers that pause for
+longer than the user timeout, visitors who say nothing, and resets by either side at a random moment. First comes a
+warm-up, after which all must be quiet: that is the starting level. Then the traffic runs; each second tsproxy's memory,
+descriptors and threads are looked at. In the end its own JSON lines must add up (received = sent + discarded, accepted =
+ended + active, a line for each connection, and not a byte more at one end than was sent at the other), and everything
+must be back at the starting level.
 
 How to read it: "violations" is 0 and the exit code too, or each violation is told and the exit code is 1. The memory may
 end up to --memory-room above the starting level; sockets and threads may not differ at all, and pipes may by the few
@@ -160,6 +161,7 @@ def run(soak: Soak) -> Dict[str, Any]:
     args, place, output = soak.args, soak.stage.place, soak.stage.bed.directory / "lines"
     listener = traffic.listen()
     words = [f"--target=127.0.0.1:{listener.getsockname()[1]}", "--port=0", f"--workers={args.workers}"]
+    words.append(f"--user-timeout={traffic.USER_TIMEOUT_MS}")
     command = [*soak.stage.bed.tsproxy, *words, f"--runtime={args.runtime}"]
     with processes.tasks(soak.far_ends(listener), place.load), processes.program(command, place.relay, output) as child:
         listener.close()  # it is the far ends': it must go with them

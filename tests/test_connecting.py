@@ -121,6 +121,39 @@ def test_a_source_that_is_not_ours_says_so(start: Any, exchange: Exchange) -> No
     assert "--source: given '192.0.2.77'" in proxy.stderr()
 
 
+@pytest.mark.parametrize(("family", "first", "second"), [(4, "10.97.0.1", "10.97.0.2"), (6, "fd97::1", "fd97::2")])
+def test_a_source_address_that_leaves_the_host_leaves_its_share_to_the_others(
+    void: Namespace, inside: Any, family: int, first: str, second: str
+) -> None:
+    ip = ("ip", f"-{family}", "addr")
+    length, plain = ("/32", ()) if family == 4 else ("/128", ("nodad",))
+    for source in (first, second):
+        void.run(*ip, "add", source + length, "dev", "lo", *plain)
+    with void:
+        far = Exchange(echo, host="127.0.0.1" if family == 4 else "::1")
+    proxy = inside("-t", far.target, f"--source={first}", f"--source={second}", "--workers=1")
+    address = proxy.address
+    void.run(*ip, "del", first + length, "dev", "lo")
+    for _ in range(4):
+        with void, socket.create_connection(address) as client:
+            exchange_with(void, client)
+    said = proxy.line("error")["message"]
+    assert f"--source={first} is no address of this host any more" in said
+    assert "port" not in said
+    proxy.wait_metrics(lambda line: line["downstream_cx_active"] == 0)  # no FIN can come to an address that is gone
+    void.run(*ip, "del", second + length, "dev", "lo")
+    with void:
+        proxy.expect_reset()
+    line = proxy.line("connection", lambda line: line["reason"] != "closed")
+    assert (line["reason"], line["termination_state"]) == ("connect_failed", "SC")
+    assert f"--source={second} is" in proxy.line("error", lambda line: second in line["message"])["message"]
+    assert not any("port" in line["message"] for line in proxy.lines if line["event"] == "error")
+    metrics = proxy.metrics()
+    assert (metrics["upstream_cx_connect_fail"], metrics["internal_errors_total"]) == (1, 0)
+    proxy.stop()
+    far.close()
+
+
 def test_ports_that_run_out_are_reported_as_what_they_are(void: Namespace, inside: Any) -> None:
     with void:
         far = Exchange(echo)

@@ -193,8 +193,22 @@ def test_tuning_is_in_effect_on_both_legs(family: int, ip: str) -> None:
         for sock in legs[1:]:
             assert sock.getsockopt(tcp, socket.TCP_NODELAY)
             assert sock.getsockopt(level, socket.SO_KEEPALIVE)
-            assert [sock.getsockopt(tcp, n) for n in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL)] == [31, 10]
-            assert sock.getsockopt(tcp, linux.TCP_USER_TIMEOUT) == 12345
+            assert [sock.getsockopt(tcp, n) for n in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL)] == [31, 3]
+            assert sock.getsockopt(tcp, socket.TCP_KEEPCNT) == 3
+            assert sock.getsockopt(tcp, linux.TCP_USER_TIMEOUT) == 0  # it would count the time of a closed window
+
+
+@pytest.mark.parametrize(
+    ("keepalive_s", "user_timeout_ms", "gap_s", "count"),
+    [(30, 10_000, 3, 3), (30, 0, 10, 3), (1, 500, 1, 1), (30, 300_000, 90, 3), (32767, 2**31 - 1, 32767, 64), (1, 9000, 2, 4)],
+)
+def test_an_idle_peer_is_asked_more_than_once_within_its_time(
+    keepalive_s: int, user_timeout_ms: int, gap_s: int, count: int
+) -> None:
+    with socket.socket() as sock:
+        Tuning(keepalive_s, user_timeout_ms).apply(sock)
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == gap_s
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == count
 
 
 def test_without_a_user_timeout_three_probes_decide() -> None:
@@ -216,7 +230,6 @@ def test_the_shortest_and_the_longest_keepalive_are_taken(seconds: int) -> None:
     with socket.socket() as sock:
         Tuning(seconds, 2**31 - 1).apply(sock)
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == seconds
-        assert sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_USER_TIMEOUT) == 2**31 - 1
 
 
 def test_no_socket_blocks_or_is_inherited() -> None:

@@ -175,17 +175,22 @@ class Exchange6(Exchange):
         self.close()
 
 
-def test_bytes_behind_urgent_data_arrive(start_form: Any, exchange: Exchange) -> None:
+def test_urgent_bytes_arrive_in_line_and_so_do_those_behind_them(start_form: Any, exchange: Exchange) -> None:
     """A receive stops at the urgent mark (tcp(7)), though there is more: that must not be taken for an empty socket."""
     proxy = start_form(exchange)
     client, server = proxy.connect(), exchange.accept()
     for round_number in range(50):
-        client.sendall(b"before")
-        client.send(b"!", socket.MSG_OOB)
-        client.sendall(b"after%02d" % round_number)
-        assert receive_exactly(server, 13) == b"beforeafter%02d" % round_number
+        for source, sink in ((client, server), (server, client)):
+            source.sendall(b"before")
+            source.send(b"!", socket.MSG_OOB)
+            source.sendall(b"after%02d" % round_number)
+            assert receive_exactly(sink, 14) == b"before!after%02d" % round_number
+    client.send(b"?", socket.MSG_OOB)
     client.close()
+    assert receive_all(server) == b"?"
     server.close()
+    line = proxy.line("connection")
+    assert (line["reason"], line["rx_bytes"], line["tx_bytes"], line["discarded_bytes"]) == ("closed", 701, 700, 0)
     assert proxy.stop() == 0
 
 

@@ -307,21 +307,31 @@ def hoarder(python: str) -> Iterator[None]:
         process.communicate()
 
 
+@pytest.mark.parametrize("direction", ["to upstream", "to downstream"])
 @pytest.mark.parametrize("then", ["more", "the end"])
-def test_bytes_behind_urgent_data_in_a_stream_arrive(start: Any, exchange: Exchange, then: str) -> None:
+def test_urgent_bytes_in_a_stream_arrive_in_line_and_so_do_those_behind_them(
+    start: Any, exchange: Exchange, then: str, direction: str
+) -> None:
     """splice(2) stops at the urgent mark for good, with EAGAIN, or with 0 once FIN is there: recv(2) must go on."""
     proxy = start(exchange, "--workers=1")
     client, server = proxy.connect(), exchange.accept()
+    if direction == "to downstream":
+        client, server = server, client
     data = os.urandom(MIB) * 8
-    pushing = threading.Thread(target=client.sendall, args=(data,))
-    pushing.start()
-    assert receive_exactly(server, len(data)) == data
-    pushing.join()
-    client.send(b"!", socket.MSG_OOB)
-    client.sendall(b"behind")
-    if then == "the end":
-        client.shutdown(socket.SHUT_WR)
-    assert receive_exactly(server, 6) == b"behind"
+
+    def send() -> None:
+        for _ in range(3):
+            client.sendall(data)
+            client.send(b"!", socket.MSG_OOB)
+        client.sendall(b"behind")
+        if then == "the end":
+            client.shutdown(socket.SHUT_WR)
+
+    sending = threading.Thread(target=send)
+    sending.start()
+    expected = (data + b"!") * 3 + b"behind"
+    assert receive_exactly(server, len(expected)) == expected
+    sending.join()
     for sock in (client, server):
         sock.close()
     assert proxy.line("connection")["reason"] == "closed"

@@ -36,6 +36,10 @@ def _download(rng: random.Random, seed: int) -> Plan:
     return Plan(seed, rng.randint(0, 4 * _KIB), rng.randint(_MIB, 8 * _MIB))
 
 
+def _dripped(rng: random.Random, seed: int) -> Plan:
+    return Plan(seed, rng.randint(0, 4 * _KIB), rng.randint(100 * _KIB, 200 * _KIB))
+
+
 def _both_ways(rng: random.Random, seed: int) -> Plan:
     return Plan(seed, rng.randint(_MIB, 4 * _MIB), rng.randint(_MIB, 4 * _MIB))
 
@@ -69,9 +73,12 @@ KINDS: Dict[str, Callable[[random.Random, int], Plan]] = {
     "client aborts": _aborted,
     "far end aborts": _aborted_by_far_end,
     "slow reader": _download,
+    "drip-fed reader": _dripped,
     "silent visit": _short,
 }
-_WEIGHTS = (20, 4, 4, 3, 80, 6, 6, 6, 2, 12)
+_WEIGHTS = (20, 4, 4, 3, 80, 6, 6, 6, 2, 1, 12)
+USER_TIMEOUT_MS = 500  # what the relay shall be told: a drip-fed reader does not read for longer, and is alive
+_DRIP_S = 0.8
 _COUNTS = ("connected", "client_sent", "client_received", "far_sent", "far_received")
 NAMES = (*KINDS, *_COUNTS)
 
@@ -182,8 +189,8 @@ class Client:
 
     def _talk(self, kind: str, plan: Plan, sock: socket.socket) -> None:
         talk = client_side(sock, plan)
-        if kind == "slow reader":
-            talk.piece, talk.pause_s = 1 << 15, 0.01
+        if kind in ("slow reader", "drip-fed reader"):
+            talk.piece, talk.pause_s = 1 << 15, 0.01 if kind == "slow reader" else _DRIP_S
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 15)
         if plan.client_resets:
             talk.resets_at = self.rng.randint(0, max(0, plan.up + plan.down - 1))

@@ -7,7 +7,6 @@ it never spins (compare trio's _highlevel_serve_listeners.py).
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 import time
@@ -28,7 +27,7 @@ _COMPLAINT_S = 1.0
 _FAMILIES = {2: socket.AF_INET, 4: socket.AF_INET6}
 
 # accept(2): "treat these errors like EAGAIN by retrying": they are the new connection's, not the listener's.
-_THEIRS = linux.PEER_GONE | linux.RETRY | {errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.EPERM}
+_THEIRS = linux.NEW_CONNECTION_GONE | linux.RETRY
 
 
 class Acceptor:

@@ -11,6 +11,7 @@ from time import monotonic_ns
 from typing import NamedTuple, Optional, Protocol, Union
 
 from _tsproxy.dataplane.held import Held, InBuffer
+from _tsproxy.dataplane.liveness import Doubt, dispel
 from _tsproxy.dataplane.poller import READ, READ_EDGES, WRITE
 from _tsproxy.dataplane.states import DRAINING, EOF, FLUSHED, OPEN, SHUT, flow_after
 from _tsproxy.dataplane.stream import Stream
@@ -29,6 +30,7 @@ class Tally(NamedTuple):
 
 
 _STREAM_AFTER = 4  # full buffers in a row
+_REST_NS = 100_000_000
 
 FROM_DOWNSTREAM = Tally(Counter.RECEIVED_DOWNSTREAM, Counter.WITHHELD_DOWNSTREAM, Counter.PAUSED_DOWNSTREAM)
 FROM_UPSTREAM = Tally(Counter.RECEIVED_UPSTREAM, Counter.WITHHELD_UPSTREAM, Counter.PAUSED_UPSTREAM)
@@ -60,6 +62,7 @@ class Half:
 
     __slots__ = (
         "bench",
+        "doubt",
         "fd",
         "filled_at",
         "fills",
@@ -69,6 +72,7 @@ class Half:
         "owner",
         "received",
         "received_slot",
+        "rests",
         "sink",
         "source",
         "stream",
@@ -93,6 +97,8 @@ class Half:
         self.stream: Optional[Stream] = None
         self.fills = self.filled_at = 0  # full buffers in a row, and `received` as of the last one
         self.moved_at = 0
+        self.rests = False
+        self.doubt: Optional[Doubt] = None  # whether the sink's peer still lives
 
     def readable(self) -> None:
         """One receive, one send: the whole life of a small order. Everything else is the exception."""
@@ -128,16 +134,32 @@ class Half:
         self.owner.on_event(self, mask)
 
     def receive_failed(self, error: OSError) -> None:
-        """Nothing was there after all, or never will be again."""
-        if error.errno not in linux.RETRY:
+        """Nothing was there after all, or the kernel has no memory for it now, or nothing will be there again."""
+        if error.errno in linux.CAPACITY:
+            self.rest()
+        elif error.errno not in linux.RETRY:
             self.owner.on_broken_source(self, error)
 
     def _send_failed(self, received: int, error: OSError) -> None:
         """Nothing of what was received could be sent: hold it if the sink is only full, else it is lost."""
-        if error.errno in linux.RETRY:
+        if self.is_full(error):
             self._moved_much(received, 0)
         else:
             self.lose(received, error)
+
+    def is_full(self, error: OSError) -> bool:
+        """Whether the sink takes nothing just now: it has no room, or the kernel no memory (send(2), ENOBUFS and ENOMEM)."""
+        if error.errno in linux.CAPACITY:
+            self.twin.rest()
+            return True
+        return error.errno in linux.RETRY
+
+    def rest(self) -> None:
+        """The source's descriptor is short of what the kernel lacks: leave it alone for a while, by the clock."""
+        if not self.rests:
+            self.rests = True
+            self.bench.timers.arm(_Rest(self), self.bench.woke + _REST_NS)
+            self.owner.on_flow()
 
     def lose(self, received: int, error: OSError) -> None:
         """The sink failed with all of this unsent: count it, and tell the owner."""
@@ -203,7 +225,7 @@ class Half:
         try:
             sent = held.send(self.sink)
         except OSError as error:
-            if error.errno not in linux.RETRY:
+            if not self.is_full(error):
                 self.owner.on_broken_sink(self, error)
             return
         self._withheld_less(sent)
@@ -268,6 +290,8 @@ class Half:
     @property
     def interest(self) -> int:
         """What to wait for on the source's descriptor: derived, never toggled. It is the twin's sink, hence WRITE."""
+        if self.rests:
+            return 0
         if self.twin.held is not None:
             return READ | WRITE if self.is_reading else WRITE
         return READ_EDGES if self.held is None else 0  # after FIN nothing more comes but a hang-up, which is an edge too
@@ -280,4 +304,20 @@ class Half:
             self._drop_stream()
         del self.owner
         if hasattr(self, "twin"):
+            dispel(self)
             del self.twin, self.sink
+
+
+class _Rest:
+    """A half's way into the timers, beside its relay's."""
+
+    __slots__ = ("_half",)
+
+    def __init__(self, half: Half) -> None:
+        self._half = half
+
+    def on_deadline(self, now_ns: int) -> None:
+        """Look again, unless the connection has ended."""
+        self._half.rests = False
+        if hasattr(self._half, "owner"):
+            self._half.owner.on_flow()

@@ -12,35 +12,64 @@ import socket
 import time
 from typing import List, Optional
 
-from _tsproxy.host import linux
+from _tsproxy.host import linux, sockets
 
 HAS_SPLICE = hasattr(os, "splice")
 SIZE = 1 << 20  # bytes; fs.pipe-max-size, what an unprivileged process may ask for
 _FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK if HAS_SPLICE else 0
 _SPARE = 2
-_PAUSE_NS = 1_000_000_000  # after a refusal
+_PAUSE_NS = 1_000_000_000  # after a lack of room
+_REFUSALS = linux.UNSUPPORTED | linux.CAPACITY
 
 
 class Pipe:
-    """One pipe and how much is in it. A `Held` while the sink does not take it all."""
+    """One pipe and how much is in it. A `Held` while the sink does not take it all.
 
-    __slots__ = ("_reader", "_writer", "left")
+    Where splice(2) is refused, `refused` is the errno: nothing is lost by that, and what is in the pipe is sent by copying.
+    """
+
+    __slots__ = ("_copied", "_reader", "_writer", "left", "refused")
 
     def __init__(self, reader: int, writer: int) -> None:
         """Adopt the two ends, which close() closes."""
         self._reader, self._writer = reader, writer
-        self.left = 0
+        self.left = self.refused = 0
+        self._copied = b""  # what was in the pipe, and is not sent yet
 
     def fill(self, source: socket.SocketType) -> int:
-        """Move in what the source has, as far as there is room; how much, 0 at end of file. OSError as recv(2) gives it."""
-        received: int = os.splice(source.fileno(), self._writer, SIZE, flags=_FLAGS)
+        """Move in what the source has, as far as there is room; how much, 0 at end of file or if it is refused.
+
+        OSError as recv(2) gives it.
+        """
+        try:
+            received: int = os.splice(source.fileno(), self._writer, SIZE, flags=_FLAGS)
+        except OSError as error:
+            self._note_refusal(error, source)
+            return 0
         self.left += received
         return received
 
     def send(self, sink: socket.SocketType) -> int:
         """Move out what the sink takes; how many bytes. OSError as sendto(2) gives it."""
-        sent: int = os.splice(self._reader, sink.fileno(), self.left, flags=_FLAGS)
+        try:
+            sent: int = self._copy(sink) if self.refused else os.splice(self._reader, sink.fileno(), self.left, flags=_FLAGS)
+        except OSError as error:
+            self._note_refusal(error, sink)
+            sent = self._copy(sink)
         self.left -= sent
+        return sent
+
+    def _note_refusal(self, error: OSError, sock: socket.SocketType) -> None:
+        """Raise again what is the socket's own: an ICMP error may have the errno of a refusal, and has closed the socket."""
+        if self.refused or error.errno not in _REFUSALS or sockets.is_closed(sock):
+            raise error
+        self.refused = error.errno or 0
+
+    def _copy(self, sink: socket.SocketType) -> int:
+        if not self._copied:
+            self._copied = os.read(self._reader, self.left)
+        sent = sink.send(self._copied)
+        self._copied = self._copied[sent:]
         return sent
 
     def release(self) -> None:
@@ -74,9 +103,16 @@ class Pipes:
         return pipe
 
     def give(self, pipe: Pipe) -> None:
-        """Take a pipe back. One with bytes in it is closed: they are not for the next connection."""
+        """Take a pipe back. One with bytes in it is closed: they are not for the next connection.
+
+        After a refusal by splice(2) there are no more pipes: what it was refused for is the worker's, not one socket's.
+        """
         self._lent -= 1
-        if pipe.left or len(self._spare) >= _SPARE:
+        if pipe.refused in linux.CAPACITY:
+            self._not_before = time.monotonic_ns() + _PAUSE_NS
+        elif pipe.refused:
+            self._most = 0
+        if pipe.left or pipe.refused or len(self._spare) >= _SPARE:
             pipe.close()
         else:
             self._spare.append(pipe)

@@ -18,7 +18,7 @@ from _tsproxy.dataplane.states import CLOSED, CONNECTED, CONNECTING, ENDED, OPEN
 from _tsproxy.dataplane.timers import TICK_NS
 from _tsproxy.dataplane.workbench import Workbench
 from _tsproxy.host import linux, sockets
-from _tsproxy.host.addresses import PACKED_SIZE, family_of, unpack
+from _tsproxy.host.addresses import PACKED_SIZE, Address, family_of, unpack
 from _tsproxy.host.sockets import TcpInfo
 from _tsproxy.telemetry.counters import CONNECT, Counter
 from _tsproxy.telemetry.endings import Ending
@@ -43,6 +43,7 @@ class Relay:
         "_failure",
         "_halves",
         "_phase",
+        "_settled_at",
         "_started_ns",
         "_until_ns",
         "_upstream",
@@ -59,6 +60,7 @@ class Relay:
         self._started_ns = entry.accepted_ns
         self._until_ns = 0  # when to give up what connecting waits for; 0: nothing yet
         self._connect_us: Optional[int] = None
+        self._settled_at = 0  # all that had moved until then was acknowledged by both peers
         self._upstream_timestamps: Optional[bool] = None
         # to_upstream, and to_downstream once there is an upstream socket
         self._halves = [Half(self, bench, sockets.adopt(entry.fd, socket.AF_INET), FROM_DOWNSTREAM)]
@@ -137,14 +139,24 @@ class Relay:
         address = unpack(packed)
         code = 0
         for source in self._bench.sources(address.family):
-            sock = sockets.dial(address.family, self._bench.rules.tuning, source, self._bench.gate.for_rules)
+            try:
+                sock = sockets.dial(address.family, self._bench.rules.tuning, source, self._bench.gate.for_rules)
+            except sockets.SourceGone:
+                self._complain_of_source(source)
+                continue
             code = sock.connect_ex(address.sockaddr)
             if code == 0 or code in linux.RETRY:
                 return sock
             sock.close()
             if code != errno.EADDRNOTAVAIL:
                 break
-        raise OSError(code, "connect")
+        raise OSError(code or errno.ENODEV, "connect")
+
+    def _complain_of_source(self, source: Optional[Address]) -> None:
+        """One of the local addresses has left: the others serve; without any the connection fails, for no lack of ports."""
+        gone = f"--source={source.ip}" if source else "the source"
+        text = f"{gone} is no address of this host any more: connections come from the others, if there are any"
+        self._bench.complain("error", gone, text)
 
     def _await(self, sock: socket.SocketType, now: int) -> None:
         """Wait for the answer; a target on this host has given it already."""
@@ -237,6 +249,7 @@ class Relay:
             return
         for half in (up, down):
             sockets.acknowledge_at_once(half.source)
+        self._bench.liveness.begin(now)
         up.readable()  # what the client has said meanwhile need not wait, not even until the descriptors are watched
         self.on_flow()
 
@@ -305,9 +318,30 @@ class Relay:
             return
         limit = self._silence_ns
         if limit and self._moved_at + limit <= now_ns:
+            self._see_what_kernel_moves(now_ns)
+        if limit and self._moved_at + limit <= now_ns:
             self._end_silent()
         else:
             self._set_timer()
+
+    def _see_what_kernel_moves(self, now_ns: int) -> None:
+        """Bytes that were given to the kernel long ago may still be moving: to a peer that reads slowly."""
+        for half in self._halves:
+            seen = sockets.outstanding(half.sink)
+            if seen.any and not seen.retransmits:
+                half.moved_at = max(half.moved_at, now_ns - seen.sent_ms * 1_000_000)
+
+    def look(self, now_ns: int) -> None:
+        """Whether both peers still live. One that has acknowledged all is not looked at before something moves again."""
+        if self._phase is not RELAYING or self._settled_at == self._moved_at:
+            return
+        moved_at = self._moved_at
+        for half in self._halves:
+            if self._bench.liveness.is_gone(half, now_ns):
+                self.on_broken_sink(half, OSError(errno.ETIMEDOUT, "no ACK within the user timeout"))
+                return
+        if not any(half.doubt for half in self._halves):
+            self._settled_at = moved_at
 
     def _end_silent(self) -> None:
         rules = self._bench.rules

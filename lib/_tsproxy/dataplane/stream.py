@@ -5,6 +5,7 @@ Knows a direction and a pipe. Counting, backpressure, EOF and errors are the hal
 
 from __future__ import annotations
 
+import errno
 import socket
 from typing import Any, Protocol
 
@@ -31,6 +32,9 @@ class Direction(Protocol):
 
     def receive_failed(self, error: OSError) -> None:
         """Nothing was there after all, or never will be again."""
+
+    def is_full(self, error: OSError) -> bool:
+        """Whether the sink takes nothing just now."""
 
     def readable(self) -> None:
         """Receive once, by copying."""
@@ -74,24 +78,31 @@ class Stream:
         """Fill the pipe once and empty it once; what the sink does not take stays in it, held."""
         half = self._half
         try:
-            received = self._pipe.fill(half.source)
+            received = 0 if self._pipe.refused else self._pipe.fill(half.source)
         except OSError as error:
             if error.errno not in linux.RETRY:
                 half.receive_failed(error)
                 return
             received = 0
-        if not received:  # EOF, or the mark of urgent data, where splice(2) stops for ever: recv(2) tells which
+        if not received:  # EOF, the mark of urgent data, where splice(2) stops for ever, or a refusal: recv(2) tells which
+            self._tell_of_refusal()
             half.end_stream()
             half.readable()
             return
         try:
             sent = self._pipe.send(half.sink)
         except OSError as error:
-            if error.errno not in linux.RETRY:
+            if not half.is_full(error):
                 half.lose(received, error)
                 return
             sent = 0
         self._moved(received, sent)
+
+    def _tell_of_refusal(self) -> None:
+        code = self._pipe.refused
+        if code:
+            text = f"splice(2) is refused: {errno.errorcode[code]}; long streams are copied instead"
+            self._half.bench.complain("warning", "splice", text)
 
     def _moved(self, received: int, sent: int) -> None:
         half = self._half

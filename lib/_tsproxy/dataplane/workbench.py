@@ -13,6 +13,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 
 from _tsproxy.dataplane.buffers import Buffers, Heads
 from _tsproxy.dataplane.gate import Gate
+from _tsproxy.dataplane.liveness import Liveness
 from _tsproxy.dataplane.pipes import Pipes
 from _tsproxy.dataplane.poller import Poller
 from _tsproxy.dataplane.timers import Timers
@@ -70,6 +71,7 @@ class Workbench:
         self.handlers: Dict[int, Any] = {}
         self.relays: Dict[int, Any] = {}  # connection id -> relay, all that are alive
         self.waiting: Set[Any] = set()  # those of them that wait for the gate to know
+        self.liveness = Liveness(self.timers, self.relays, rules.tuning.user_timeout_ms)
         self.woke = time.monotonic_ns()
         self._sources = _by_family(sources)
         self.buried: List[socket.SocketType] = []

@@ -5,6 +5,7 @@ architecture that Linux's generic headers serve (x86_64, aarch64, ppc64le, s390x
 """
 
 import errno
+import struct
 
 # include/uapi/linux/tcp.h, level IPPROTO_TCP
 TCP_INFO = 11
@@ -13,11 +14,16 @@ TCP_USER_TIMEOUT = 18
 TCP_TIMESTAMP = 24
 TCP_SAVE_SYN = 27
 TCP_SAVED_SYN = 28
+TCP_RTO_MAX_MS = 44  # Linux 6.15
 
 # include/net/tcp_states.h, tcpi_state
 TCP_ESTABLISHED = 1
 TCP_CLOSE = 7  # what TCP_INFO says of a socket whose connection went into TIME_WAIT
 TCP_CONNECTED = frozenset({TCP_ESTABLISHED, 8})  # and CLOSE_WAIT, where the peer's FIN is here already
+
+# include/uapi/linux/tcp.h, struct tcp_info: tcpi_unacked, last_data_sent, last_ack_recv, bytes_acked, notsent_bytes, snd_wnd
+# (Linux 5.4), by their offsets. It has only ever grown at its end.
+TCPI_OUTSTANDING = struct.Struct("=24xI16xI8xI60xQ16xI80xI")
 
 # include/uapi/linux/tcp.h, tcpi_options
 TCPI_OPT_TIMESTAMPS = 1
@@ -39,18 +45,39 @@ F_SETPIPE_SZ = 1031
 # Try again when the descriptor is ready. EINTR never shows: Python retries it (PEP 475).
 RETRY = frozenset({errno.EAGAIN, errno.EWOULDBLOCK, errno.EINPROGRESS, errno.EALREADY})
 
-# The peer, or the path to it, ended the connection.
+# What recv(2), send(2) and SO_ERROR tell of an established connection that has ended. An ICMP error does not end one by
+# itself (RFC 1122 4.2.3.9): it is kept, and takes the place of ETIMEDOUT when no ACK comes (sk_err_soft, tcp_write_err(),
+# net/ipv4/tcp_timer.c). While a connection is being made any of them ends the attempt, and none needs to be known.
 PEER_RESET = frozenset({errno.ECONNRESET, errno.EPIPE, errno.ECONNABORTED, errno.ENOTCONN})
-PEER_GONE = PEER_RESET | {
-    errno.ETIMEDOUT,
-    errno.EHOSTUNREACH,
-    errno.ENETUNREACH,
-    errno.EHOSTDOWN,
-    errno.ENETDOWN,
-    errno.ENONET,
-    errno.ECONNREFUSED,
-    errno.EPROTO,
+# An ICMP error: icmp_err_convert[] (net/ipv4/icmp.c), tab_unreach[] and icmpv6_err_convert() (net/ipv6/icmp.c), ip(7).
+_ICMP = {
+    errno.ENETUNREACH,  # network unreachable, unknown, or not for this type of service; IPv6: no route
+    errno.EHOSTUNREACH,  # host unreachable, time exceeded, IPv4: prohibited; IPv6: address unreachable
+    errno.ECONNREFUSED,  # port unreachable
+    errno.ENOPROTOOPT,  # IPv4: protocol unreachable
+    errno.EMSGSIZE,  # too big
+    errno.EOPNOTSUPP,  # IPv4: source route failed
+    errno.EHOSTDOWN,  # IPv4: host unknown
+    errno.ENONET,  # IPv4: host isolated
+    errno.EPROTO,  # parameter problem, and what is unknown
+    errno.EACCES,  # IPv6: administratively prohibited, source address failed policy, route rejected
 }
+# This host: its routes (fib_props[], net/ipv4/fib_semantics.c, and ip6_route_info_create()), interfaces, filters, modules.
+_OWN = {
+    errno.EACCES,  # a route of type prohibit; SELinux
+    errno.EINVAL,  # a route of type blackhole
+    errno.EPERM,  # a filter on output; a BPF program of the cgroup
+    errno.ENETDOWN,
+    errno.ENODEV,
+    errno.EADDRNOTAVAIL,
+}
+PEER_GONE = PEER_RESET | _ICMP | _OWN | {errno.ETIMEDOUT}
+
+# accept(2) passes on what has become of the new connection. Here EINVAL is another matter: the listener does not listen.
+NEW_CONNECTION_GONE = PEER_GONE - {errno.EINVAL}
+
+# This kernel, its security module or a filter (seccomp(2), gVisor) does not do that here, and will not: do without it.
+UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOTSUP})
 
 # The host has no room: pause, try again by the clock, never spin (accept(2), socket(2)).
 CAPACITY = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
 from socket import SocketType
@@ -21,7 +22,9 @@ TAG = 4
 TAG_DSCP = 3
 _LINGER_ZERO = struct.pack("ii", 1, 0)
 _KEEPALIVE_PROBES = 3
+_MOST_KEEPALIVE_PROBES, _LONGEST_KEEPALIVE_S = 127, 32767  # include/net/tcp.h, MAX_TCP_KEEPCNT and MAX_TCP_KEEPINTVL
 _LONGEST_SYN = 1024
+_SHORTEST_RTO_MAX_MS = 1000  # TCP_RTO_MAX_MS takes no less
 # A relayed socket is a plain SocketType, which is all C: socket.socket adds makefile() and Python frames to making and closing.
 _STREAM = int(socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
 
@@ -40,12 +43,13 @@ def tcp_info(sock: SocketType) -> TcpInfo:
 
 
 def _tcp_info(raw: bytes) -> TcpInfo:
+    raw = raw.ljust(104, b"\0")  # an older kernel's is shorter
     return TcpInfo(bool(raw[5] & linux.TCPI_OPT_TIMESTAMPS), *struct.unpack_from("=I28xI", raw, 68))
 
 
 def segments_received(sock: SocketType) -> int:
     """tcpi_segs_in: how many segments have come for this connection, whatever became of them."""
-    (count,) = struct.unpack_from("=I", sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, 144), 140)
+    (count,) = struct.unpack_from("=I", sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, 144).ljust(144, b"\0"), 140)
     return int(count)
 
 
@@ -65,9 +69,53 @@ def tcp_state(sock: SocketType) -> int:
     return sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, 8)[0]
 
 
+def is_closed(sock: SocketType) -> bool:
+    """Whether the connection is no more; an error that ended it may have been told already, and is told only once."""
+    return sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, 1)[0] == linux.TCP_CLOSE
+
+
 def counts_microseconds(sock: SocketType) -> bool:
     """Whether this connection's timestamps would count microseconds (a route's feature, TCPI_OPT_USEC_TS)."""
     return bool(sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, 8)[5] & linux.TCPI_OPT_USEC_TS)
+
+
+class Outstanding(NamedTuple):
+    """What a peer has not acknowledged, by TCP_INFO."""
+
+    any: bool  # bytes or a FIN, sent or waiting for the peer's window
+    acknowledged: int  # bytes, since the beginning
+    silent_ms: int  # since an ACK came, whether it acknowledged anything new or not
+    sent_ms: int  # since data was sent, or sent again; probes do not count
+    retransmits: int  # of the first byte that is outstanding
+    asked: bool  # there was more than one segment that should have been answered, and none was
+
+
+def outstanding(sock: SocketType) -> Outstanding:
+    """TCP_INFO, read for what is under way. An older kernel's is shorter: what it lacks reads 0."""
+    size = linux.TCPI_OUTSTANDING.size
+    raw = sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, size).ljust(size, b"\0")
+    unacked, sent_ms, silent_ms, acknowledged, not_sent, window = linux.TCPI_OUTSTANDING.unpack(raw)
+    retransmits, probes = raw[2], raw[3]
+    # Of a window that was taken back, retransmits are not counted (tcp_retransmit_timer()).
+    again = sent_ms < silent_ms and (retransmits > 1 or not window)
+    return Outstanding(bool(unacked or not_sent), acknowledged, silent_ms, sent_ms, retransmits, again or probes > 1)
+
+
+class TcpOption(NamedTuple):
+    """For setsockopt(2) at level IPPROTO_TCP."""
+
+    number: int
+    value: int
+
+
+def limit_rto(sock: SocketType, most_ms: int) -> Optional[TcpOption]:
+    """Let no more time pass between retransmits, or probes; what sets it back. None before Linux 6.15."""
+    try:
+        before = sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_RTO_MAX_MS)
+        sock.setsockopt(socket.IPPROTO_TCP, linux.TCP_RTO_MAX_MS, min(max(most_ms, _SHORTEST_RTO_MAX_MS), before))
+    except OSError:
+        return None
+    return TcpOption(linux.TCP_RTO_MAX_MS, before)
 
 
 class Tuning(NamedTuple):
@@ -81,20 +129,36 @@ class Tuning(NamedTuple):
         tcp = socket.IPPROTO_TCP
         # A small order must not wait for the previous one's ACK.
         sock.setsockopt(tcp, socket.TCP_NODELAY, 1)
+        # An urgent byte is one of the stream, in its place: without this recv(2) passes over it, and it is lost (tcp(7)).
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         if self.keepalive_s:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            gap_s, count = self._probes
             sock.setsockopt(tcp, socket.TCP_KEEPIDLE, self.keepalive_s)
-            sock.setsockopt(tcp, socket.TCP_KEEPINTVL, max(1, self.keepalive_s // _KEEPALIVE_PROBES))
-        if self.user_timeout_ms:
-            sock.setsockopt(tcp, linux.TCP_USER_TIMEOUT, self.user_timeout_ms)
-        elif self.keepalive_s:
-            # Where there is a user timeout, it decides instead of the count (tcp(7), TCP_USER_TIMEOUT).
-            sock.setsockopt(tcp, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
+            sock.setsockopt(tcp, socket.TCP_KEEPINTVL, gap_s)
+            sock.setsockopt(tcp, socket.TCP_KEEPCNT, count)
+
+    @property
+    def _probes(self) -> Tuple[int, int]:
+        """Seconds between keepalive probes, and how many are sent: an idle peer is gone after a silence of the user timeout.
+
+        But not before the first probe has had a third of the keepalive time, which is also what each has without a user
+        timeout. TCP_USER_TIMEOUT itself is not set: it would count the time of a closed window (dataplane/liveness.py).
+        """
+        gap_s = max(1, self.keepalive_s // _KEEPALIVE_PROBES)
+        if not self.user_timeout_ms:
+            return gap_s, _KEEPALIVE_PROBES
+        left_s = max(gap_s, -(-self.user_timeout_ms // 1000) - self.keepalive_s)
+        gap_s = max(1, min(left_s // _KEEPALIVE_PROBES, _LONGEST_KEEPALIVE_S))
+        return gap_s, min(left_s // gap_s, _MOST_KEEPALIVE_PROBES)
 
 
 def acknowledge_at_once(sock: SocketType) -> None:
-    """Leave delayed-ACK mode now (TCP_QUICKACK, tcp(7)); the kernel may enter it again later."""
-    sock.setsockopt(socket.IPPROTO_TCP, linux.TCP_QUICKACK, 1)
+    """Leave delayed-ACK mode now (TCP_QUICKACK, tcp(7)); the kernel may enter it again later, or not know it."""
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, linux.TCP_QUICKACK, 1)
+    except OSError:
+        pass  # slower by a moment, at the beginning
 
 
 def reset_on_close(sock: SocketType) -> None:
@@ -142,10 +206,21 @@ def listener(address: Address, backlog: int, tuning: Tuning, reuse_port: bool = 
     return sock
 
 
+class SourceGone(OSError):
+    """The address to bind to is none of this host's, or its interface is gone."""
+
+
+def tune_inherited(sock: SocketType, tuning: Tuning) -> None:
+    """A listener that somebody else made, and that an earlier tsproxy may have tuned: with the user timeout, then."""
+    tuning.apply(sock)
+    sock.setsockopt(socket.IPPROTO_TCP, linux.TCP_USER_TIMEOUT, 0)
+
+
 def dial(family: int, tuning: Tuning, source: Optional[Address], for_rules: bool = False) -> SocketType:
     """An unconnected, non-blocking upstream socket with the tag, bound to `source` if one is given. OSError as it comes.
 
     `for_rules`: packet filter rules are relied on, so its packets carry TAG_DSCP for them as well.
+    bind(2) here needs no port, so EADDRNOTAVAIL from it is about the address: SourceGone. From connect(2) it is about ports.
     """
     sock = SocketType(family, _STREAM)
     try:
@@ -156,7 +231,7 @@ def dial(family: int, tuning: Tuning, source: Optional[Address], for_rules: bool
         if source is not None:
             # The port is chosen at connect(), by the 4-tuple; bind() would reserve one for all targets.
             sock.setsockopt(socket.IPPROTO_IP, linux.IP_BIND_ADDRESS_NO_PORT, 1)
-            sock.bind(source._replace(port=0).sockaddr)
+            _bind(sock, source._replace(port=0))
     except BaseException:
         sock.close()
         raise
@@ -173,6 +248,15 @@ def reusing(family: int) -> socket.socket:
 def _set_dscp(sock: SocketType, family: int, dscp: int) -> None:
     level, name = (socket.IPPROTO_IPV6, socket.IPV6_TCLASS) if family == socket.AF_INET6 else (socket.IPPROTO_IP, socket.IP_TOS)
     sock.setsockopt(level, name, dscp << 2)
+
+
+def _bind(sock: SocketType, address: Address) -> None:
+    try:
+        sock.bind(address.sockaddr)
+    except OSError as error:
+        if error.errno in (errno.EADDRNOTAVAIL, errno.ENODEV):
+            raise SourceGone(*error.args) from None
+        raise
 
 
 def inherit(fd: int) -> socket.socket:

@@ -188,7 +188,7 @@ def _listeners(config: Config, resolver: Resolver, environment: Mapping[str, str
     if listeners and ours:
         raise Exit(exits.USAGE, f"{ours[0]}: given with LISTEN_FDS; allowed: only without inherited listeners")
     for listener in listeners:
-        tuning_of(config).apply(listener)
+        sockets.tune_inherited(listener, tuning_of(config))
     listeners = listeners or [_own_listener(config, resolver.addresses)]
     for listener in listeners:
         sockets.save_syns(listener)

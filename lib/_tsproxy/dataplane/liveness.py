@@ -1,0 +1,117 @@
+"""Whether the peers of a connection still live: each that owes an acknowledgement is looked at by the clock.
+
+A peer that acknowledges is alive, however slowly it reads. TCP_USER_TIMEOUT (tcp(7)) can't tell: the kernel counts the
+time for which a window is closed, though each of its probes is acknowledged (tcp_probe_timer(), net/ipv4/tcp_timer.c),
+and its bytes may be all in the kernel, where this program does not see that they wait. So that option stays off, and
+TCP_INFO is read instead. A peer is gone when, for the whole timeout,
+
+- something was outstanding and none of it was acknowledged (tcpi_unacked, tcpi_notsent_bytes, tcpi_bytes_acked),
+- no ACK came, new or not (tcpi_last_ack_recv): what answers a probe of a closed window is an ACK that moves nothing,
+- though it was asked more than once (tcpi_probes, tcpi_retransmits).
+
+Keepalive is the kernel's business: it runs only while nothing is outstanding, and there is nothing to see here then.
+
+Against a closed window the kernel doubles the time between probes up to two minutes (RTO_MAX), so a peer that goes then
+would be noticed late. A look that finds the same for a second time therefore shortens it: by TCP_RTO_MAX_MS (Linux
+6.15). Before that a user timeout that always lies ahead does it, since a probe is never put off beyond it
+(tcp_clamp_probe0_to_user_timeout()); each look moves it on. Both are undone when the peer moves on.
+
+After close(2) the kernel is alone with what is unsent, and delivers it to who acknowledges; but when a window has stayed
+closed until a probe would be two minutes away it gives such an orphan up (tcp_orphan_retries()).
+
+A look costs two system calls for each connection that has moved since it was last found settled, and one comparison for
+all others; they come in slices over a third of the timeout. Knows nothing of what becomes of who is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from typing import Any, Dict, List, Optional, Protocol
+
+from _tsproxy.dataplane.timers import Timers
+from _tsproxy.host import linux, sockets
+
+_LOOKS = 3  # in a timeout
+_SHORTEST_NS = 100_000_000  # between looks: a shorter timeout is noticed later
+_SLICE = 32  # connections at a time: 0.1 ms if all of them have moved (1.4 us a look), 0.01 ms if none has
+_STALL_MS = 5000  # for so long the loop may stand still before the kernel ends a peer whose timeout it should move on
+_JIFFY_MS = 10  # what the kernel's milliseconds may be short of, at most (HZ=100)
+
+
+class Doubt:
+    """What a look found outstanding, and when; and what must be set back when it is over."""
+
+    __slots__ = ("acknowledged", "since_ns", "undo")
+
+    def __init__(self, acknowledged: int, since_ns: int) -> None:
+        self.acknowledged, self.since_ns = acknowledged, since_ns
+        self.undo: Optional[sockets.TcpOption] = None
+
+
+class Direction(Protocol):
+    """One way of a connection; its sink is the peer in question."""
+
+    sink: socket.SocketType
+    doubt: Optional[Doubt]
+
+
+class Liveness:
+    """Asks each relay in turn to look at its peers. Without a timeout it does nothing."""
+
+    def __init__(self, timers: Timers, relays: Dict[int, Any], timeout_ms: int) -> None:
+        """`relays` are all that there are, kept by their owner; `timeout_ms` of 0 is off."""
+        self._timers, self._relays, self._timeout_ms = timers, relays, timeout_ms
+        self._step_ns = max(-(-timeout_ms * 1_000_000 // _LOOKS), _SHORTEST_NS)
+        self._gap_ns = 0
+        self._round: List[Any] = []  # not asked yet in this one
+        self._runs = False
+
+    def begin(self, now_ns: int) -> None:
+        """There is a connection. While there is none nothing wakes the loop."""
+        if self._timeout_ms and not self._runs:
+            self._runs = True
+            self._timers.arm(self, now_ns + self._step_ns)
+
+    def on_deadline(self, now_ns: int) -> None:
+        """Ask one slice of them; when all were asked, begin anew."""
+        if not self._round:
+            self._round = list(self._relays.values())
+            self._gap_ns = self._step_ns // max(1, -(-len(self._round) // _SLICE))
+        self._runs = bool(self._round)
+        if self._runs:
+            self._timers.arm(self, now_ns + self._gap_ns)  # first: a bug in a look must not be the last one
+        for _ in range(min(_SLICE, len(self._round))):
+            self._round.pop().look(now_ns)
+
+    def is_gone(self, way: Direction, now_ns: int) -> bool:
+        """Look at one sink. It is settled when it leaves no doubt."""
+        seen = sockets.outstanding(way.sink)
+        doubt = way.doubt
+        if doubt is None or not seen.any or seen.acknowledged != doubt.acknowledged:
+            dispel(way)
+            way.doubt = Doubt(seen.acknowledged, now_ns) if seen.any else None
+            return False
+        waited_ms = (now_ns - doubt.since_ns) // 1_000_000
+        if min(waited_ms, seen.silent_ms + _JIFFY_MS) >= self._timeout_ms and seen.asked:
+            return True
+        self._hasten(way.sink, doubt, waited_ms)
+        return False
+
+    def _hasten(self, sink: socket.SocketType, doubt: Doubt, waited_ms: int) -> None:
+        """Let the kernel ask at least once between two looks; see the module."""
+        step_ms = self._step_ns // 1_000_000
+        if doubt.undo is None:
+            doubt.undo = sockets.limit_rto(sink, step_ms) or sockets.TcpOption(linux.TCP_USER_TIMEOUT, 0)
+        if doubt.undo.number == linux.TCP_USER_TIMEOUT:
+            ahead_ms = waited_ms + step_ms + max(self._timeout_ms, _STALL_MS)
+            with contextlib.suppress(OSError):
+                sink.setsockopt(socket.IPPROTO_TCP, linux.TCP_USER_TIMEOUT, min(ahead_ms, 2**31 - 1))
+
+
+def dispel(way: Direction) -> None:
+    """There is no doubt (any more); the socket is set as before, also for what the kernel sends after close(2)."""
+    doubt, way.doubt = way.doubt, None
+    if doubt is not None and doubt.undo is not None:
+        with contextlib.suppress(OSError):
+            way.sink.setsockopt(socket.IPPROTO_TCP, *doubt.undo)
