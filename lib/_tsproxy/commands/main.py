@@ -11,6 +11,7 @@ import _tsproxy
 from _tsproxy import cli, config, exits
 from _tsproxy.config import UsageError
 from _tsproxy.exits import Exit
+from _tsproxy.host import inherited
 
 _UNWRITTEN = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
@@ -20,10 +21,14 @@ Docopt = Callable[..., Dict[str, Any]]
 def run(manual: str, words: List[str], docopt: Docopt) -> int:
     """Do what `words` ask for. Usage errors end with 2 and one line; other refusals with their own code."""
     _open_standard_descriptors()
+    inherited.keep_exit_statuses()
     if not sys.platform.startswith("linux"):
         return _fail(exits.FAILED, f"needs Linux; this is {sys.platform}")
     try:
-        code = _dispatch(cli.read(manual, words, docopt), manual)
+        options = cli.read(manual, words, docopt)
+        if any(options[name] for name in cli.commands_of(manual)):
+            inherited.unblock_signals()  # relaying does so once it has its handlers
+        code = _dispatch(options, manual)
         if sys.stdout is not None:
             sys.stdout.flush()  # now, where a failure can still be told
         return code

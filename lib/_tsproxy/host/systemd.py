@@ -36,6 +36,14 @@ def inherited(environment: Mapping[str, str], pid: int) -> List[Inherited]:
     return [Inherited(_FIRST_FD + number, names[number] if number < len(names) else "") for number in range(count)]
 
 
+def numbers(environment: Mapping[str, str], pid: int) -> List[int]:
+    """The numbers of the descriptors that were handed over; none where the words make no sense."""
+    try:
+        return [handed.fd for handed in inherited(environment, pid)]
+    except BadHandover:
+        return []
+
+
 def take(handed: Inherited) -> socket.socket:
     """The listener as a non-blocking, close-on-exec socket. BadHandover if it is not a listening TCP socket."""
     try:

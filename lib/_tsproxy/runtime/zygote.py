@@ -21,7 +21,7 @@ import time
 from typing import Dict, List, Set
 
 from _tsproxy.dataplane import inbox
-from _tsproxy.host import linux
+from _tsproxy.host import children, inherited, linux
 from _tsproxy.host.wakeup import Wakeup
 from _tsproxy.runtime.spec import Spec, run_worker
 
@@ -39,7 +39,7 @@ class Zygote:
         self._fates: Dict[int, str] = {}
         self._lifelines: Dict[int, int] = {}  # worker's number -> our end of its pipe
         self._own_fate = self._unsaid = ""
-        self._pid = os.fork()
+        self._pid = children.fork_deaf()
         if self._pid == 0:
             _be_zygote(theirs, kept | {*gone, theirs.fileno()}, gone)
         theirs.close()
@@ -50,6 +50,11 @@ class Zygote:
     def fileno(self) -> int:
         """Readable when is_alive() or loss() may have something new to tell."""
         return self._ends.fileno()
+
+    @property
+    def pids(self) -> List[int]:
+        """The child that is to be waited for here, by its number, and by nobody else."""
+        return [] if self._own_fate else [self._pid]
 
     def start(self, spec: Spec, box: inbox.ChannelProducer) -> None:
         """Fork a worker. Its end of the inbox goes along. If the zygote is gone, the worker has ended already."""
@@ -149,15 +154,7 @@ def _be_zygote(control: socket.socket, kept: Set[int], gone: Wakeup) -> None:
 
 def _settle(kept: Set[int]) -> None:
     """Of what the main process has open only what workers need stays: a listener kept here would never close."""
-    signal.set_wakeup_fd(-1)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process tells us what it means
-    for fd in map(int, os.listdir("/proc/self/fd")):
-        if fd > 2 and fd not in kept:
-            try:
-                os.close(fd)
-            except OSError:
-                pass  # the one that listed the directory
+    inherited.close_all_but(kept)
     nowhere = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1):
         os.dup2(nowhere, fd)  # the reader of standard output must see its end when the main process ends

@@ -5,19 +5,22 @@ Knows the order of these. Each of them is done elsewhere.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
+import signal
 import socket
 import time
 from collections import deque
-from typing import Deque, List, Optional, Tuple
+from typing import Deque, Iterator, List, Optional, Tuple
 
 from _tsproxy import exits
 from _tsproxy.config import Config
 from _tsproxy.dataplane.acceptor import Acceptor
 from _tsproxy.dataplane.clients import Clients, slots_for
 from _tsproxy.dataplane.inbox import DRAIN, DRIFTED_ALL, DRIFTED_CONNECTING, KILL, LEAVE, OPEN
-from _tsproxy.host import linux, sockets, wakeup
+from _tsproxy.exits import Exit
+from _tsproxy.host import children, inherited, linux, sockets, systemd, wakeup
 from _tsproxy.host.systemd import Notifier
 from _tsproxy.runtime.crew import Crew, Death
 from _tsproxy.server import start_line, startup
@@ -43,15 +46,33 @@ _STDOUT = 1  # by number: sys.stdout is None when it was closed at the start
 
 def serve(config: Config) -> int:
     """Relay until a signal ends it; the exit code. Exit with its code if it can't begin."""
-    return Server(startup.prepare(config, os.environ)).run()
+    inherited.close_all_but(systemd.numbers(os.environ, os.getpid()))
+    inherited.leave_directory()
+    signals = Signals()
+    inherited.unblock_signals()
+    with _room_to_begin():
+        server = Server(startup.prepare(config, os.environ, signals), signals)
+        server.begin()
+    return server.run()
+
+
+@contextlib.contextmanager
+def _room_to_begin() -> Iterator[None]:
+    """EAGAIN of clone(2) told as what it is. Python gives it no class of its own for a thread."""
+    try:
+        yield
+    except (BlockingIOError, RuntimeError) as problem:
+        if isinstance(problem, RuntimeError) and "new thread" not in str(problem):
+            raise
+        why = "RLIMIT_NPROC (ulimit -u) or the cgroup's pids.max allows no more threads and processes"
+        raise Exit(exits.FAILED, f"can't begin: {why}") from None
 
 
 class Server:
     """Owns the crew, the reporter and the listeners, from the `start` line to the `stop` line."""
 
-    def __init__(self, ready: Ready) -> None:
-        self._ready, self._config = ready, ready.plan.config
-        self._signals = Signals()
+    def __init__(self, ready: Ready, signals: Signals) -> None:
+        self._ready, self._config, self._signals = ready, ready.plan.config, signals
         self._slots = slots_for(self._config.max_connections, self._config.max_connections_per_client)
         self._ledger = Ledger.create(self._config.workers, self._slots)
         pipe = RecordPipe.create()
@@ -90,16 +111,20 @@ class Server:
             complain=lambda why: self._say("error", "error", why),
         )
 
-    def run(self) -> int:
-        """Start everything, accept until told to end, drain, say the last words; the exit code."""
+    def begin(self) -> None:
+        """Start the threads and processes."""
         self._reporter.start()
         self._crew.start()
+        self._ready.resolver.follow(lambda: self._ledger.total(Counter.CONNECT_FAIL), self._tell)
+
+    def run(self) -> int:
+        """Accept until told to end, drain, say the last words; the exit code."""
         self._reporter.say("start", **start_line.fields(self._ready))
         for target, reason in self._ready.resolver.failures:
             self._say("warning", "warning", f"can't resolve {target}: {reason}; the other targets are in use")
-        self._ready.resolver.follow(lambda: self._ledger.total(Counter.CONNECT_FAIL), self._tell)
         for fd in (self._signals.fd, self._has_news.reader, *self._crew.watched):
             self._selector.register(fd, selectors.EVENT_READ)
+        children.reap_others(self._crew.children)
         self._notifier.say(READY=1, STATUS="relaying")
         self._accept_until_told()
         return self._stop(self._drain())
@@ -152,16 +177,22 @@ class Server:
         """A signal, news of the resolver, or the end of a worker."""
         if fd == self._signals.fd:
             for number in self._signals.take():
-                if number in DRAINING:
-                    self._ended_by.append(number.name)
-                else:
-                    self._reporter.metrics_now()
+                self._on_signal(number)
         elif fd == self._has_news.reader:
             self._on_news()
         else:
             self._on_loss(self._crew.loss())
+            children.reap_others(self._crew.children)  # those behind the fork server, whose status has been taken now
             for death in self._crew.replace_the_dead():
                 self._on_death(death)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if number in DRAINING:
+            self._ended_by.append(number.name)
+        elif number == signal.SIGUSR1:
+            self._reporter.metrics_now()
+        else:
+            children.reap_others(self._crew.children)
 
     def _on_news(self) -> None:
         """Other addresses are said to be in use only when they are."""

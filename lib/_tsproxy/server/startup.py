@@ -16,12 +16,15 @@ from typing import List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from _tsproxy import exits
 from _tsproxy.config import Config
+from _tsproxy.dataplane.clients import slots_for
 from _tsproxy.exits import Exit
 from _tsproxy.host import limits, privileges, reuseport, sockets, systemd
 from _tsproxy.host.addresses import Address
 from _tsproxy.runtime import seats
 from _tsproxy.runtime.spec import Plan, tuning_of
 from _tsproxy.server.resolver import Resolver
+from _tsproxy.server.signals import Signals
+from _tsproxy.telemetry.counters import bytes_for
 from _tsproxy.timestamps import advice
 from _tsproxy.timestamps.policy import Inspector, Lever, Wanted
 
@@ -43,10 +46,13 @@ class Ready(NamedTuple):
     nofile: int
 
 
-def prepare(config: Config, environment: Mapping[str, str]) -> Ready:
-    """Do all of it, and drop root at the end. Exit with its code and message if something is in the way."""
+def prepare(config: Config, environment: Mapping[str, str], signals: Signals) -> Ready:
+    """Do all of it, and drop root at the end. Exit with its code and message if something is in the way.
+
+    What takes long, the first look-up of names, ends when a signal asks for the end, and with it all.
+    """
     account = _account(config)
-    resolver = resolve(config)
+    resolver = _resolve_unless(config, signals)
     inspector, lever = _require_policy(config, wanted_of(config, resolver))
     nofile = _raise_limits(config)
     sources = _require_sources(config)
@@ -109,7 +115,11 @@ def _renounce(account: Optional[pwd.struct_passwd]) -> None:
 
 
 def _raise_limits(config: Config) -> int:
-    """The descriptor limit in force; a clear no if it is too low for what was asked."""
+    """The descriptor limit in force; a clear no if it, or that on files, is too low for what was asked."""
+    counters_bytes = bytes_for(config.workers, slots_for(config.max_connections, config.max_connections_per_client))
+    if limits.largest_file() < counters_bytes:
+        given = f"the limit on file sizes (RLIMIT_FSIZE, ulimit -f): given {limits.largest_file():.0f} bytes"
+        raise Exit(exits.USAGE, f"{given}; allowed: at least {counters_bytes}, for the counters in shared memory")
     needed = limits.descriptors_for(config.max_connections, config.workers)
     got = limits.raise_nofile(needed)
     if got < needed:
@@ -141,8 +151,24 @@ def _family(ip: str) -> int:
 
 def resolve(config: Config) -> Resolver:
     """The targets' addresses; a target that can't be resolved is an error only if no other can be."""
-    resolver = Resolver(config.targets, [source.family for source in _sources(config)])
+    resolver = _resolver(config)
     resolver.resolve()
+    return _require_answer(resolver)
+
+
+def _resolve_unless(config: Config, signals: Signals) -> Resolver:
+    """The same, unless a signal comes first."""
+    resolver = _resolver(config)
+    if not resolver.resolve_unless(signals):
+        raise Exit(exits.DRAINED, "ended by a signal while the targets' names were looked up; nothing was begun")
+    return _require_answer(resolver)
+
+
+def _resolver(config: Config) -> Resolver:
+    return Resolver(config.targets, [source.family for source in _sources(config)])
+
+
+def _require_answer(resolver: Resolver) -> Resolver:
     if not resolver.addresses:
         target, reason = resolver.failures[0]
         raise Exit(exits.USAGE, f"--target: given '{target}'; can't be resolved: {reason}")
