@@ -25,6 +25,7 @@ from typing import Any, Dict, Iterator, Mapping, Tuple
 import _tsproxy
 from _tsproxy import exits
 from _tsproxy.exits import Exit
+from _tsproxy.host.printable import printable
 
 LOADER = "_tsproxy/commands/bundle_loader.py"
 # -I: not beside the script, not in the user's site-packages, not where PYTHON* variables point. -S of env(1) splits the words.
@@ -56,7 +57,7 @@ def run(out: str) -> int:
         _say(script)
         return exits.DRAINED
     _write(out, script)
-    _say(os.fsencode(f"{out}: {len(script)} bytes, sha256 {hashlib.sha256(script).hexdigest()}\n"))
+    _say(f"{printable(out)}: {len(script)} bytes, sha256 {hashlib.sha256(script).hexdigest()}\n".encode())
     return exits.DRAINED
 
 

@@ -12,6 +12,7 @@ from _tsproxy import cli, config, exits
 from _tsproxy.config import UsageError
 from _tsproxy.exits import Exit
 from _tsproxy.host import inherited
+from _tsproxy.host.printable import printable
 
 _UNWRITTEN = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
@@ -46,7 +47,7 @@ def run(manual: str, words: List[str], docopt: Docopt) -> int:
 
 def _told(problem: OSError) -> str:
     """For people: what it was about, and no number. Without a name, what can't be written is what commands print."""
-    about = problem.filename or ("standard output" if problem.errno in _UNWRITTEN else "")
+    about = printable(str(problem.filename or "")) or ("standard output" if problem.errno in _UNWRITTEN else "")
     return f"{about}: {problem.strerror}" if about else str(problem.strerror or problem)
 
 
@@ -113,5 +114,5 @@ def _for_targets(options: Dict[str, Any], settings: config.Config) -> int:
 
 def _fail(code: int, message: str) -> int:
     if sys.stderr is not None:  # print() would take standard output for a standard error that was closed
-        print(f"tsproxy: {message}", file=sys.stderr)
+        print(f"tsproxy: {printable(message, kept=chr(10))}", file=sys.stderr)
     return code
