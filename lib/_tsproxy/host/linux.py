@@ -24,6 +24,12 @@ TCPI_OPT_USEC_TS = 64
 # include/uapi/linux/in.h, level IPPROTO_IP (it serves IPv6 sockets too)
 IP_BIND_ADDRESS_NO_PORT = 24
 
+# include/uapi/asm-generic/socket.h; Linux 5.14
+SO_NETNS_COOKIE = 71
+
+# include/uapi/linux/in.h
+IPPROTO_MPTCP = 262
+
 # include/net/scm.h: the most descriptors in one message
 SCM_MAX_FD = 253
 

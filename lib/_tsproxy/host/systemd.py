@@ -11,6 +11,8 @@ import socket
 import stat
 from typing import Dict, List, Mapping, NamedTuple, Optional
 
+from _tsproxy.host import linux
+
 _FIRST_FD = 3
 _MOST_FDS = 1024
 
@@ -55,6 +57,9 @@ def take(handed: Inherited) -> socket.socket:
         raise BadHandover(f"LISTEN_FDS: descriptor {handed.fd}: {error.strerror}; allowed: a listening TCP socket") from None
     if not listening or sock.type != socket.SOCK_STREAM or sock.family not in (socket.AF_INET, socket.AF_INET6):
         raise BadHandover(f"LISTEN_FDS: descriptor {handed.fd} does not listen for TCP; allowed: a listening TCP socket")
+    if sock.proto == linux.IPPROTO_MPTCP:
+        allowed = "a listening TCP socket (systemd: no SocketProtocol=mptcp; Go: ListenConfig.SetMultipathTCP(false))"
+        raise BadHandover(f"LISTEN_FDS: descriptor {handed.fd} listens for MPTCP; allowed: {allowed}")
     sock.setblocking(False)
     sock.set_inheritable(False)
     return sock

@@ -23,7 +23,7 @@ from _tsproxy.exits import Exit
 from _tsproxy.host import children, inherited, linux, sockets, systemd, wakeup
 from _tsproxy.host.systemd import Notifier
 from _tsproxy.runtime.crew import Crew, Death
-from _tsproxy.server import start_line, startup
+from _tsproxy.server import listening, start_line, startup
 from _tsproxy.server.drift import DriftWatch
 from _tsproxy.server.leaving import Leaving
 from _tsproxy.server.signals import DRAINING, Signals
@@ -108,7 +108,7 @@ class Server:
             Clients(self._ledger, self._slots, self._config.max_connections_per_client),
             upstreams=lambda: self._ready.resolver.packed,
             hand=self._crew.hand,
-            complain=lambda why: self._say("error", "error", why),
+            complain=lambda level, why: self._say(level, level, why),
         )
 
     def begin(self) -> None:
@@ -120,6 +120,9 @@ class Server:
     def run(self) -> int:
         """Accept until told to end, drain, say the last words; the exit code."""
         self._reporter.say("start", **start_line.fields(self._ready))
+        exposed = listening.unbounded(self._config, self._ready.listeners)
+        if exposed:
+            self._say("warning", "warning", exposed)
         for target, reason in self._ready.resolver.failures:
             self._say("warning", "warning", f"can't resolve {target}: {reason}; the other targets are in use")
         for fd in (self._signals.fd, self._has_news.reader, *self._crew.watched):
@@ -131,15 +134,15 @@ class Server:
 
     def _accept_until_told(self) -> None:
         """Accept, or let the worker accept, until a signal or a worker's death."""
-        listening = False
+        accepting = False
         while not self._ended_by and not self._died:
             self._open_doors()
             pause = 0.0
             if not self._crew.accepts:
                 pause = self._acceptor.pause_s
-                if listening == (pause > 0):
-                    listening = not listening
-                    self._listen(listening)
+                if accepting == (pause > 0):
+                    accepting = not accepting
+                    self._listen(accepting)
             for key, _ in self._selector.select(self._patience_s(pause)):
                 if key.data is not None:
                     self._acceptor.accept(key.data)
@@ -166,9 +169,9 @@ class Server:
         if self._watchdog.due_s == 0:
             self._watchdog.tick(f"relaying {metrics.active(self._ledger)} connections")
 
-    def _listen(self, listening: bool) -> None:
+    def _listen(self, accepting: bool) -> None:
         for listener in self._ready.listeners:
-            if listening:
+            if accepting:
                 self._selector.register(listener, selectors.EVENT_READ, sockets.taker(listener))
             else:
                 self._selector.unregister(listener)

@@ -7,33 +7,26 @@ address families, root is needed until the listeners are bound.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import pwd
 import socket
 from dataclasses import replace
-from typing import List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import List, Mapping, NamedTuple, Optional, Tuple
 
 from _tsproxy import exits
 from _tsproxy.config import Config
 from _tsproxy.dataplane.clients import slots_for
 from _tsproxy.exits import Exit
-from _tsproxy.host import limits, privileges, reuseport, sockets, systemd
+from _tsproxy.host import limits, privileges
 from _tsproxy.host.addresses import Address
 from _tsproxy.runtime import seats
-from _tsproxy.runtime.spec import Plan, tuning_of
+from _tsproxy.runtime.spec import Plan
+from _tsproxy.server import listening
 from _tsproxy.server.resolver import Resolver
 from _tsproxy.server.signals import Signals
 from _tsproxy.telemetry.counters import bytes_for
 from _tsproxy.timestamps import advice
 from _tsproxy.timestamps.policy import Inspector, Lever, Wanted
-
-_BACKLOG = 4096  # the kernel takes the smaller of this and net.core.somaxconn
-_HINTS = {
-    errno.EADDRINUSE: " (ss -ltnp shows by whom; --reuse-port shares a port)",
-    errno.EACCES: " (ports below 1024 need root; --user drops it after binding)",
-    errno.EADDRNOTAVAIL: " (--bind takes an address of this host)",
-}
 
 
 class Ready(NamedTuple):
@@ -57,7 +50,8 @@ def prepare(config: Config, environment: Mapping[str, str], signals: Signals) ->
     nofile = _raise_limits(config)
     sources = _require_sources(config)
     runtime = _runtime(config)
-    listeners = _listeners(config, resolver, environment)  # from here on clients may come to us: no refusal after it
+    # From here on clients may come to us: no refusal after it.
+    listeners = listening.listeners(config, resolver.addresses, sources, environment)
     _renounce(account)
     if account:
         runtime = _runtime(config)  # anew: it may have no right to read the Python that an interpreter starts from
@@ -136,17 +130,13 @@ def _require_sources(config: Config) -> Tuple[Address, ...]:
     """Each --source must be an address of this host: found out now, not with the first order."""
     sources = _sources(config)
     for source in sources:
-        if not _is_local(source):
+        if not listening.is_local(source):
             raise Exit(exits.USAGE, f"--source: given {source.ip!r}; allowed: an address of this host (ip -brief address)")
     return sources
 
 
 def _sources(config: Config) -> Tuple[Address, ...]:
-    return tuple(Address(_family(source), source, 0) for source in config.sources)
-
-
-def _family(ip: str) -> int:
-    return socket.AF_INET6 if ":" in ip else socket.AF_INET
+    return tuple(Address(listening.family_of(source), source, 0) for source in config.sources)
 
 
 def resolve(config: Config) -> Resolver:
@@ -173,50 +163,3 @@ def _require_answer(resolver: Resolver) -> Resolver:
         target, reason = resolver.failures[0]
         raise Exit(exits.USAGE, f"--target: given '{target}'; can't be resolved: {reason}")
     return resolver
-
-
-def _listeners(config: Config, resolver: Resolver, environment: Mapping[str, str]) -> List[socket.socket]:
-    """The listeners that were handed over, or one of our own."""
-    try:
-        listeners = [systemd.take(handed) for handed in systemd.inherited(environment, os.getpid())]
-    except systemd.BadHandover as problem:
-        raise Exit(exits.USAGE, str(problem)) from None
-    ours = (*config.listen_options, *(["--reuse-port"] if config.reuse_port else []))
-    if listeners and ours:
-        raise Exit(exits.USAGE, f"{ours[0]}: given with LISTEN_FDS; allowed: only without inherited listeners")
-    for listener in listeners:
-        tuning_of(config).apply(listener)
-    listeners = listeners or [_own_listener(config, resolver.addresses)]
-    for listener in listeners:
-        sockets.save_syns(listener)
-    return listeners
-
-
-def _own_listener(config: Config, upstreams: Sequence[Address]) -> socket.socket:
-    address = Address(_family(config.bind), config.bind, config.port)
-    _refuse_loop(address, upstreams)
-    try:
-        listener = sockets.listener(address, _BACKLOG, tuning_of(config), config.reuse_port)
-    except OSError as error:
-        hint = _HINTS.get(error.errno or 0, "")
-        raise Exit(exits.CANNOT_BIND, f"can't listen on {address}: {error.strerror}{hint}") from None
-    if config.reuse_port:
-        reuseport.spread(listener)
-    return listener
-
-
-def _refuse_loop(listening: Address, upstreams: Sequence[Address]) -> None:
-    """A proxy that is its own target would connect to itself until it has no room left."""
-    for upstream in upstreams:
-        same = upstream.ip == listening.ip or (listening.ip in ("0.0.0.0", "::") and _is_local(upstream))
-        if listening.port == upstream.port and same:
-            raise Exit(exits.USAGE, f"--target: given {str(upstream)!r}; allowed: any address but tsproxy's own")
-
-
-def _is_local(address: Address) -> bool:
-    with socket.socket(address.family, socket.SOCK_STREAM) as probe:
-        try:
-            probe.bind(address._replace(port=0).sockaddr)
-        except OSError:
-            return False
-    return True
