@@ -18,7 +18,7 @@ import signal
 import socket
 import struct
 import time
-from typing import Dict, List, Set
+from typing import Dict, List, Optional, Set
 
 from _tsproxy.dataplane import inbox
 from _tsproxy.host import children, inherited, linux
@@ -169,7 +169,7 @@ def _serve(control: socket.socket, gone: Wakeup) -> None:
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     workers: Dict[int, int] = {}
     while True:
-        ready, _, _ = select.select([asked, deaths], [], [])
+        ready = _readable(asked, deaths)
         if deaths in ready:
             os.read(deaths, 4096)
             _reap(workers, control, gone)
@@ -181,10 +181,18 @@ def _serve(control: socket.socket, gone: Wakeup) -> None:
             _fork(_spec(fds.pop(0)), fds, workers, {asked, deaths, wake})
 
 
+def _readable(*fds: int, patience_s: Optional[float] = None) -> Set[int]:
+    """Those to read from, an end of file included. poll(2), since a descriptor may be beyond what select(2) can take."""
+    poller = select.poll()
+    for fd in fds:
+        poller.register(fd, select.POLLIN)
+    return {fd for fd, _ in poller.poll(None if patience_s is None else patience_s * 1000)}
+
+
 def _outlive(workers: Dict[int, int], deaths: int) -> None:
     """The main process is gone, which its workers see as well. One that is stuck would keep what it has open: the port."""
     deadline = time.monotonic() + _LAST_S
-    while workers and select.select([deaths], [], [], max(0.0, deadline - time.monotonic()))[0]:
+    while workers and _readable(deaths, patience_s=max(0.0, deadline - time.monotonic())):
         os.read(deaths, 4096)
         for pid in _ended(workers):
             del workers[pid]
