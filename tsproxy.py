@@ -73,21 +73,28 @@ Exit codes: 0 drained, 1 failed while running, 2 usage or a bad value, 69 can't 
 Signals: SIGTERM, SIGINT, SIGHUP drain (a second one ends now), SIGUSR1 prints a metrics line.
 """
 
-import importlib
-import os
 import sys
 
+if __name__ == "__main__" and not getattr(sys.flags, "safe_path", sys.flags.isolated):
+    del sys.path[0]  # this script's directory: a json.py beside a script in /tmp would be taken for Python's own
+
+import importlib
+import os
+import signal
+
 _LIB = os.path.join(os.path.dirname(os.path.realpath(__file__)), "lib")
+_HELD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _ABSENT = {
     "_tsproxy": "lib/ is missing: copy the whole checkout, or make one file there with: tsproxy.py bundle OUT",
     "docopt": "docopt-ng is missing: pip install docopt-ng, or use the one file that 'tsproxy.py bundle OUT' makes",
 }
-if os.path.isdir(os.path.join(_LIB, "_tsproxy")):
-    sys.path.insert(0, _LIB)
 
 
 def main() -> int:
     """Run the command line; the exit code. What a user did wrong costs one line on standard error, never a traceback."""
+    # Held back until there is a handler: SIGUSR1 would kill, Ctrl-C show a traceback, and PID 1 never hear of SIGTERM.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
+    _find_modules()
     try:
         commands = importlib.import_module("_tsproxy.commands.main")
         docopt = importlib.import_module("docopt").docopt
@@ -99,6 +106,12 @@ def main() -> int:
         return _say("the manual, which the options are read from, is missing: leave out Python's -OO (PYTHONOPTIMIZE=2)")
     code: int = commands.run(__doc__, sys.argv[1:], docopt)
     return code
+
+
+def _find_modules() -> None:
+    """Import from lib/ beside this file; a bundle brings its own modules, and a lib/ beside it may be anybody's."""
+    if not any(hasattr(finder, "bundled") for finder in sys.meta_path) and os.path.isdir(os.path.join(_LIB, "_tsproxy")):
+        sys.path.insert(0, _LIB)
 
 
 def _say(message: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +16,10 @@ import pytest
 from harness import ROOT, Exchange, Proxy, echo, pythons, wait_until
 from wire import Wire
 
+# A shell without job control ignores these for what it starts in the background, and tsproxy keeps to that.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 CHECKOUT = [sys.executable, str(ROOT / "tsproxy.py")]
 FORMS = ["checkout", *(f"bundle-{version}" for version, _ in pythons())]
 PYTHON = dict(pythons())

@@ -3,6 +3,7 @@
     seccomp_launcher.py refuse CALL ERRNO COMMAND...   the other way round: that one call fails with that number
     seccomp_launcher.py CALLS exec COMMAND...      at once, for whatever COMMAND does from execve(2) on
     seccomp_launcher.py CALLS FD SCRIPT OPTIONS... SCRIPT runs in this process; all its threads get the filter when FD ends
+                                                   (it becomes standard input, since the script closes what it inherits)
 
 CALLS is a file of names. libseccomp(3) turns them into numbers, and those into the program (seccomp(2)).
 """
@@ -32,8 +33,8 @@ def load(names, every_thread, default=KILL_PROCESS, action=ALLOW):
     assert library.seccomp_load(context) == 0
 
 
-def load_when_ended(names, fd):
-    os.read(fd, 1)
+def load_when_ended(names):
+    os.read(0, 1)
     load(names, True)
     os.write(2, b"confined\n")
 
@@ -45,6 +46,7 @@ calls = open(sys.argv[1]).read().split()
 if sys.argv[2] == "exec":
     load(calls, False)
     os.execv(sys.argv[3], sys.argv[3:])
-threading.Thread(target=load_when_ended, args=(calls, int(sys.argv[2])), daemon=True).start()
+os.dup2(int(sys.argv[2]), 0)
+threading.Thread(target=load_when_ended, args=(calls,), daemon=True).start()
 sys.argv = sys.argv[3:]
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import contextlib
 import hashlib
 import os
 import re
@@ -15,7 +16,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import pytest
 from _tsproxy.commands import bundle as bundler
@@ -146,7 +147,7 @@ def test_nothing_of_this_host_is_in_it(bundle: Path) -> None:
 
 def test_it_is_plain_text_that_can_be_run(bundle: Path) -> None:
     script = bundle.read_bytes().decode("utf-8")
-    assert script.startswith('#!/usr/bin/env python3\n"""tsproxy: ')
+    assert script.startswith('#!/usr/bin/env -S python3 -I\n"""tsproxy: ')
     assert script.endswith("\n")
     for line in script.split("\n"):
         assert line.isprintable() and len(line) < 200, line
@@ -169,11 +170,11 @@ def test_each_module_and_both_licences_are_in_it_sorted_and_as_they_stand(bundle
     assert files["docopt/__init__.py"][1] == docopt.read_text("utf-8")
 
 
-def test_without_its_block_it_is_tsproxy_py_with_the_manual_on_top(bundle: Path) -> None:
+def test_without_its_block_and_first_line_it_is_tsproxy_py_with_the_manual_on_top(bundle: Path) -> None:
     script = bundle.read_text()
     ours = (ROOT / "tsproxy.py").read_text()
     head, _, rest = script.partition(bundler.BEGIN)
-    assert head + rest.rpartition(bundler.END)[2] == ours
+    assert (head + rest.rpartition(bundler.END)[2]).splitlines()[1:] == ours.splitlines()[1:]
     assert ast.get_docstring(ast.parse(script), clean=False) == ast.get_docstring(ast.parse(ours), clean=False)
 
 
@@ -279,6 +280,74 @@ def test_its_own_modules_win_over_those_beside_it(bundle: Path, empty: Path) -> 
         (empty / name / "__init__.py").write_text("raise SystemExit('the wrong one')")
     shutil.copy(bundle, empty / "x.py")
     assert run(sys.executable, "x.py", "--version", cwd=empty).stdout.startswith("tsproxy ")
+
+
+PLANTED = "import os\nopen(os.environ['TRACE'], 'a').write(__file__ + '\\n')\n"
+
+
+@pytest.fixture
+def planted(tmp_path: Path) -> Path:
+    """A directory with a module under each name that anything could be imported by, which leaves a trace if it is."""
+    place = tmp_path / "planted"
+    (place / "lib" / "_tsproxy").mkdir(parents=True)
+    names = {*standard_modules(), *sys.builtin_module_names, "orjson", "docopt", "sitecustomize", "usercustomize"}
+    for name in names - {"sys", "builtins", "posix"}:  # no file is looked at for these
+        (place / f"{name}.py").write_text(PLANTED)
+        (place / "lib" / f"{name}.py").write_text(PLANTED)
+    (place / "lib" / "_tsproxy" / "__init__.py").write_text(PLANTED)
+    return place
+
+
+def standard_modules() -> Set[str]:
+    """Those of all Pythons here: sys.stdlib_module_names is there from 3.10 on."""
+    code = "import sys; print(*getattr(sys, 'stdlib_module_names', ()))"
+    said = [subprocess.run([path, "-I", "-c", code], capture_output=True, text=True, check=True) for _, path in pythons()]
+    return {name for done in said for name in done.stdout.split() if name != "antigravity"}
+
+
+def lives(words: List[Any], env: Dict[str, str], far: Exchange) -> None:
+    """It relays for a name, so that modules which are imported late are, too; it prints what it makes; it refuses."""
+    check = ["check", "-t", far.target, "--timestamps=preserve"]
+    for more, code in ((["generate", "systemd", "-ta:1"], 0), (check, 0), (["-x"], 2)):
+        assert subprocess.run([*words, *more], env=env, capture_output=True, check=False).returncode == code
+    options = ["-t", far.target.replace("127.0.0.1", "localhost"), "-p0", "--timestamps=preserve", "--workers=1"]
+    with contextlib.closing(Proxy(list(map(str, words)), *options, env=env)) as proxy:
+        with proxy.connect() as client:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+        assert proxy.stop(signal.SIGTERM) == 0
+
+
+HOW = [
+    pytest.param(path, how, id=f"{how}-{version}") for version, path in PYTHONS.items() for how in ("by shebang", "by python3")
+]
+
+
+@pytest.mark.parametrize(("python", "how"), [*HOW, pytest.param(sys.executable, "by a link", id="by a link")])
+def test_nothing_is_imported_from_the_directory_that_it_stands_in(
+    python: str, how: str, bundle: Path, planted: Path, echoing: Exchange
+) -> None:
+    """A hostile json.py beside it, in /tmp perhaps. By its shebang PYTHON* variables count for nothing either."""
+    script = shutil.copy(bundle, planted / "tsproxy")
+    if how == "by a link":
+        (planted / "bin").mkdir()
+        script = planted / "bin" / "tsproxy"
+        script.symlink_to(planted / "tsproxy")
+    trace = planted.parent / "trace"
+    env = {**os.environ, "TRACE": str(trace), "PATH": f"{Path(python).parent}:{os.environ['PATH']}"}
+    if how == "by shebang":
+        env.update(PYTHONPATH=str(planted), PYTHONHOME=str(planted), PYTHONSTARTUP=str(planted / "json.py"))
+        env.update(PYTHONUSERBASE=str(planted), PYTHONWARNINGS="ignore::json.Any", PYTHONINSPECT="1")
+    lives([script] if how == "by shebang" else [python, script], env, echoing)
+    assert not trace.exists(), trace.read_text()
+
+
+def test_a_checkout_imports_nothing_from_beside_tsproxy_py(planted: Path, echoing: Exchange) -> None:
+    shutil.rmtree(planted / "lib")
+    shutil.copytree(ROOT / "lib", planted / "lib", ignore=shutil.ignore_patterns("__pycache__"))
+    script = shutil.copy(ROOT / "tsproxy.py", planted)
+    lives([sys.executable, script], {**os.environ, "TRACE": str(planted.parent / "trace")}, echoing)
+    assert not (planted.parent / "trace").exists(), (planted.parent / "trace").read_text()
 
 
 @on_each_python

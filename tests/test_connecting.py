@@ -216,14 +216,20 @@ def test_beyond_max_connections_reject_resets_at_once(start: Any, echoing: Excha
     for client in inside:
         client.sendall(b"x")
         assert client.recv(1) == b"x"
-    proxy.expect_reset()
-    assert proxy.metrics()["downstream_cx_overflow"] == 1
+    for _ in range(3):
+        proxy.expect_reset()
+    assert proxy.metrics()["downstream_cx_overflow"] == 3
+    assert proxy.line("warning")["message"] == (
+        "2 connections, all that --max-connections allows: new clients are reset until one ends"
+    )
     inside.pop().close()
     proxy.line("connection")
     with proxy.connect() as fourth:
         fourth.sendall(b"x")
         assert fourth.recv(1) == b"x"
     inside.pop().close()
+    assert proxy.stop() == 0
+    assert proxy.count("warning") == 1, "once a minute"
 
 
 @WHO_ACCEPTS
@@ -239,6 +245,7 @@ def test_beyond_max_connections_queue_serves_when_a_place_is_free(start: Any, ec
         with pytest.raises(socket.timeout):
             second.recv(1)
         assert proxy.cpu_seconds() - before < 0.1
+        assert "new clients wait in the backlog until one ends" in proxy.line("warning")["message"]
         first.close()
         second.settimeout(10)
         assert second.recv(1) == b"2"

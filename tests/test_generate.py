@@ -32,7 +32,7 @@ from _tsproxy.timestamps.policy import Lever, Wanted
 from conftest import CHECKOUT
 from docopt import docopt
 from harness import ROOT, Exchange, Proxy, echo, receive_exactly, wait_until
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from namespaces import Namespace, require_root
 from wire import UPSTREAM, Sniffer, Wire, join
@@ -698,6 +698,73 @@ def test_a_start_that_fails_is_tried_again_for_ever_and_the_socket_stays() -> No
     assert setting(unit("tsproxy.socket"), "TriggerLimitIntervalSec") == ["0"]
 
 
+USERS = st.from_regex(r"[A-Za-z0-9_.][A-Za-z0-9_.-]{0,30}\$?", fullmatch=True).filter(lambda name: name != "nobody")
+ZONES = st.from_regex(r"[A-Za-z0-9_.-]{1,15}", fullmatch=True)
+
+
+def read_by_systemd(text: str, variables: bool) -> str:
+    """As systemd reads it: %% is %, any other % a specifier; in a command line $$ is $, any other $ a variable."""
+    for one in "%$" if variables else "%":
+        assert not re.search(rf"(?<!\{one})(\{one}\{one})*\{one}(?!\{one})", text), text
+        text = text.replace(one * 2, one)
+    return text
+
+
+@given(USERS, ZONES)
+@example("a$", "h")
+def test_whatever_a_user_or_a_zone_is_called_systemd_reads_it_as_it_was_given(user: str, zone: str) -> None:
+    target = f"--target=[fe80::1%{zone}]:9"
+    service = unit("tsproxy.service", target, f"--user={user}")
+    assert [read_by_systemd(name, variables=False) for name in setting(service, "User")] == [user]
+    assert target in read_by_systemd(setting(service, "ExecStart")[0], variables=True).split()
+
+
+@pytest.mark.parametrize("kind", ["netns", "docker"])
+@given(user=USERS, zone=ZONES)
+@settings(deadline=None, max_examples=25)
+def test_whatever_a_user_or_a_zone_is_called_a_shell_reads_it_as_it_was_given(kind: str, user: str, zone: str) -> None:
+    """The command that the heading tells, and what the script says or does with the options."""
+    options = (T, f"--target=[fe80::1%{zone}]:9", f"--user={user}")
+    script = generate.KINDS[kind](parsed(*options))
+    (told,) = (line for line in re.findall(r"^# (?:Make|Write): +(tsproxy.py .*?) [|>]", script, re.M))
+    said = subprocess.run(["sh", "-c", f"printf '%s\\n' {told}"], capture_output=True, text=True, check=True).stdout.split("\n")
+    assert parsed(*said[3:-1]) == parsed(*options)
+    assert subprocess.run(["sh", "-n"], input=script, text=True, check=False).returncode == 0
+    if kind == "docker":
+        assert f"id -u {shlex.quote(user)}" in script
+
+
+@given(st.sampled_from(["--user", "--bind", "--source", "--allow", "--target", "--cpus", "--runtime"]), st.text())
+def test_no_text_that_a_file_could_take_for_its_own_gets_past_the_options(option: str, value: str) -> None:
+    """So no kind has to escape a line break, a quote, a backslash or a blank."""
+    try:
+        taken = parsed(T, f"{option}={value}")
+    except config.UsageError:
+        return
+    assert all(re.fullmatch(r"[\w.:/%$@,=\[\]-]+", word, re.ASCII) for word in words(taken)), words(taken)
+
+
+def test_the_undo_of_systemd_and_of_journald_leave_nothing_of_theirs_whichever_comes_first(tmp_path: Path) -> None:
+    """The drop-in's directory stood in the way of `rm tsproxy.s*`; what somebody else put into it stays."""
+    units = tmp_path / "etc/systemd/system"
+    undo = {}
+    for kind, printed in (("systemd", text("systemd")), ("journald", generate.SHIPPERS["journald"]())):
+        (lines,) = re.findall(r"^# Undo: +(.*\n(?:# {9}.*\n)*)", printed, re.M)[:1]
+        steps = re.sub(r"^# +", "", lines, flags=re.M)
+        for root in ("/etc/", "/usr/"):
+            steps = steps.replace(root, f"{tmp_path}{root}")
+        undo[kind] = f"systemctl() {{ :; }}; set -e\n{steps}"
+    for order in (("systemd", "journald"), ("journald", "systemd")):
+        for path in [*files(), "/etc/systemd/system/tsproxy.service.d/journald.conf"]:
+            (tmp_path / path[1:]).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path[1:]).write_text("")
+        for kind in order:
+            done = subprocess.run(["sh", "-c", undo[kind]], capture_output=True, text=True, check=False)
+            assert (done.returncode, done.stderr) == (0, ""), undo[kind]
+        assert list(units.iterdir()) == []
+        assert list((tmp_path / "usr/local/sbin").iterdir()) == []
+
+
 def test_the_shared_user_nobody_is_given_a_user_of_its_own_by_systemd() -> None:
     service = unit("tsproxy.service", "--user=nobody")
     assert (setting(service, "User"), setting(service, "DynamicUser")) == ([], ["yes"])
@@ -718,7 +785,7 @@ def test_the_way_to_install_that_the_heading_tells_puts_each_part_in_its_file(tm
 
 
 STAND_IN = """#!/bin/sh
-if [ "$1" = info ]; then echo "$DOCKER_INFO"; exit; fi
+if [ "$1" = info ]; then echo "$DOCKER_INFO"; exit "${DOCKER_INFO_CODE:-0}"; fi
 for word; do printf '%s\\0' "$word"; done >>calls
 printf '\\n' >>calls
 """
@@ -780,6 +847,14 @@ def test_docker_knows_each_flag_that_it_is_given(docker: Docker) -> None:
 def test_docker_that_would_make_connections_anew_is_refused(docker: Docker, info: str) -> None:
     done = docker.script(DOCKER_INFO=info)
     assert (done.returncode, "timestamps would leak" in done.stderr) == (1, True)
+    assert not (docker.home / "calls").exists()
+
+
+@pytest.mark.parametrize("info", [("Debian [name=seccomp]", "1"), (" []", "0"), ("", "0"), ("", "1")])
+def test_docker_that_does_not_say_what_it_is_is_refused(docker: Docker, info: Tuple[str, str]) -> None:
+    """No daemon, no right to ask it: what it would do with connections is not known."""
+    done = docker.script(DOCKER_INFO=info[0], DOCKER_INFO_CODE=info[1])
+    assert (done.returncode, "docker info can't say" in done.stderr) == (1, True)
     assert not (docker.home / "calls").exists()
 
 

@@ -59,7 +59,7 @@ CONNECTIONS = st.builds(
     Connection,
     worker=st.integers(0, 65535),
     connection_id=U64,
-    closed_at_ns=st.integers(-(2**63), 2**63 - 1),
+    closed_at_ns=I63,
     client=PACKED,
     upstream=st.none() | PACKED,
     duration_us=I63,
@@ -147,6 +147,27 @@ def pipe_buf() -> int:
     finally:
         os.close(reader)
         os.close(writer)
+
+
+IMPOSSIBLE = [
+    {"closed_at_ns": -1},
+    {"duration_us": -1},
+    {"connect_us": -2},
+    {"client_timestamps": 2},
+    {"upstream_timestamps": -2},
+    {"client_syn_tsval": 2**32},
+    {"upstream_rtt_us": -5},
+    {"upstream_retransmits": 2**40},
+    {"ending": len(Ending)},
+]
+
+
+@pytest.mark.parametrize("wrong", IMPOSSIBLE, ids=str)
+def test_a_number_that_no_worker_can_have_meant_is_said_and_not_shown_as_a_connection(wrong: Dict[str, Any]) -> None:
+    (notice,), rest = decode(encode(FULL._replace(**wrong)))
+    assert isinstance(notice, Notice)
+    assert (notice.level, notice.worker, rest) == ("error", FULL.worker, b"")
+    assert notice.message.startswith("a record can't be read: kind 1")
 
 
 # The fields of the line

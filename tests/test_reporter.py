@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from typing import Any, Callable, Iterator, List, Optional
 
 import pytest
 from _tsproxy.host.addresses import pack
-from _tsproxy.telemetry import counters, histogram
+from _tsproxy.telemetry import counters, histogram, records
 from _tsproxy.telemetry.counters import ACCEPTOR_ROW, FIRST_WORKER_ROW, REPORTER_ROW, Counter, Ledger
 from _tsproxy.telemetry.endings import WORDS, Ending
 from _tsproxy.telemetry.records import NOTICE_LEVELS, Notice, RecordPipe, RecordWriter
@@ -97,6 +98,57 @@ def desk_with(fd: Optional[int] = None, prepare: Callable[[Desk], None] = lambda
 def desk() -> Iterator[Desk]:
     with desk_with() as made:
         yield made
+
+
+# Whatever a worker writes
+
+I64, U64, BYTE = st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**64 - 1), st.integers(0, 255)
+ANY_CLIENT = st.binary(min_size=len(CLIENT), max_size=len(CLIENT)) | st.sampled_from([CLIENT, UPSTREAM])
+ANY_BODY = st.tuples(
+    *(st.integers(0, 65535), U64, I64, ANY_CLIENT, ANY_CLIENT, I64, I64, U64, U64, U64),
+    *(st.integers(-128, 127), st.integers(-128, 127), I64, I64, I64, st.integers(0, 30), BYTE),
+).map(lambda numbers: records._HEAD.pack(records._HEAD.size + records._BODY.size, 1) + records._BODY.pack(*numbers))
+ANY_NOTICE = st.tuples(st.integers(0, 65535), I64, st.integers(0, 5), st.binary(max_size=60)).map(
+    lambda given: (
+        records._HEAD.pack(records._HEAD.size + records._NOTICE_BODY.size + len(given[3]), 2)
+        + records._NOTICE_BODY.pack(*given[:3])
+        + given[3]
+    )
+)
+WHATEVER = st.lists(st.binary(max_size=200) | ANY_BODY | ANY_NOTICE, max_size=4).map(b"".join)
+
+
+def test_a_record_with_a_witness_of_no_word_costs_its_line_alone(desk: Desk) -> None:
+    for number, witness in enumerate((1, 200, 0)):
+        desk.writers[0].put(CLOSED._replace(connection_id=number, witness=witness))
+    desk.reporter.close()
+    assert [(line["event"], line.get("connection_id")) for line in desk.lines()] == [
+        ("connection", 0),
+        ("error", None),
+        ("connection", 2),
+    ]
+    assert "can't be told" in desk.lines()[1]["message"]
+
+
+def test_no_record_ends_the_reporter_whatever_is_in_it() -> None:
+    """Any bytes, and frames of the right form with any numbers: what is said after them is written."""
+    with desk_with() as desk:
+        count = itertools.count()
+
+        @settings(deadline=None, max_examples=300)
+        @given(WHATEVER)
+        def write(data: bytes) -> None:
+            os.write(desk.pipe.writer, data)
+            number = next(count)
+            desk.reporter.say("said", number=number)
+            wait_until(lambda: f'"number":{number}}}'.encode() in tail(desk.fd), "the reporter goes on")
+
+        write()
+        assert all(line["event"] in {"said", "connection", "error", "warning", "debug"} for line in desk.lines())
+
+
+def tail(fd: int) -> bytes:
+    return os.pread(fd, 4096, max(0, os.fstat(fd).st_size - 4096))
 
 
 # Order

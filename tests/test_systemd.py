@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, Iterator, List, Sequence
 
 import pytest
 from _tsproxy.dataplane import inbox
@@ -35,12 +35,12 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
-def hand_over(listeners: List[socket.socket], *options: str, **environment: str) -> Proxy:
+def hand_over(listeners: List[socket.socket], *options: str, pass_also: Sequence[int] = (), **environment: str) -> Proxy:
     """A proxy with inherited listeners, at 3 and on."""
     fds = [listener.fileno() for listener in listeners]
     command = [sys.executable, "-c", HAND_OVER, ",".join(map(str, fds)), *CHECKOUT]
     env = {**os.environ, "LISTEN_FDS": str(len(fds)), **environment}
-    return Proxy(command, *options, env=env, pass_fds=fds)
+    return Proxy(command, *options, env=env, pass_fds=[*fds, *pass_also])
 
 
 @contextlib.contextmanager

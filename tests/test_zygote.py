@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from typing import Any
@@ -11,6 +12,7 @@ from _tsproxy.runtime import zygote
 from harness import Exchange, children, receive_exactly, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
+from test_systemd import hand_over, listeners
 
 
 @given(st.integers(1, 64), st.booleans())
@@ -51,3 +53,17 @@ def test_ten_thousand_networks_may_be_allowed(start: Any, echoing: Exchange) -> 
         client.sendall(b"x")
         assert receive_exactly(client, 1) == b"x"
     assert proxy.stop() == 0
+
+
+def test_the_fork_server_works_behind_a_thousand_handed_over_listeners(echoing: Exchange) -> None:
+    """Its descriptors have numbers then that select(2) can't take (FD_SETSIZE is 1,024)."""
+    with listeners(1) as (listener,):
+        words = ["-t", echoing.target, "--timestamps=preserve", "--runtime=processes", "--workers=1"]
+        proxy = hand_over([listener] * 1024, *words)
+    with contextlib.closing(proxy):
+        for _ in range(2):
+            with proxy.connect() as client:
+                client.sendall(b"x")
+                assert receive_exactly(client, 1) == b"x"
+        assert proxy.stop() == 0
+        assert proxy.count("error") == 0

@@ -1,7 +1,8 @@
 """`bundle OUT`: the whole program as one plain-text script.
 
 A bundle is tsproxy.py with one block put in before its last lines: a loader, and each module and licence as text. Take
-the block out and tsproxy.py is left. Same sources, same bytes: nothing of the host, the user, the clock, the working
+the block out and tsproxy.py is left, but for the first line: a bundle needs no module from elsewhere, so that one keeps
+Python from looking where others may put some. Same sources, same bytes: nothing of the host, the user, the clock, the working
 directory or the Python that writes it goes in.
 """
 
@@ -24,8 +25,11 @@ from typing import Any, Dict, Iterator, Mapping, Tuple
 import _tsproxy
 from _tsproxy import exits
 from _tsproxy.exits import Exit
+from _tsproxy.host.printable import printable
 
 LOADER = "_tsproxy/commands/bundle_loader.py"
+# -I: not beside the script, not in the user's site-packages, not where PYTHON* variables point. -S of env(1) splits the words.
+SHEBANG = "#!/usr/bin/env -S python3 -I\n"
 MAIN = 'if __name__ == "__main__":\n'
 BEGIN = "# ---- Put in by `tsproxy.py bundle`: the loader, then each file as text, at the line that stands before it. ----\n"
 END = "# ---- The end of what `tsproxy.py bundle` put in. ----\n\n\n"
@@ -53,7 +57,7 @@ def run(out: str) -> int:
         _say(script)
         return exits.DRAINED
     _write(out, script)
-    _say(os.fsencode(f"{out}: {len(script)} bytes, sha256 {hashlib.sha256(script).hexdigest()}\n"))
+    _say(f"{printable(out)}: {len(script)} bytes, sha256 {hashlib.sha256(script).hexdigest()}\n".encode())
     return exits.DRAINED
 
 
@@ -120,7 +124,7 @@ def _licences(distribution: str) -> Dict[str, str]:
 
 def build(entry: str, files: Mapping[str, str]) -> str:
     """tsproxy.py, or a bundle whose block is made anew, with these files in it."""
-    entry = _without_block(entry)
+    entry = re.sub(r"\A#!.*\n", SHEBANG, _without_block(entry))
     at = entry.rfind(MAIN)
     if at < 0:
         raise Exit(exits.FAILED, f"can't bundle: tsproxy.py has no line {MAIN.strip()!r}")

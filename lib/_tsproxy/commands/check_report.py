@@ -9,6 +9,7 @@ import _tsproxy
 from _tsproxy.commands import terminal
 from _tsproxy.commands.terminal import BOLD, DIM, GREEN, RED, WIDTH, YELLOW, Style
 from _tsproxy.config import Config
+from _tsproxy.host.printable import printable
 from _tsproxy.telemetry import encoder
 from _tsproxy.timestamps.policy import Lever
 
@@ -126,6 +127,7 @@ def _mark(shows: str, style: Style) -> str:
 def _columns(name: str, width: int, text: str, mark: str = "", mark_width: int = 0) -> Iterator[str]:
     """The name, the mark, and the text wrapped in what is left of the line. A name that is too long has its own line."""
     indent = " " * (2 + width + 1)
+    name = printable(name)
     first, *rest = terminal.wrapped(text, WIDTH - len(indent) - mark_width)
     if len(name) > width:
         yield f"  {name}"
@@ -150,7 +152,12 @@ def _verdict(report: Report, style: Style) -> List[str]:
     lines = [style.paint("NO: the policy would not hold here", RED)]
     for problem in report.missing:
         lines += _columns("missing", 8, problem)
-    return [*lines, "", "An administrator runs one of these, once:", *(f"  {fix}" for fix in report.fixes)]
+    return [
+        *lines,
+        "",
+        "An administrator runs one of these, once:",
+        *(f"  {printable(fix, kept=chr(10))}" for fix in report.fixes),
+    ]
 
 
 def _yes(config: Config, lever: Lever) -> str:

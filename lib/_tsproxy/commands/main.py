@@ -12,8 +12,10 @@ import _tsproxy
 from _tsproxy import cli, config, exits
 from _tsproxy.config import UsageError
 from _tsproxy.exits import Exit
+from _tsproxy.host import inherited
 from _tsproxy.host.needs import PASSING, Refused
 from _tsproxy.host.nowhere import open_nowhere
+from _tsproxy.host.printable import printable
 
 _UNWRITTEN = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
@@ -23,10 +25,14 @@ Docopt = Callable[..., Dict[str, Any]]
 def run(manual: str, words: List[str], docopt: Docopt) -> int:
     """Do what `words` ask for. Usage errors end with 2 and one line; other refusals with their own code."""
     _open_standard_descriptors()
+    inherited.keep_exit_statuses()
     if not sys.platform.startswith("linux"):
         return _fail(exits.FAILED, f"needs Linux; this is {sys.platform}")
     try:
-        code = _dispatch(cli.read(manual, words, docopt), manual)
+        options = cli.read(manual, words, docopt)
+        if any(options[name] for name in cli.commands_of(manual)):
+            inherited.unblock_signals()  # relaying does so once it has its handlers
+        code = _dispatch(options, manual)
         if sys.stdout is not None:
             sys.stdout.flush()  # now, where a failure can still be told
         return code
@@ -48,7 +54,7 @@ def _code_and_line(problem: Union[UsageError, Exit, Refused]) -> Tuple[int, str]
 
 def _told(problem: OSError) -> str:
     """For people: what it was about, and no number. Without a name, what can't be written is what commands print."""
-    about = problem.filename or ("standard output" if problem.errno in _UNWRITTEN else "")
+    about = printable(str(problem.filename or "")) or ("standard output" if problem.errno in _UNWRITTEN else "")
     return f"{about}: {problem.strerror}" if about else str(problem.strerror or problem)
 
 
@@ -115,5 +121,5 @@ def _for_targets(options: Dict[str, Any], settings: config.Config) -> int:
 
 def _fail(code: int, message: str) -> int:
     if sys.stderr is not None:  # print() would take standard output for a standard error that was closed
-        print(f"tsproxy: {message}", file=sys.stderr)
+        print(f"tsproxy: {printable(message, kept=chr(10))}", file=sys.stderr)
     return code

@@ -6,6 +6,8 @@ import os
 import re
 from typing import Iterator, List, Mapping, NamedTuple, TextIO
 
+from _tsproxy.host.printable import printable
+
 WIDTH = 80
 GREEN, RED, YELLOW, BOLD, DIM = "32", "31", "33", "1", "2"
 _PLAIN = str.maketrans("┌┐└┘─│├┤▶→█▏▁▂▃▄▅▆▇≤…", "++++-|++>>#._.:-=+*<~")
@@ -38,8 +40,11 @@ def style_of(stream: TextIO, environment: Mapping[str, str] = os.environ) -> Sty
 
 
 def wrapped(text: str, width: int) -> List[str]:
-    """Lines of at most `width`, broken behind spaces and commas; a longer word stays whole, for it may be copied."""
-    return list(_lines(text, width)) or [""]
+    """Lines of at most `width`, broken behind spaces and commas; a longer word stays whole, for it may be copied.
+
+    Nothing in them acts on a terminal.
+    """
+    return list(_lines(printable(text), width)) or [""]
 
 
 def _lines(text: str, width: int) -> Iterator[str]:

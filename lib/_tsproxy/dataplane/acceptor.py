@@ -23,6 +23,7 @@ from _tsproxy.telemetry.counters import Counter, Ledger
 _PAUSE_S = 0.1
 _LOOK_AGAIN_S = 0.005  # how soon a freed place is noticed: in an inbox, or under --on-full=queue
 _COMPLAINT_S = 1.0
+_FULL_SAID_S = 60.0
 # By the length of the address in Python's form: to ask the client's socket object makes an enum each time.
 _FAMILIES = {2: socket.AF_INET, 4: socket.AF_INET6}
 
@@ -42,12 +43,12 @@ class Acceptor:
         *,
         upstreams: Callable[[], bytes],
         hand: Callable[[Entry], bool],
-        complain: Callable[[str], None],
+        complain: Callable[[str, str], None],
     ) -> None:
         """Count in `row`, which the caller's loop owns.
 
         `upstreams` gives the packed addresses to try, `hand` takes a client (False: there is no room for it now),
-        `complain` the text of an error line. Connection ids go on where those of the ledger's earlier acceptor ended.
+        `complain` level and text of a line. Connection ids go on where those of the ledger's earlier acceptor ended.
         """
         self._config, self._ledger, self._counters, self._clients = config, ledger, row, clients
         self._upstreams, self._hand, self._complain = upstreams, hand, complain
@@ -55,6 +56,7 @@ class Acceptor:
         self._queues = config.on_full == "queue"
         self._resume_at = 0.0
         self._complained_at = -_COMPLAINT_S
+        self._full_said_at = -_FULL_SAID_S
         self._connection_id = ledger.total(Counter.ACCEPTED)
         self._waiting: Optional[Entry] = None
 
@@ -66,7 +68,17 @@ class Acceptor:
         return max(0.0, self._resume_at - time.monotonic()) if self._resume_at else 0.0
 
     def _is_full(self) -> bool:
-        return metrics.active(self._ledger) >= self._config.max_connections
+        """Whether there is no room; then that is said, once a minute."""
+        active = metrics.active(self._ledger)
+        if active < self._config.max_connections:
+            return False
+        now = time.monotonic()
+        if now - self._full_said_at >= _FULL_SAID_S:
+            self._full_said_at = now
+            then = "wait in the backlog" if self._queues else "are reset"
+            about = f"{active} connections, all that --max-connections allows"
+            self._complain("warning", f"{about}: new clients {then} until one ends")
+        return True
 
     @property
     def _must_wait(self) -> bool:
@@ -155,4 +167,4 @@ class Acceptor:
         now = time.monotonic()
         if now - self._complained_at >= _COMPLAINT_S:
             self._complained_at = now
-            self._complain(why)
+            self._complain("error", why)

@@ -13,6 +13,7 @@ from typing import Collection, Iterator, List, NamedTuple, Optional, Tuple
 from _tsproxy.host import bpf
 from _tsproxy.host.addresses import Address
 from _tsproxy.host.bpf import Instruction
+from _tsproxy.host.printable import printable
 
 _ETH_P_ALL = 0x0003  # include/uapi/linux/if_ether.h; a tap for one protocol alone does not see what is sent
 _PACKET_OUTGOING = 4  # include/uapi/linux/if_packet.h
@@ -55,13 +56,16 @@ class Capture:
 
     def _take(self) -> Iterator[Seen]:
         while True:
+            buffer, size = bytearray(_HEADERS), _HEADERS
             try:
-                headers, (interface, _, kind, *_) = self._socket.recvfrom(_HEADERS)
+                size, (interface, _, kind, *_) = self._socket.recvfrom_into(buffer)
+            except UnicodeDecodeError:  # Python's own, of a name that is no UTF-8; the packet is in the buffer
+                interface, kind = "an interface whose name is no UTF-8", _PACKET_OUTGOING
             except BlockingIOError:
                 return
             except OSError:
                 return  # an interface went down (ENETDOWN): what had come is taken
-            seen = _seen(interface, headers)
+            seen = _seen(printable(interface), bytes(buffer[:size]))
             if kind == _PACKET_OUTGOING and seen:
                 yield seen
 

@@ -1,13 +1,48 @@
-"""A child process of ours: told, waited for, and never left behind."""
+"""Child processes: ours told, waited for, and never left behind; those of others, where they are left to us, reaped."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
-from typing import Optional
+from typing import Collection, Optional
 
 _PACE_S = 0.005
+_HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
+def fork_deaf() -> int:
+    """fork(2) a child that SIGTERM, SIGINT, SIGHUP and SIGUSR1 say nothing to, from its first instruction on.
+
+    Ctrl-C reaches the whole group; what it means is the parent's to say. And the child has the parent's wake-up
+    descriptor (signal.set_wakeup_fd): a signal to both would be told to the parent twice.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)
+    try:
+        pid = os.fork()
+        if pid == 0:
+            signal.set_wakeup_fd(-1)
+            for number in _HEARD:
+                signal.signal(number, signal.SIG_IGN)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return pid
+
+
+def reap_others(ours: Collection[int]) -> None:
+    """Reap each ended child that is not in `ours`: an orphan that became PID 1's, or one from before execve(2).
+
+    It ends at one of ours, whose status stays for whoever waits for it by its number (waitid(2), WNOWAIT): call it again
+    after that.
+    """
+    while True:
+        try:
+            found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return
+        if found is None or found.si_pid in ours:
+            return
+        os.waitpid(found.si_pid, 0)
 
 
 class Child:

@@ -7,6 +7,7 @@ import socket
 from typing import Dict, List, Optional, Tuple
 
 from _tsproxy.host import namespaces, timens
+from _tsproxy.host.printable import printable
 
 # include/uapi/linux/capability.h
 CAP_NET_ADMIN = 12
@@ -34,7 +35,7 @@ def _namespace() -> str:
     name = next((entry for entry in _entries("/run/netns") if own and _identity(f"/run/netns/{entry}") == own), "")
     number = f"net:[{own[1]}]" if own else "unknown: /proc is not readable"
     whose = ", not that of PID 1" if own and first and first != own else ", that of PID 1" if first else ""
-    return number + (f', "{_sound(name)}"' if name else "") + whose
+    return number + (f', "{printable(name)}"' if name else "") + whose
 
 
 def _identity(path: str) -> Optional[Tuple[int, int]]:
@@ -68,12 +69,7 @@ def _is_up(name: str) -> bool:
 
 
 def _few(names: List[str]) -> str:
-    return ", ".join(map(_sound, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-def _sound(name: str) -> str:
-    """A name that is no UTF-8, so that it can be printed."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    return ", ".join(map(printable, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _container() -> List[str]:
@@ -114,7 +110,7 @@ def _clock() -> str:
 
 def _first_line(path: str) -> str:
     try:
-        with open(path, encoding="utf-8", errors="backslashreplace") as file:
-            return file.readline().strip()
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return printable(file.readline().strip())
     except OSError:
         return ""

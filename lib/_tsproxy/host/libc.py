@@ -13,10 +13,12 @@ except ImportError:  # a Python built without libffi
 
 
 def call(name: str, *arguments: Union[int, bytes]) -> None:
-    """One call with numbers (as long) and read-only memory; OSError with its errno if it says no."""
+    """One call with numbers (as long) and read-only memory; OSError with its errno if it says no, ENOSYS if it is not there."""
     if ctypes is None:
         raise OSError(errno.ENOSYS, "this Python has no ctypes")
     library: Any = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(library, name):
+        raise OSError(errno.ENOSYS, f"this C library has no {name}")
     if getattr(library, name)(*(ctypes.c_long(given) if isinstance(given, int) else given for given in arguments)) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))

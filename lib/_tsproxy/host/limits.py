@@ -39,6 +39,12 @@ def _nofile_of_proc(otherwise: int) -> int:
     return otherwise
 
 
+def largest_file() -> float:
+    """RLIMIT_FSIZE in bytes, which counts for a memfd too (ftruncate(2), EFBIG); infinite where there is none."""
+    soft = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return float("inf") if soft == resource.RLIM_INFINITY else soft
+
+
 def descriptors_for(connections: int, workers: int) -> int:
     """Two sockets a connection, each worker's own and its pipes, and some for everything else."""
     return 2 * connections + _A_WORKER * workers + _OTHER

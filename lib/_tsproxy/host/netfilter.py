@@ -9,6 +9,7 @@ import struct
 from typing import List
 
 from _tsproxy.host import netlink
+from _tsproxy.host.printable import printable
 
 # include/uapi/linux/netlink.h, netfilter/nfnetlink.h, netfilter/nf_tables.h
 _NETLINK_NETFILTER = 12
@@ -30,6 +31,7 @@ def _name(body: bytes) -> str:
     while at + _ATTRIBUTE.size <= len(body):
         size, kind = _ATTRIBUTE.unpack_from(body, at)
         if kind == _TABLE_NAME:
-            return body[at + _ATTRIBUTE.size : at + size].rstrip(b"\0").decode("utf-8", "backslashreplace")
+            name = body[at + _ATTRIBUTE.size : at + size].rstrip(b"\0")
+            return printable(name.decode("utf-8", "surrogateescape"))
         at += max(_ATTRIBUTE.size, -(-size // 4) * 4)
     return "?"

@@ -189,6 +189,35 @@ def timestamp_clock(sock: SocketType) -> int:
     return sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_TIMESTAMP) & 0xFFFFFFFF
 
 
+def forget_options(listener: socket.socket) -> None:
+    """Take back what whoever made this listener has set, and accepted sockets inherit, where relaying relies on the default.
+
+    With SO_LINGER close(2) waits, non-blocking or not, or resets; under SO_RCVLOWAT a small order is not told of; TCP_CORK
+    holds it back; TCP_USER_TIMEOUT, which an earlier tsproxy may have set, takes a closed window for a death. What cannot
+    hurt (buffers, marks, SO_BUSY_POLL, SO_RCVTIMEO without a blocking call), or only as it is meant to (TCP_DEFER_ACCEPT,
+    keepalive), stays.
+    """
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
+    listener.setsockopt(socket.IPPROTO_TCP, linux.TCP_USER_TIMEOUT, 0)
+
+
+def shares_our_namespace(sock: socket.socket) -> bool:
+    """Whether the socket was made in this process's network namespace; False too where the kernel can't tell (before 5.14)."""
+    with socket.socket(sock.family, socket.SOCK_STREAM) as own:
+        try:
+            cookies = {one.getsockopt(socket.SOL_SOCKET, linux.SO_NETNS_COOKIE, 8) for one in (sock, own)}
+        except OSError:
+            return False
+    return len(cookies) == 1
+
+
+def takes_ipv4(listener: socket.socket) -> bool:
+    """Whether IPv4 clients come in: not by an IPv6 listener with IPV6_V6ONLY (ipv6(7))."""
+    return listener.family == socket.AF_INET or not listener.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+
+
 def listener(address: Address, backlog: int, tuning: Tuning, reuse_port: bool = False) -> socket.socket:
     """A bound, listening, non-blocking socket. OSError as bind(2) and listen(2) give it."""
     sock = socket.socket(address.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -208,12 +237,6 @@ def listener(address: Address, backlog: int, tuning: Tuning, reuse_port: bool = 
 
 class SourceGone(OSError):
     """The address to bind to is none of this host's, or its interface is gone."""
-
-
-def tune_inherited(sock: SocketType, tuning: Tuning) -> None:
-    """A listener that somebody else made, and that an earlier tsproxy may have tuned: with the user timeout, then."""
-    tuning.apply(sock)
-    sock.setsockopt(socket.IPPROTO_TCP, linux.TCP_USER_TIMEOUT, 0)
 
 
 def dial(family: int, tuning: Tuning, source: Optional[Address], for_rules: bool = False) -> SocketType:

@@ -11,6 +11,7 @@ import socket
 import stat
 from typing import Dict, List, Mapping, NamedTuple, Optional
 
+from _tsproxy.host import linux
 from _tsproxy.host.needs import needing
 
 _FIRST_FD = 3
@@ -38,6 +39,14 @@ def inherited(environment: Mapping[str, str], pid: int) -> List[Inherited]:
     return [Inherited(_FIRST_FD + number, names[number] if number < len(names) else "") for number in range(count)]
 
 
+def numbers(environment: Mapping[str, str], pid: int) -> List[int]:
+    """The numbers of the descriptors that were handed over; none where the words make no sense."""
+    try:
+        return [handed.fd for handed in inherited(environment, pid)]
+    except BadHandover:
+        return []
+
+
 def take(handed: Inherited) -> socket.socket:
     """The listener as a non-blocking, close-on-exec socket. BadHandover if it is not a listening TCP socket."""
     try:
@@ -49,6 +58,9 @@ def take(handed: Inherited) -> socket.socket:
         raise BadHandover(f"LISTEN_FDS: descriptor {handed.fd}: {error.strerror}; allowed: a listening TCP socket") from None
     if not listening or sock.type != socket.SOCK_STREAM or sock.family not in (socket.AF_INET, socket.AF_INET6):
         raise BadHandover(f"LISTEN_FDS: descriptor {handed.fd} does not listen for TCP; allowed: a listening TCP socket")
+    if sock.proto == linux.IPPROTO_MPTCP:
+        allowed = "a listening TCP socket (systemd: no SocketProtocol=mptcp; Go: ListenConfig.SetMultipathTCP(false))"
+        raise BadHandover(f"LISTEN_FDS: descriptor {handed.fd} listens for MPTCP; allowed: {allowed}")
     sock.setblocking(False)
     sock.set_inheritable(False)
     return sock

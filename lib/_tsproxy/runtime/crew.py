@@ -76,6 +76,11 @@ class Crew:
         """Descriptors that become readable when replace_the_dead() or loss() may have something to tell."""
         return [self.gone.reader] if self._zygote is None else [self.gone.reader, self._zygote.fileno()]
 
+    @property
+    def children(self) -> List[int]:
+        """The processes that somebody here waits for."""
+        return self._zygote.pids if self._zygote else []
+
     def hand(self, entry: inbox.Entry) -> bool:
         """Give an entry to the next worker that is there and has room; False if none has."""
         for _ in self._seats:

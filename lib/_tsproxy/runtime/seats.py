@@ -121,7 +121,7 @@ class InterpreterSeat(ThreadSeat):
             raise RuntimeError(failure.formatted)
 
     def _shared(self) -> Dict[str, object]:
-        return {"origin": origin.find(), "bundled": origin.is_bundle(), "spec": pickle.dumps(self._lent())}
+        return {**_path(), "origin": origin.find(), "bundled": origin.is_bundle(), "spec": pickle.dumps(self._lent())}
 
     @property
     def fate(self) -> str:
@@ -129,8 +129,17 @@ class InterpreterSeat(ThreadSeat):
         return "its interpreter ended"
 
 
-_IN_INTERPRETER = """
-import runpy, sys
+def _path() -> Dict[str, object]:
+    """What _TAKE_PATH takes. A new interpreter would look beside the script first, whatever this one has made of its path."""
+    return {"path": "\0".join(sys.path)}
+
+
+_TAKE_PATH = """
+import sys
+sys.path[:] = path.split(chr(0))
+"""
+_IN_INTERPRETER = f"""{_TAKE_PATH}
+import runpy
 if bundled:
     runpy.run_path(origin)
 else:
@@ -177,7 +186,7 @@ def have_interpreters() -> bool:
     except Exception:  # _interpreters.InterpreterError among others: this user may not read Python's own files
         return False
     try:
-        return interpreters.exec(own, "import mmap, select, socket, selectors, pickle") is None
+        return interpreters.exec(own, f"{_TAKE_PATH}import mmap, select, socket, selectors, pickle", _path()) is None
     finally:
         interpreters.destroy(own)
 

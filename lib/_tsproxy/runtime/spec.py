@@ -99,7 +99,7 @@ def _hang_doors(worker: Worker, spec: Spec, ledger: Ledger, row: memoryview) -> 
             Clients(ledger, 0, 0),
             upstreams=lambda: worker.upstreams,
             hand=worker.begin,
-            complain=lambda why: worker.bench.complain("error", "accept", why),
+            complain=lambda level, why: worker.bench.complain(level, f"accept {level}", why),
         )
         listeners = [sockets.inherit(fd) for fd in spec.listeners]
         worker.doors += [Door(worker, worker.bench, acceptor, listener) for listener in listeners]

@@ -23,7 +23,7 @@ import time
 from typing import Dict, Iterable, List, Optional, Set
 
 from _tsproxy.dataplane import inbox
-from _tsproxy.host import linux, memory
+from _tsproxy.host import children, inherited, linux, memory
 from _tsproxy.host.needs import Refused, needing
 from _tsproxy.host.nowhere import open_nowhere
 from _tsproxy.host.wakeup import Wakeup
@@ -49,7 +49,7 @@ class Zygote:
         self._answers: Dict[int, int] = {}  # worker's number -> what became of the last request for it: an errno, or 0
         self._own_fate = self._unsaid = self._failure = ""
         with needing("fork(2)", "to start workers as processes"):
-            self._pid = os.fork()
+            self._pid = children.fork_deaf()
         if self._pid == 0:
             _be_zygote(theirs, kept | {*gone, theirs.fileno()}, gone)
         theirs.close()
@@ -61,6 +61,11 @@ class Zygote:
     def fileno(self) -> int:
         """Readable when is_alive() or loss() may have something new to tell."""
         return self._ends.fileno()
+
+    @property
+    def pids(self) -> List[int]:
+        """The child that is to be waited for here, by its number, and by nobody else."""
+        return [] if self._own_fate else [self._pid]
 
     def start(self, spec: Spec, box: inbox.ChannelProducer) -> None:
         """Fork a worker. Its end of the inbox goes along. If the zygote is gone, the worker has ended already.
@@ -204,13 +209,7 @@ def _be_zygote(control: socket.socket, kept: Set[int], gone: Wakeup) -> None:
 
 def _settle(kept: Set[int]) -> None:
     """Of what the main process has open only what workers need stays: a listener kept here would never close."""
-    signal.set_wakeup_fd(-1)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process tells us what it means
-    for fd in _open_ones():
-        if fd > 2 and fd not in kept:
-            with contextlib.suppress(OSError):  # the one that listed the directory
-                os.close(fd)
+    inherited.close_all_but(kept)
     nowhere = open_nowhere()
     for fd in (0, 1):
         with needing("dup2(2)", "to let go of standard output"):
@@ -251,6 +250,14 @@ def _serve(control: socket.socket, gone: Wakeup) -> None:
             spec = _spec(fds.pop(0))
             refusal = _fork(spec, fds, workers, {asked, deaths, wake})
             _tell(control, gone if refusal else None, _NEWS.pack(spec.number, _REFUSED if refusal else _BEGUN, refusal))
+
+
+def _readable(*fds: int, patience_s: Optional[float] = None) -> Set[int]:
+    """Those to read from, an end of file included. poll(2), since a descriptor may be beyond what select(2) can take."""
+    poller = select.poll()
+    for fd in fds:
+        poller.register(fd, select.POLLIN)
+    return {fd for fd, _ in poller.poll(None if patience_s is None else patience_s * 1000)}
 
 
 def _outlive(workers: Dict[int, int], deaths: int) -> None:

@@ -5,6 +5,11 @@ Knows names and getaddrinfo(3). A name that can't be resolved any more keeps its
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pickle
+import select
+import signal
 import socket
 import threading
 import time
@@ -12,8 +17,9 @@ from typing import Callable, Dict, List, Sequence, Tuple
 
 from _tsproxy.config import Target
 from _tsproxy.dataplane.inbox import MOST_UPSTREAMS
-from _tsproxy.host import needs
+from _tsproxy.host import children, namespaces, needs
 from _tsproxy.host.addresses import Address, from_sockaddr, pack
+from _tsproxy.server.signals import Signals
 
 _INTERVAL_S = 30.0
 _LOOK_S = 1.0
@@ -44,6 +50,52 @@ class Resolver:
                 self._failures.pop(target, None)
         self._publish()
 
+    def resolve_unless(self, signals: Signals) -> bool:
+        """resolve(), unless a signal asks for the end first: then False, at once.
+
+        No signal ends getaddrinfo(3) early, and it may take a minute. So it runs in a child process: a thread would have
+        to be gone before root is dropped and workers are forked. The child ends with this process, if not before.
+        """
+        if not self._may_change:
+            self.resolve()
+            return True
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        with open(reader, "rb") as answer:
+            try:
+                pid = children.fork_deaf()
+                if pid == 0:
+                    self._be_the_child(writer)
+            except OSError:  # a limit on tasks, or a sandbox: then a signal waits for the answer
+                self.resolve()
+                return True
+            finally:
+                os.close(writer)
+            if not _comes_before_the_end(reader, signals):
+                return False
+            said = answer.read()
+        os.waitpid(pid, 0)
+        if not said:
+            raise OSError(0, "the process that looks names up ended without an answer")
+        self._answers, self._failures = pickle.loads(said)  # noqa: S301 -- from our own child, by a pipe
+        self._publish()
+        return True
+
+    def _be_the_child(self, writer: int) -> None:
+        """Never returns."""
+        try:
+            with contextlib.suppress(OSError):
+                namespaces.die_with_parent(signal.SIGKILL)
+            self.resolve()
+            with open(writer, "wb") as pipe:
+                pickle.dump((self._answers, self._failures), pipe)
+        finally:
+            os._exit(0)
+
+    @property
+    def _may_change(self) -> bool:
+        """Whether an answer can become another: that of a name, and the number of an interface that is made again."""
+        return any(target.scope or not target.is_literal for target in self._targets)
+
     def _usable(self, found: List[Address]) -> List[Address]:
         usable = [address for address in found if not self._families or address.family in self._families]
         if not usable:
@@ -61,8 +113,8 @@ class Resolver:
         return list(self._failures.items())
 
     def follow(self, connect_failures: Callable[[], int], say: Say) -> None:
-        """Keep the answers fresh from now on, in a thread of its own; nothing to do if all targets are addresses."""
-        if not all(target.is_literal for target in self._targets):
+        """Keep the answers fresh from now on, in a thread of its own; nothing to do if all are addresses without a zone."""
+        if self._may_change:
             thread = threading.Thread(target=self._follow, args=(connect_failures, say), name="resolver", daemon=True)
             needs.start_thread(thread, "to resolve the targets again")
 
@@ -86,6 +138,17 @@ class Resolver:
             say("resolve", "info", f"{target} can be resolved again")
         if self.addresses != before:
             say("resolve", "info", f"upstream addresses are now {', '.join(map(str, self.addresses))}")
+
+
+def _comes_before_the_end(fd: int, signals: Signals) -> bool:
+    """Wait until `fd` is readable: True; or until a signal asks for the end: False. poll(2) takes any descriptor."""
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    poller.register(signals.fd, select.POLLIN)
+    while not signals.ask_for_the_end:
+        if fd in dict(poller.poll()):
+            return True
+    return False
 
 
 def _lookup(target: Target) -> List[Address]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import selectors
+import signal
 import socket
 import time
 from collections import deque
@@ -17,11 +18,11 @@ from _tsproxy.config import Config
 from _tsproxy.dataplane.acceptor import Acceptor
 from _tsproxy.dataplane.clients import Clients, slots_for
 from _tsproxy.dataplane.inbox import DRAIN, DRIFTED, EVIDENCE, KILL, LEAVE, OPEN
-from _tsproxy.host import linux, sockets, wakeup
+from _tsproxy.host import children, inherited, linux, sockets, systemd, wakeup
 from _tsproxy.host.needs import needing
 from _tsproxy.host.systemd import Notifier
 from _tsproxy.runtime.crew import Crew, Death, Retry
-from _tsproxy.server import start_line, startup
+from _tsproxy.server import listening, start_line, startup
 from _tsproxy.server.drift import Drift
 from _tsproxy.server.keeper import Keeper, Look
 from _tsproxy.server.leaving import Leaving
@@ -47,17 +48,20 @@ _STDOUT = 1  # by number: sys.stdout is None when it was closed at the start
 
 def serve(config: Config) -> int:
     """Relay until a signal ends it; the exit code. Exit with its code if it can't begin."""
+    inherited.close_all_but(systemd.numbers(os.environ, os.getpid()))
+    inherited.leave_directory()
+    with needing("pipe2(2) or rt_sigaction(2)", "to take signals"):
+        signals = Signals()
+    inherited.unblock_signals()
     notifier = Notifier(os.environ, os.getpid())
-    return Server(startup.prepare(config, os.environ, notifier), notifier).run()
+    return Server(startup.prepare(config, os.environ, notifier, signals), notifier, signals).run()
 
 
 class Server:
     """Owns the crew, the reporter and the listeners, from the `start` line to the `stop` line."""
 
-    def __init__(self, ready: Ready, notifier: Notifier) -> None:
-        self._ready, self._config = ready, ready.plan.config
-        with needing("pipe2(2) or rt_sigaction(2)", "to take signals"):
-            self._signals = Signals()
+    def __init__(self, ready: Ready, notifier: Notifier, signals: Signals) -> None:
+        self._ready, self._config, self._signals = ready, ready.plan.config, signals
         self._slots = slots_for(self._config.max_connections, self._config.max_connections_per_client)
         self._ledger = Ledger.create(self._config.workers, self._slots)
         pipe = RecordPipe.create()
@@ -94,7 +98,7 @@ class Server:
             Clients(self._ledger, self._slots, self._config.max_connections_per_client),
             upstreams=lambda: self._ready.resolver.packed,
             hand=self._crew.hand,
-            complain=lambda why: self._say("error", "error", why),
+            complain=lambda level, why: self._say(level, level, why),
         )
 
     def _make_keeper(self) -> Keeper:
@@ -110,8 +114,12 @@ class Server:
         with needing("getsockname(2)", "to tell what address it listens on"):
             fields = start_line.fields(self._ready, self._has_news.kind)
         self._reporter.say("start", **fields)
+        exposed = listening.unbounded(self._config, self._ready.listeners)
+        if exposed:
+            self._say("warning", "warning", exposed)
         for target, reason in self._ready.resolver.failures:
             self._say("warning", "warning", f"can't resolve {target}: {reason}; the other targets are in use")
+        children.reap_others(self._crew.children)
         self._watchdog.say(READY=1)
         self._accept_until_told()
         return self._stop(self._drain())
@@ -135,15 +143,15 @@ class Server:
 
     def _accept_until_told(self) -> None:
         """Accept, or let the worker accept, until a signal or a worker's death."""
-        listening = False
+        accepting = False
         while not self._ended_by and not self._died:
             self._open_doors()
             pause = 0.0
             if not self._crew.accepts:
                 pause = self._acceptor.pause_s
-                if listening == (pause > 0):
-                    listening = not listening
-                    self._listen(listening)
+                if accepting == (pause > 0):
+                    accepting = not accepting
+                    self._listen(accepting)
             for key, _ in self._selector.select(self._patience_s(pause)):
                 if key.data is not None:
                     self._acceptor.accept(key.data)
@@ -179,9 +187,9 @@ class Server:
             return f"refusing {self._drift.refused}, with {connections}: {self._drift.evidence}"
         return f"relaying {connections}"
 
-    def _listen(self, listening: bool) -> None:
+    def _listen(self, accepting: bool) -> None:
         for listener in self._ready.listeners:
-            if listening:
+            if accepting:
                 self._selector.register(listener, selectors.EVENT_READ, sockets.taker(listener))
             else:
                 self._selector.unregister(listener)
@@ -190,16 +198,22 @@ class Server:
         """A signal, news of the resolver or the keeper, or the end of a worker."""
         if fd == self._signals.fd:
             for number in self._signals.take():
-                if number in DRAINING:
-                    self._ended_by.append(number.name)
-                else:
-                    self._reporter.metrics_now()
+                self._on_signal(number)
         elif fd == self._has_news.reader:
             self._on_news()
         else:
             self._on_loss(self._crew.loss())
+            children.reap_others(self._crew.children)  # those behind the fork server, whose status has been taken now
             for death in self._crew.replace_the_dead():
                 self._on_death(death)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if number in DRAINING:
+            self._ended_by.append(number.name)
+        elif number == signal.SIGUSR1:
+            self._reporter.metrics_now()
+        else:
+            children.reap_others(self._crew.children)
 
     def _on_news(self) -> None:
         """Other addresses are said to be in use only when they are."""

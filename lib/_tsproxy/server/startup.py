@@ -7,21 +7,24 @@ address families, root is needed until the listeners are bound.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import pwd
 import socket
 from dataclasses import replace
-from typing import List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import List, Mapping, NamedTuple, Optional, Tuple
 
 from _tsproxy import exits
 from _tsproxy.config import Config
+from _tsproxy.dataplane.clients import slots_for
 from _tsproxy.exits import Exit
-from _tsproxy.host import limits, privileges, reuseport, sockets, systemd, wakeup
+from _tsproxy.host import limits, privileges, systemd, wakeup
 from _tsproxy.host.addresses import Address
 from _tsproxy.runtime import seats
-from _tsproxy.runtime.spec import Plan, tuning_of
+from _tsproxy.runtime.spec import Plan
+from _tsproxy.server import listening
 from _tsproxy.server.resolver import Resolver
+from _tsproxy.server.signals import Signals
+from _tsproxy.telemetry.counters import bytes_for
 from _tsproxy.timestamps import advice
 from _tsproxy.timestamps.evidence import Answer, Evidence
 from _tsproxy.timestamps.inspector import Finding, Inspector
@@ -29,15 +32,6 @@ from _tsproxy.timestamps.policy import Lever, Wanted
 
 # What getaddrinfo(3) can take for one name: 5 s, twice, for three servers and each of six domains to search (resolv.conf(5)).
 _LOOK_UP_S = 240.0
-_BACKLOG = 4096  # the kernel takes the smaller of this and net.core.somaxconn
-_SANDBOX = " (does a sandbox refuse socket(2), setsockopt(2), bind(2) or listen(2)? SECURITY.md lists the system calls)"
-_HINTS = {
-    errno.EADDRINUSE: " (ss -ltnp shows by whom; --reuse-port shares a port)",
-    errno.EACCES: " (ports below 1024 need root; --user drops it after binding)",
-    errno.EADDRNOTAVAIL: " (--bind takes an address of this host)",
-    errno.EPERM: _SANDBOX,
-    errno.ENOSYS: _SANDBOX,
-}
 
 
 class Ready(NamedTuple):
@@ -51,19 +45,23 @@ class Ready(NamedTuple):
     nofile: int
 
 
-def prepare(config: Config, environment: Mapping[str, str], notifier: systemd.Notifier) -> Ready:
-    """Do all of it, and drop root at the end. Exit with its code and message if something is in the way."""
+def prepare(config: Config, environment: Mapping[str, str], notifier: systemd.Notifier, signals: Signals) -> Ready:
+    """Do all of it, and drop root at the end. Exit with its code and message if something is in the way.
+
+    What takes long, the first look-up of names, ends when a signal asks for the end, and with it all.
+    """
     account = _account(config)
     names = [target for target in config.targets if not target.is_literal]
     if names:
         notifier.extend(_LOOK_UP_S * len(names), STATUS=f"resolving {', '.join(map(str, names))}")
-    resolver = resolve(config)
+    resolver = _resolve_unless(config, signals)
     inspector = Inspector(wanted_of(config, resolver))
     finding = _require_policy(config, inspector)
     nofile = _raise_limits(config)
     sources = _require_sources(config)
     runtime = _runtime(config)
-    listeners = _listeners(config, resolver, environment)  # from here on clients may come to us: no refusal after it
+    # From here on clients may come to us: no refusal after it.
+    listeners = listening.listeners(config, resolver.addresses, sources, environment)
     _renounce(account)
     if account:
         runtime = _runtime(config)  # anew: it may have no right to read the Python that an interpreter starts from
@@ -130,7 +128,11 @@ def _renounce(account: Optional[pwd.struct_passwd]) -> None:
 
 
 def _raise_limits(config: Config) -> int:
-    """The descriptor limit in force; a clear no if it is too low for what was asked."""
+    """The descriptor limit in force; a clear no if it, or that on files, is too low for what was asked."""
+    counters_bytes = bytes_for(config.workers, slots_for(config.max_connections, config.max_connections_per_client))
+    if limits.largest_file() < counters_bytes:
+        given = f"the limit on file sizes (RLIMIT_FSIZE, ulimit -f): given {limits.largest_file():.0f} bytes"
+        raise Exit(exits.USAGE, f"{given}; allowed: at least {counters_bytes}, for the counters in shared memory")
     needed = limits.descriptors_for(config.max_connections, config.workers)
     got = limits.raise_nofile(needed)
     if got < needed:
@@ -151,17 +153,13 @@ def _require_sources(config: Config) -> Tuple[Address, ...]:
     """
     sources = _sources(config)
     for source in sources:
-        if not _is_local(source):
+        if not listening.is_local(source):
             raise Exit(exits.NOT_YET, f"--source: given {source.ip!r}; allowed: an address of this host (ip -brief address)")
     return sources
 
 
 def _sources(config: Config) -> Tuple[Address, ...]:
-    return tuple(Address(_family(source), source, 0) for source in config.sources)
-
-
-def _family(ip: str) -> int:
-    return socket.AF_INET6 if ":" in ip else socket.AF_INET
+    return tuple(Address(listening.family_of(source), source, 0) for source in config.sources)
 
 
 def resolve(config: Config) -> Resolver:
@@ -170,56 +168,25 @@ def resolve(config: Config) -> Resolver:
     Whatever the resolver says, "no such name" too, may be otherwise in a minute: the name was sound, the network is not up,
     the record not out, a negative answer cached (RFC 2308).
     """
-    resolver = Resolver(config.targets, [source.family for source in _sources(config)])
+    resolver = _resolver(config)
     resolver.resolve()
+    return _require_answer(resolver)
+
+
+def _resolve_unless(config: Config, signals: Signals) -> Resolver:
+    """The same, unless a signal comes first."""
+    resolver = _resolver(config)
+    if not resolver.resolve_unless(signals):
+        raise Exit(exits.DRAINED, "ended by a signal while the targets' names were looked up; nothing was begun")
+    return _require_answer(resolver)
+
+
+def _resolver(config: Config) -> Resolver:
+    return Resolver(config.targets, [source.family for source in _sources(config)])
+
+
+def _require_answer(resolver: Resolver) -> Resolver:
     if not resolver.addresses:
         target, reason = resolver.failures[0]
         raise Exit(exits.NOT_YET, f"--target: given '{target}'; can't be resolved: {reason}")
     return resolver
-
-
-def _listeners(config: Config, resolver: Resolver, environment: Mapping[str, str]) -> List[socket.socket]:
-    """The listeners that were handed over, or one of our own."""
-    try:
-        listeners = [systemd.take(handed) for handed in systemd.inherited(environment, os.getpid())]
-    except systemd.BadHandover as problem:
-        raise Exit(exits.USAGE, str(problem)) from None
-    ours = (*config.listen_options, *(["--reuse-port"] if config.reuse_port else []))
-    if listeners and ours:
-        raise Exit(exits.USAGE, f"{ours[0]}: given with LISTEN_FDS; allowed: only without inherited listeners")
-    for listener in listeners:
-        sockets.tune_inherited(listener, tuning_of(config))
-    listeners = listeners or [_own_listener(config, resolver.addresses)]
-    for listener in listeners:
-        sockets.save_syns(listener)
-    return listeners
-
-
-def _own_listener(config: Config, upstreams: Sequence[Address]) -> socket.socket:
-    address = Address(_family(config.bind), config.bind, config.port)
-    _refuse_loop(address, upstreams)
-    try:
-        listener = sockets.listener(address, _BACKLOG, tuning_of(config), config.reuse_port)
-    except OSError as error:
-        hint = _HINTS.get(error.errno or 0, "")
-        raise Exit(exits.CANNOT_BIND, f"can't listen on {address}: {error.strerror}{hint}") from None
-    if config.reuse_port:
-        reuseport.spread(listener)
-    return listener
-
-
-def _refuse_loop(listening: Address, upstreams: Sequence[Address]) -> None:
-    """A proxy that is its own target would connect to itself until it has no room left."""
-    for upstream in upstreams:
-        same = upstream.ip == listening.ip or (listening.ip in ("0.0.0.0", "::") and _is_local(upstream))
-        if listening.port == upstream.port and same:
-            raise Exit(exits.USAGE, f"--target: given {str(upstream)!r}; allowed: any address but tsproxy's own")
-
-
-def _is_local(address: Address) -> bool:
-    with socket.socket(address.family, socket.SOCK_STREAM) as probe:
-        try:
-            probe.bind(address._replace(port=0).sockaddr)
-        except OSError:
-            return False
-    return True

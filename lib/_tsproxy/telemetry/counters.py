@@ -70,7 +70,7 @@ class Ledger:
     @classmethod
     def create(cls, workers: int, client_slots: int = 0) -> Ledger:
         """A new ledger, all zero, for an acceptor, a reporter and `workers` workers; pages take memory once written."""
-        fd = memory.create("tsproxy-counters", (FIRST_WORKER_ROW + workers) * _widths(client_slots)[1] * 8)
+        fd = memory.create("tsproxy-counters", bytes_for(workers, client_slots))
         if client_slots:
             os.pwrite(fd, client_slots.to_bytes(8, sys.byteorder), _CLIENTS * 8)
         return cls(fd)
@@ -103,6 +103,11 @@ class Ledger:
     def histogram(self, start: int) -> histogram.Counts:
         """The histogram that starts at RELAY or CONNECT, over all workers."""
         return histogram.add(row[start : start + histogram.SLOTS] for row in self.rows[FIRST_WORKER_ROW:])
+
+
+def bytes_for(workers: int, client_slots: int) -> int:
+    """How large the memfd of a ledger is."""
+    return (FIRST_WORKER_ROW + workers) * _widths(client_slots)[1] * 8
 
 
 def client_pair(slot: int) -> int:

@@ -93,8 +93,12 @@ class Notice(NamedTuple):
 Record = Union[Connection, Notice]
 _AT = {name: position for position, name in enumerate(Connection._fields)}
 _VERDICTS = (_AT["client_timestamps"], _AT["upstream_timestamps"])
-# What may be missing; -1 stands for None in a frame.
-_NUMBERS = (*_VERDICTS, *map(_AT.__getitem__, ("connect_us", "client_syn_tsval", "upstream_rtt_us", "upstream_retransmits")))
+# What may be missing, and the most that it can be: -1 stands for None in a frame.
+_NUMBERS = {
+    **dict.fromkeys(_VERDICTS, 1),
+    _AT["connect_us"]: 2**63 - 1,
+    **{_AT[name]: 2**32 - 1 for name in ("client_syn_tsval", "upstream_rtt_us", "upstream_retransmits")},
+}
 
 
 def _without_none(record: Connection) -> List[Any]:
@@ -149,17 +153,24 @@ def _unreadable(kind: int, body: bytes) -> Notice:
 
 def _notice(body: bytes) -> Notice:
     worker, at_ns, level = _NOTICE_BODY.unpack_from(body)
+    if at_ns < 0:
+        raise ValueError
     return Notice(worker, at_ns, NOTICE_LEVELS[level], body[_NOTICE_BODY.size :].decode("utf-8", "replace"))
 
 
 def _connection(kind: int, body: bytes) -> Connection:
+    """The record in a frame. ValueError for what no worker can have meant: the memory of one that went wrong is anything."""
     values = list(_BODY.unpack(body))
     client, upstream = values[_AT["client"]], values[_AT["upstream"]]
     if kind != _CONNECTION or not is_packed(client) or not (upstream == _NOWHERE or is_packed(upstream)):
         raise ValueError
-    for position in _NUMBERS:
+    if values[_AT["closed_at_ns"]] < 0 or values[_AT["duration_us"]] < 0:
+        raise ValueError
+    for position, most in _NUMBERS.items():
         if values[position] == -1:
             values[position] = None
+        elif not 0 <= values[position] <= most:
+            raise ValueError
         elif position in _VERDICTS:
             values[position] = bool(values[position])
     values[_AT["upstream"]] = None if upstream == _NOWHERE else upstream

@@ -124,7 +124,7 @@ class Reporter:
             self._records_come = True
             records, self._rest = decode(self._rest + data)
             for record in records:
-                self._record(record)
+                self._checked(record)
             self._outlet.write()  # a burst may be more than the outlet keeps
         if time.monotonic() >= self._next_metrics:
             self._next_metrics = time.monotonic() + self._interval_s
@@ -135,6 +135,14 @@ class Reporter:
                 self._metrics(at_ns)
             else:
                 self._line(at_ns, level, event, fields)
+
+    def _checked(self, record: Record) -> None:
+        """What a worker wrote is input from outside: whatever is wrong with one record costs that one its line, no more."""
+        try:
+            self._record(record)
+        except Exception as problem:
+            message = f"a record can't be told: {problem!r}: {record!r}"
+            self._line(time.time_ns(), "error", "error", {"worker": record.worker, "message": message})
 
     def _record(self, record: Record) -> None:
         if isinstance(record, Connection):

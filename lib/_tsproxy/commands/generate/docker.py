@@ -44,7 +44,9 @@ fail() {
 }
 
 require_own_kernel() { # where the packets of a container leave as it made them
-    case $(docker info --format '{{.OperatingSystem}} {{.SecurityOptions}}') in
+    info=$(docker info --format '{{.OperatingSystem}} {{.SecurityOptions}}') && [ -n "${info%% \\[*}" ] ||
+        fail "docker info can't say what this Docker is: does it run, and may you ask it?"
+    case $info in
     *rootless* | *"Docker Desktop"*) fail "rootless Docker and Docker Desktop make connections anew: timestamps would leak" ;;
     esac
     [ "$NETWORK" != host ] || fail "NETWORK: given 'host'; allowed: a network with a namespace of its own"

@@ -12,7 +12,9 @@ _UNIT = """\
 #         systemctl daemon-reload && systemctl restart tsproxy
 # Try:    without a unit: tsproxy ... | systemd-cat -t tsproxy
 # Look:   journalctl -u tsproxy -o cat | jq -R 'fromjson? | select(.event == "connection")'
-# Undo:   rm /etc/systemd/system/tsproxy.service.d/journald.conf; systemctl daemon-reload; systemctl restart tsproxy
+# Undo:   rm /etc/systemd/system/tsproxy.service.d/journald.conf
+#         rmdir --ignore-fail-on-non-empty /etc/systemd/system/tsproxy.service.d
+#         systemctl daemon-reload; systemctl restart tsproxy
 #
 # A line is MESSAGE as it is (LineMax= is 48K, a line 4,096 bytes at most); the journal knows no types, and its own
 # clock stands beside the line's. Onwards: systemd-journal-upload, or Vector (type: journald), Filebeat (type: journald),

@@ -22,7 +22,8 @@ _UNITS = """\
 #                awk '$1 == "#" && NF == 2 && $2 ~ "^/" { file = $2; next } file { print > file }'
 #         3. systemctl daemon-reload && systemctl enable --now tsproxy.socket tsproxy.service
 # Undo:   systemctl disable --now tsproxy.socket tsproxy.service; systemctl stop tsproxy-netns.service
-#         rm /etc/systemd/system/tsproxy.s* /etc/systemd/system/tsproxy-netns.service /usr/local/sbin/tsproxy-netns
+#         (cd /etc/systemd/system && rm tsproxy.socket tsproxy.service tsproxy-netns.service)
+#         rm /usr/local/sbin/tsproxy-netns
 #         systemctl daemon-reload
 # Look:   systemctl status tsproxy; journalctl -u tsproxy -f -o cat; systemd-analyze security tsproxy.service
 
@@ -164,16 +165,21 @@ def text(config: Config) -> str:
         COMMAND=command("systemd", config),
         TARGETS=targets(config),
         SCRIPT=netns.text(config),
-        LISTEN=_escaped(netns.listen_address(config)),
+        LISTEN=_value(netns.listen_address(config)),
         REUSE="# Another instance may have the port at the same time.\nReusePort=yes" if config.reuse_port else "",
-        OPTIONS=" ".join(map(_escaped, words(config, without=(*_LISTENING, "--user")))),
-        USER=_DYNAMIC if config.user in (None, "nobody") else f"User={_escaped(str(config.user))}",
+        OPTIONS=" ".join(map(_word, words(config, without=(*_LISTENING, "--user")))),
+        USER=_DYNAMIC if config.user in (None, "nobody") else f"User={_value(str(config.user))}",
         STOP_S=math.ceil(config.drain_timeout_s) + _GRACE_S,
         NOFILE=descriptors_for(config.max_connections, config.workers),
         PIN=_PIN if config.cpus else "",
     )
 
 
-def _escaped(word: str) -> str:
-    """A word of ours in a unit file: there are neither blanks nor quotes in it, but systemd reads % and $ (systemd.unit(5))."""
-    return word.replace("%", "%%").replace("$", "$$")
+def _value(text: str) -> str:
+    """A setting's value: systemd reads % in it (systemd.unit(5), specifiers), and nothing into $."""
+    return text.replace("%", "%%")
+
+
+def _word(text: str) -> str:
+    """A word of a command line, in which variables are read too (systemd.service(5)). Ours have no blanks and no quotes."""
+    return _value(text).replace("$", "$$")
