@@ -20,6 +20,7 @@ import threading
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
+from common.tap import mac_of
 from harness import ROOT, Exchange, Proxy, wait_until
 from namespaces import Namespace
 
@@ -188,8 +189,9 @@ class Wire:
         self.host = make() if split else self.clean
         with contextlib.ExitStack() as undo:
             undo.callback(self._stack.close)
-            join(self.client, self.host, DOWNSTREAM, 0)
-            join(self.clean, self.exchange, UPSTREAM, 1)
+            for ends in ((self.client, self.host, DOWNSTREAM, 0), (self.clean, self.exchange, UPSTREAM, 1)):
+                join(*ends)
+                introduce(*ends)
             undo.pop_all()
 
     def listen_address(self, family: int) -> str:
@@ -245,6 +247,16 @@ def join(one: Namespace, other: Namespace, name: str, which: int) -> None:
             dad = ["nodad"] if family == 6 else []
             namespace.run("ip", "addr", "add", f"{prefix}{last}/{length}", "dev", name, *dad)
         namespace.run("ip", "link", "set", name, "up")
+
+
+def introduce(one: Namespace, other: Namespace, name: str, which: int) -> None:
+    """Each knows the other's hardware address: on a new link the first IPv6 packet waits a second for it."""
+    for namespace, peer, last in ((one, other, "2"), (other, one, "1")):
+        with peer:
+            mac = mac_of(name).hex(":")
+        hosts = [f"{ADDRESSES[family][which]}{last}" for family in (4, 6)]
+        commands = [f"neigh replace {host} lladdr {mac} dev {name} nud permanent\n" for host in hosts]
+        namespace.run("ip", "-batch", "-", input="".join(commands))
 
 
 def netstat(namespace: Namespace) -> Dict[str, int]:

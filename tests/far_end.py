@@ -1,0 +1,188 @@
+"""A raw far end, played by a script: it sees each segment that the proxy's host sends, and answers with any that it likes.
+
+    flow = peer.accept()
+    flow.send(SYN | ACK, timestamp(7))
+    flow.expect(ACK)
+
+The kernel of the exchange's namespace must not answer for its port: a rule in its input hook drops what comes for it,
+behind the tap. Each wait has a deadline; all that was seen stays for the verdict.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import select
+import socket
+import struct
+import threading
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Set
+
+from common.segments import ACK, FIN, RST, SYN, End, Segment, packed, parsed
+from common.tap import Tap, mac_of
+from harness import wait_until
+from wire import UPSTREAM, Wire
+
+_WORD = 2**32
+
+
+class Seen(NamedTuple):
+    """A segment from the proxy's host, and when it crossed, on CLOCK_REALTIME in seconds."""
+
+    segment: Segment
+    at: float
+
+
+class Peer:
+    """A port of the exchange that no kernel answers for. `target` is for the proxy's -t."""
+
+    def __init__(self, wire: Wire, family: int) -> None:
+        self.wire, self.host = wire, wire.exchange_address(family)
+        with wire.clean:
+            mac = mac_of(UPSTREAM)
+        with wire.exchange:
+            kind = socket.AF_INET6 if family == 6 else socket.AF_INET
+            self._reserved = socket.create_server((self.host, 0), family=kind)  # its backlog serves nobody: see _deafen()
+            self._tap = Tap(UPSTREAM, mac)
+        self.port = self._reserved.getsockname()[1]
+        self.target = f"[{self.host}]:{self.port}" if family == 6 else f"{self.host}:{self.port}"
+        self.seen: List[Seen] = []
+        self.by_source: Dict[End, List[Segment]] = {}
+        self._taken: Set[End] = set()
+        self._table = f"inet deaf{self.port}"
+        self._deafen()
+        self._wake, self._stop = os.pipe()
+        self._thread = threading.Thread(target=self._run, name="peer", daemon=True)
+        self._thread.start()
+
+    def _deafen(self) -> None:
+        rule = f"type filter hook input priority 0; tcp dport {self.port} drop;"
+        self.wire.exchange.run("nft", "-f", "-", input=f"table {self._table} {{ chain in {{ {rule} }} ; }}")
+
+    def _run(self) -> None:
+        while self._wake not in select.select([self._tap, self._wake], [], [])[0]:
+            while packet := self._tap.take():
+                segment = parsed(packet.data)
+                if segment:
+                    self.by_source.setdefault(segment.source, []).append(segment)
+                    self.seen.append(Seen(segment, packet.at_ns / 1e9))
+
+    def accept(self, since: int = 0) -> Flow:
+        """The next connection whose SYN has come, not before that index of `seen`."""
+        segment = wait_until(lambda: next(self._new(since), None), "a SYN of a new connection")
+        self._taken.add(segment.source)
+        return Flow(self, segment)
+
+    def _new(self, since: int) -> Iterator[Segment]:
+        """SYNs of connections that accept() has not returned yet."""
+        return (s for s in self.since(since) if s.flags & (SYN | ACK) == SYN and s.source not in self._taken)
+
+    def _is_mine(self, segment: Segment) -> bool:
+        return segment.target == (self.host, self.port)
+
+    def put(self, segment: Segment) -> None:
+        """Send it as it is."""
+        self._tap.send(packed(segment))
+
+    def put_packet(self, packet: bytes) -> None:
+        """Send any IP packet."""
+        self._tap.send(packet)
+
+    def since(self, index: int) -> List[Segment]:
+        """What came from there on, of the port's own connections."""
+        return [segment for segment, _ in self.seen[index:] if self._is_mine(segment)]
+
+    def until_answered(self, host: str) -> None:
+        """Wait until the proxy's host has answered all that was sent so far, and so far as it answers at once.
+
+        A port where nobody listens answers with RST, and the packets of one wire are taken one after the other.
+        """
+        begun = len(self.seen)
+        closed = Segment((self.host, random.randrange(1024, 65536)), (host, 1), ACK, 1, 1)
+
+        def answered() -> bool:
+            return any(s.source == closed.target and s.target == closed.source for s, _ in self.seen[begun:])
+
+        self.put(closed)
+        wait_until(answered, "RST from a closed port")
+
+    def close(self) -> None:
+        """See no more; the kernel of the namespace has its port again. AssertionError if a packet was missed."""
+        if self._wake == -1:
+            return
+        os.write(self._stop, b"x")
+        self._thread.join()
+        drops = self._tap.drops()
+        self._tap.close()
+        self._reserved.close()
+        for fd in (self._wake, self._stop):
+            os.close(fd)
+        self._wake = self._stop = -1
+        with contextlib.suppress(AssertionError):  # the namespace may be gone already
+            self.wire.exchange.run("nft", "delete", "table", *self._table.split())
+        assert drops == 0, f"the tap missed {drops} packets"
+
+
+class Flow:
+    """One connection of the proxy's, as the far end sees it. send() fills in what a good peer would."""
+
+    def __init__(self, peer: Peer, syn: Segment) -> None:
+        self.peer, self.syn = peer, syn
+        self.theirs, self.ours = syn.source, (peer.host, peer.port)
+        self.initial = random.getrandbits(32)
+        self.sequence = self.initial  # of what we send next
+        self.echo: Optional[int] = syn.tsval  # the TSval that came last
+        self._came = peer.by_source[syn.source]
+        self._read = self._first = next(index for index, segment in enumerate(self._came) if segment is syn) + 1
+
+    @property
+    def acknowledged(self) -> int:
+        """What we would acknowledge: the highest sequence number that has come, and one more."""
+        first = self.syn.sequence
+        ends = ((s.sequence + s.span - first) % _WORD for s in self.came() if not s.flags & RST)
+        return (first + max(end for end in ends if end < _WORD // 2)) % _WORD
+
+    def came(self) -> List[Segment]:
+        """All that has come from that end to ours."""
+        return [segment for segment in self._came[self._first - 1 :] if segment.target == self.ours]
+
+    def send(self, flags: int, options: bytes = b"", payload: bytes = b"", **other: int) -> Segment:
+        """One segment. `sequence`, `acknowledged`, `window` and `urgent` may be anything else than what a good peer says."""
+        good: Dict[str, int] = {"sequence": self.sequence, "acknowledged": self.acknowledged if flags & ACK else 0}
+        values = {name: value % _WORD for name, value in {**good, **other}.items()}
+        segment = Segment(self.ours, self.theirs, flags, options=options, payload=payload, size=len(payload), **values)
+        self.peer.put(segment)
+        if values["sequence"] == self.sequence:
+            self.sequence = (self.sequence + segment.span) % _WORD
+        return segment
+
+    def expect(self, flags: int, which: Callable[[Segment], bool] = lambda _: True) -> Segment:
+        """The next segment of this connection with these flags (SYN, ACK, FIN and RST are looked at) that fits."""
+        return self.expect_any([flags], which)
+
+    def expect_any(self, flags: List[int], which: Callable[[Segment], bool] = lambda _: True) -> Segment:
+        """The next one with any of these flags."""
+        wanted = f"a segment with flags {flags} from {self.theirs}; it sent: {[str(segment) for segment in self._came[-5:]]}"
+        found: Segment = wait_until(lambda: self._next(flags, which), wanted)
+        return found
+
+    def _next(self, flags: List[int], which: Callable[[Segment], bool]) -> Optional[Segment]:
+        for index, segment in enumerate(self._came[self._read :], self._read + 1):
+            if segment.target == self.ours and segment.flags & (SYN | ACK | FIN | RST) in flags and which(segment):
+                self._read = index
+                return segment
+        return None
+
+    def until_answered(self) -> None:
+        """Wait until all was answered that is answered at once."""
+        self.peer.until_answered(self.theirs[0])
+
+
+def forget_connections() -> None:
+    """Empty the conntrack table of this thread's namespace, as `conntrack -F` does (IPCTNL_MSG_CT_DELETE without a tuple)."""
+    kind = 1 << 8 | 2  # NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_DELETE: include/uapi/linux/netfilter/nfnetlink*.h
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12) as netlink:  # NETLINK_NETFILTER
+        netlink.send(struct.pack("=IHHIIBBH", 20, kind, 5, 1, 0, 0, 0, 0))  # NLM_F_REQUEST | NLM_F_ACK
+        code = struct.unpack_from("=i", netlink.recv(64), 16)[0]
+    assert code == 0, os.strerror(-code)
