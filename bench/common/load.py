@@ -80,6 +80,12 @@ def ping_pong(port: int, size: int, connections: int, span: Span) -> Sample:
     return {"round_trips_per_s": len(took) / span.seconds, **distribution(took)}
 
 
+def ping_pong_on(sock: socket.socket, size: int, span: Span) -> Sample:
+    """Closed loop on a connection that is there."""
+    took = _alone(sock, size, span)
+    return {"round_trips_per_s": len(took) / span.seconds, **distribution(took)}
+
+
 def _alone(sock: socket.socket, size: int, span: Span) -> MutableSequence[int]:
     """A blocking recv(2) for the whole message.
 
