@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Dict, List, Set, Tuple
 
 from _tsproxy.dataplane.posted import BULK, ENDING, NEW, SLICE_NS, Posted
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -74,6 +74,7 @@ def test_a_descriptor_that_is_posted_twice_keeps_its_place_its_first_time_and_bo
     assert handled == [(5, 9, 100), (6, 1, 150)]
 
 
+@example([1, SLICE_NS // 2 - 1, 1, SLICE_NS // 2, SLICE_NS // 2])  # the second lane's slice begins in the middle
 @given(st.lists(st.integers(1, 3 * SLICE_NS), min_size=1, max_size=40))
 def test_an_order_waits_for_one_slice_and_the_event_that_began_in_it(took: List[int]) -> None:
     clock = Clock()
