@@ -11,9 +11,9 @@ message). Beside it, through the same relay:
   both    the flood and the senders
 
 each with every number of --workers (threads or processes of the peers). The load is on one CPU, the relay on as many
-others as it has workers; where there are too few it shares the load's. There the client and its far end go first: all
-other load runs as SCHED_IDLE (sched(7)), which a waking order interrupts at once. So nobody but the relay keeps an order
-waiting; and the flood is as fast as what is left of the CPU.
+others as it has workers; where there are too few it shares the load's. There the orders' client and far end are
+sessions of their own, and all other load is one that yields the CPU to them and to the relay (SCHED_IDLE, and nice 5 for
+its autogroup, sched(7)). So it is the relay that keeps an order waiting; and the flood is as fast as what is left of the CPU.
 
 How to read it: "1.23x" is the ratio to the best peer with as many workers: below 1.00x is better for microseconds,
 above it for what the others get (flood/s: connections, Gbit/s: of the senders). A relay that keeps orders fast because
@@ -74,7 +74,7 @@ def others(args: argparse.Namespace, kind: str, port: int, span: load.Span) -> L
         works.append(partial(beside.bulk, port, args.senders, span))
     if kind == "slow":
         works.append(partial(beside.slow, port, args.readers, span))
-    return [beside.yielding(work) for work in works]
+    return works
 
 
 def measure(stage: session.Stage, kind: str, relay: relays.Running) -> load.Sample:
@@ -91,10 +91,9 @@ def measure(stage: session.Stage, kind: str, relay: relays.Running) -> load.Samp
             orders = partial(open_loop.fixed_rate_on, sock, args.size, args.rate, span)
         else:
             orders = partial(load.ping_pong_on, sock, args.size, span)
-        sample, *got = stage.load(orders, *works)
-    for name in {name for one in got for name in one}:
-        sample[name] = sum(one[name] for one in got if name in one)
-    return sample
+        crowd = partial(beside.crowd, works, stage.place.load, args.seconds * 3 + 20)
+        sample, got = stage.load(partial(beside.apart, orders), partial(beside.yielding, crowd))
+    return {**sample, **got}
 
 
 def cases_of(stage: session.Stage, spare: Dict[int, FrozenSet[int]]) -> List[Case]:
@@ -107,7 +106,8 @@ def cases_of(stage: session.Stage, spare: Dict[int, FrozenSet[int]]) -> List[Cas
         for workers in args.workers:
             bed = stage.bed._replace(cpus=spare[workers])
             chosen = [relay for relay in bed.all(workers=workers) if relay.name in names]
-            title = f"{KINDS[kind]}, {workers} worker{'s' if workers > 1 else ''}"
+            shares = " on the load's CPU too" if spare[workers] & stage.place.load else ""
+            title = f"{KINDS[kind]}, {workers} worker{'s' if workers > 1 else ''}{shares}"
             found.append(Case(f"{kind}-{workers}", title, FIGURES, beside.running, partial(measure, stage, kind), chosen))
     return found
 

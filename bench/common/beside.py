@@ -1,8 +1,9 @@
 """What keeps a relay busy while one client's orders are timed through it; and a far end that serves both apart.
 
 The orders' end and the rest are processes of their own: the first takes one connection and lets go of the listener, and
-only then the second begins. Everything but the orders yields the CPU at once (SCHED_IDLE, sched(7)): what an order
-waits for is the relay, not the load.
+only then the second begins. What an order waits for shall be the relay, not the load: so client and far end of the
+orders are sessions of their own, and all else is one that yields the CPU: SCHED_IDLE where Linux does not group processes by
+session, a nice value of 5 for its group where it does (sched(7), "The autogroup feature").
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import select
 import socket
 import time
 from functools import partial
+from pathlib import Path
 from time import monotonic_ns
-from typing import Callable, Dict, FrozenSet, Iterator, List
+from typing import Callable, Dict, FrozenSet, Iterator, List, Sequence
 
 from common.load import Sample, Span, dial
-from common.processes import tasks
+from common.processes import run, tasks
 from common.trouble import Failed
 
 Work = Callable[[], Sample]
@@ -29,14 +31,28 @@ _LOOK_S = 5.0  # how soon it is noticed that the parent was killed
 _SLOW_PIECE, _SLOW_PACE_S, _SLOW_ROOM = 1 << 12, 0.01, 1 << 14
 
 
-def yielding(work: Work) -> Work:
-    """The same, run only while nobody else wants the CPU."""
+def apart(work: Work) -> Sample:
+    """Do it in a session of our own: then the CPU that others took is not counted against us."""
+    os.setsid()
+    return work()
 
-    def run() -> Sample:
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-        return work()
 
-    return run
+def yielding(work: Work) -> Sample:
+    """Do it in a session of our own that leaves the CPU to others who want it."""
+    os.setsid()
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    with contextlib.suppress(OSError):  # a kernel without autogroups
+        Path("/proc/self/autogroup").write_text("5")
+    return work()
+
+
+def crowd(works: Sequence[Work], cpus: FrozenSet[int], patience_s: float) -> Sample:
+    """Several loads side by side; what they got, added up."""
+    total: Sample = {}
+    for sample in run(works, cpus, patience_s):
+        for name, value in sample.items():
+            total[name] = total.get(name, 0) + value
+    return total
 
 
 # The far end
@@ -48,19 +64,20 @@ def running(cpus: FrozenSet[int]) -> Iterator[int]:
     began, begin = os.pipe()
     with socket.create_server(("127.0.0.1", 0), backlog=_BACKLOG) as listener, os.fdopen(began), os.fdopen(begin, "w") as ours:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what is accepted inherits it
-        rest = yielding(partial(_serve_rest, listener, began, begin))
-        with tasks([partial(_serve_orders, listener, begin), rest], cpus):
+        orders, rest = partial(_serve_orders, listener, begin), partial(_serve_rest, listener, began, begin)
+        with tasks([partial(apart, orders), partial(yielding, rest)], cpus):
             ours.close()
             yield listener.getsockname()[1]
 
 
-def _serve_orders(listener: socket.socket, begin: int) -> None:
+def _serve_orders(listener: socket.socket, begin: int) -> Sample:
     sock = _first_to_speak(listener, os.getppid())
     listener.close()
     os.close(begin)
     buffer = memoryview(bytearray(_PIECE))
     while received := sock.recv_into(buffer):
         sock.sendall(buffer[:received])
+    return {}
 
 
 def _first_to_speak(listener: socket.socket, parent: int) -> socket.socket:
