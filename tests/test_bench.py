@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from time import monotonic_ns
 from typing import Any, Callable, Dict, Iterator, List
 from xml.etree import ElementTree
 
@@ -444,6 +445,25 @@ def test_an_answer_of_which_a_part_is_there_already_is_waited_for(connections: i
         assert load.ping_pong(far.port, 1000, connections, load.Span.lasting(0.1))["round_trips_per_s"] > 0
     finally:
         far.close()
+
+
+@pytest.mark.usefixtures("room")
+@pytest.mark.parametrize("connections", [1, 3])
+def test_an_answer_that_is_awaited_for_the_whole_span_counts(connections: int) -> None:
+    from common import load
+
+    def late(client: Any) -> None:
+        while data := client.recv(1 << 16):
+            select.select([], [], [], 0.4)  # the stall itself
+            client.sendall(data)
+
+    far = Exchange(late)
+    try:
+        begin = monotonic_ns() + 100_000_000
+        sample = load.ping_pong(far.port, 100, connections, load.Span(begin, begin + 100_000_000))
+    finally:
+        far.close()
+    assert sample["p50_us"] >= 400_000
 
 
 @pytest.mark.usefixtures("room")
