@@ -48,8 +48,15 @@ def cases_of(stage: session.Stage) -> List[Case]:
     idle = affordable(stage.args.idle)
     clients = f"connections per second of {stage.args.clients} clients"
     cases = [
-        Case("rate", clients, RATE, far_end.echo_once, partial(rate, stage), chosen),
-        Case("memory", f"memory of {idle} idle connections", MEMORY, far_end.echo, partial(resident, idle), held),
+        Case("rate", clients, RATE, partial(far_end.running, far_end.echo_once), partial(rate, stage), chosen),
+        Case(
+            "memory",
+            f"memory of {idle} idle connections",
+            MEMORY,
+            partial(far_end.running, far_end.echo),
+            partial(resident, idle),
+            held,
+        ),
     ]
     return [case for case in cases if case.name in kinds and case.relays]
 

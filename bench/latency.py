@@ -58,16 +58,16 @@ def cases_of(stage: session.Stage) -> List[Case]:
     args = stage.args
     kinds = [kind for kind in ("closed", "open") if kind in args.only] or ["closed", "open"]
     chosen = stage.bed.all([name for name in args.only if name in relays.NAMES])
-    found = []
+    found, echo = [], partial(far_end.running, far_end.echo)
     for count in args.connections:
         plural = f"{count} connection{'s' if count > 1 else ''}, {args.size} bytes"
         if "closed" in kinds:
             measure = partial(closed, stage, count)
-            found.append(Case(f"closed-{count}", f"closed loop, {plural}", CLOSED, far_end.echo, measure, chosen))
+            found.append(Case(f"closed-{count}", f"closed loop, {plural}", CLOSED, echo, measure, chosen))
         if "open" in kinds:
             measure = partial(opened, stage, count)
             title = f"open loop, {args.rate:,} messages/s, {plural}"
-            found.append(Case(f"open-{count}", title, OPEN, far_end.echo, measure, chosen))
+            found.append(Case(f"open-{count}", title, OPEN, echo, measure, chosen))
     return found
 
 

@@ -53,8 +53,9 @@ def cases_of(stage: session.Stage) -> List[Case]:
     chosen = [relay for relay in stage.bed.all([name for name in only if name != COPY]) if relay.name in RELAYS]
     if COPY in only or not only:
         chosen.append(stage.bed.ours(COPY, COPY_OPTION))
+    sink = partial(far_end.running, far_end.sink)
     return [
-        Case(f"size-{size}", readable(size), [GBIT, CPU], far_end.sink, partial(measure, stage, size), chosen)
+        Case(f"size-{size}", readable(size), [GBIT, CPU], sink, partial(measure, stage, size), chosen)
         for size in stage.args.sizes
     ]
 

@@ -93,7 +93,8 @@ def cases_of(stage: session.Stage, runtimes: Sequence[str]) -> List[Case]:
     for count in counts_of(stage.args, len(stage.place.relay)):
         chosen, title = relays_of(stage, runtimes, count), f"{count} worker{'s' if count > 1 else ''}"
         name, how = f"workers-{count}", partial(measure, stage)
-        found.append(Case(name, title, [RATE], far_end.echo, how, chosen, far_ends=cpus, wake_at=stage.args.size))
+        echo = partial(far_end.running, far_end.echo, processes=cpus, wake_at=stage.args.size)
+        found.append(Case(name, title, [RATE], echo, how, chosen))
     return found
 
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from time import monotonic_ns
 from typing import Any, Callable, Dict, Iterator, List
 from xml.etree import ElementTree
 
@@ -27,7 +28,17 @@ SMALL = {
     "throughput": ["--seconds=0.1", "--sizes=64,65536"],
     "connections": ["--seconds=0.1", "--idle=20", "--clients=2"],
     "workers": ["--seconds=0.1", "--workers=1,2", "--connections=2"],
+    "fairness": [
+        "--seconds=0.1",
+        "--warm-up=0.1",
+        "--flooders=2",
+        "--senders=2",
+        "--readers=2",
+        "--workers=1",
+        "--only=slow,both",
+    ],
 }
+OTHERS = ("flood_per_s", "bulk_gbit_per_s")  # what those beside the orders got: in so short a time perhaps nothing
 WRONG = ["--rounds=0", "--seconds=soon", "--only=nothing", "--svg=/nonexistent/x.svg", "--fast", "more"]
 PEERS = ("haproxy", "nginx", "socat")
 COMPARED = [name for name in SMALL if name != "hotpath"]
@@ -79,7 +90,7 @@ def test_json_lines_tell_the_setup_first_and_then_figures_above_zero(name: str, 
         assert set(line) >= FIGURE
         assert len(line["rounds"]) == 2
         assert min(line["rounds"]) <= line["value"] <= max(line["rounds"])
-        may_be_zero = line["figure"] in ("unanswered", "kib_per_connection") or line["case"].startswith("pieces")
+        may_be_zero = line["figure"] in ("unanswered", "kib_per_connection", *OTHERS) or line["case"].startswith("pieces")
         assert line["value"] > 0 or (may_be_zero and line["value"] == 0), line
 
 
@@ -114,6 +125,27 @@ def test_latency_percentiles_rise_and_nothing_is_lost(runs: Runs) -> None:
         curve = [values[case, relay, name] for name in ("p50_us", "p90_us", "p99_us", "p99_9_us", "max_us")]
         assert curve == sorted(curve)
         assert values.get((case, relay, "unanswered"), 0) == 0
+
+
+def test_fairness_tells_what_those_beside_the_orders_got(runs: Runs) -> None:
+    figures = {(line["case"], line["figure"]) for line in runs("fairness").figures if line["relay"] == "tsproxy"}
+    percentiles = {"p50_us", "p99_us", "p99_9_us", "max_us"}
+    assert figures == {("slow-1", name) for name in percentiles} | {("both-1", name) for name in (*percentiles, *OTHERS)}
+
+
+def test_fairness_takes_orders_at_a_fixed_rate_too() -> None:
+    words = [*SMALL["fairness"], "--only=quiet,direct,tsproxy", "--rate=200", "--rounds=1", "--workers=1,2", "--json"]
+    values = {(line["case"], line["relay"], line["figure"]) for line in json_of(bench("fairness", *words))[1:]}
+    assert {(case, relay, "p99_us") for case in ("quiet-1", "quiet-2") for relay in ("direct", "tsproxy")} <= values
+
+
+@pytest.mark.usefixtures("room")
+def test_the_relay_has_a_cpu_for_each_worker_and_the_loads_only_if_there_are_too_few() -> None:
+    from common import layout
+
+    assert layout.beside(frozenset([0]), [0, 1, 2, 3], 2) == {1, 2}
+    assert layout.beside(frozenset([0]), [0, 1], 1) == {1}
+    assert layout.beside(frozenset([0]), [0, 1], 2) == {0, 1}
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -413,6 +445,25 @@ def test_an_answer_of_which_a_part_is_there_already_is_waited_for(connections: i
         assert load.ping_pong(far.port, 1000, connections, load.Span.lasting(0.1))["round_trips_per_s"] > 0
     finally:
         far.close()
+
+
+@pytest.mark.usefixtures("room")
+@pytest.mark.parametrize("connections", [1, 3])
+def test_an_answer_that_is_awaited_for_the_whole_span_counts(connections: int) -> None:
+    from common import load
+
+    def late(client: Any) -> None:
+        while data := client.recv(1 << 16):
+            select.select([], [], [], 0.4)  # the stall itself
+            client.sendall(data)
+
+    far = Exchange(late)
+    try:
+        begin = monotonic_ns() + 100_000_000
+        sample = load.ping_pong(far.port, 100, connections, load.Span(begin, begin + 100_000_000))
+    finally:
+        far.close()
+    assert sample["p50_us"] >= 400_000
 
 
 @pytest.mark.usefixtures("room")

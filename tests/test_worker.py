@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from typing import Any, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Iterator, List, NamedTuple, Tuple
 
 import pytest
+from _tsproxy.dataplane import posted
 from _tsproxy.dataplane.door import Door
+from _tsproxy.dataplane.half import FROM_DOWNSTREAM, Half
 from _tsproxy.dataplane.inbox import ACCEPTED, DRAIN, OPEN, Entry, RingConsumer, RingProducer, create_ring
-from _tsproxy.dataplane.poller import BROKEN, READ_EDGES, WRITE
+from _tsproxy.dataplane.poller import BROKEN, READ, READ_EDGES, READABLE, WRITE
+from _tsproxy.dataplane.posted import BULK, ENDING, NEW, NOW
 from _tsproxy.dataplane.worker import Worker
 from _tsproxy.host.addresses import pack
 from _tsproxy.telemetry.counters import Counter
@@ -142,26 +145,26 @@ def test_an_event_of_a_descriptor_that_nobody_handles_any_more_is_ignored(stand:
 
 
 class Peer:
-    """A handler that notes what it is told of its descriptor, and closes others when it is."""
+    """A handler that notes what it is told of its descriptor, and does something when it is."""
 
-    def __init__(self, name: str, log: List[str], closes: Sequence[int] = ()) -> None:
-        self.name, self.log, self.closes = name, log, closes
-        self.handlers: Any = None
+    def __init__(self, name: str, log: List[str], lane: int = NOW, then: Callable[[], Any] = lambda: None) -> None:
+        self.name, self.log, self.lane, self.then = name, log, lane, then
 
     def readable(self) -> None:
         self.log.append(f"{self.name} says something")
-        for fd in self.closes:
-            del self.handlers[fd]
+        self.then()
 
     def ready(self, mask: int) -> None:
-        self.log.append(f"{self.name} leaves" if mask & BROKEN else f"{self.name} has room")
+        if mask == READABLE:
+            self.readable()
+        else:
+            self.log.append(f"{self.name} leaves" if mask & BROKEN else f"{self.name} has room")
 
 
 def peers(stand: Stand, *watched: Tuple[Peer, int]) -> List[Tuple[socket.socket, socket.socket]]:
     """A pair of sockets for each: ours, watched, and the peer's."""
     pairs = [socket.socketpair() for _ in watched]
     for (peer, events), (ours, _) in zip(watched, pairs):
-        peer.handlers = stand.worker.bench.handlers
         stand.worker.bench.watch(ours.fileno(), events, peer)
     return pairs
 
@@ -177,20 +180,18 @@ def one_turn(stand: Stand, pairs: List[Tuple[socket.socket, socket.socket]]) -> 
 def test_in_a_turn_those_who_leave_come_last(stand: Stand) -> None:
     """Nobody who has something to say, or room for it, waits until others are buried."""
     log: List[str] = []
-    leaver, connecting, speaker = Peer("leaver", log), Peer("connecting", log), Peer("speaker", log)
+    leaver, connecting, speaker = Peer("leaver", log), Peer("connecting", log, NEW), Peer("speaker", log)
     pairs = peers(stand, (leaver, READ_EDGES), (connecting, WRITE), (speaker, READ_EDGES))
     pairs[0][1].close()
     pairs[2][1].send(b"order")
     one_turn(stand, pairs)
-    assert log == ["connecting has room", "speaker says something", "leaver leaves"]
+    assert log == ["speaker says something", "connecting has room", "leaver leaves"]
 
 
 def test_who_was_closed_in_this_turn_does_not_leave_once_more(stand: Stand) -> None:
     log: List[str] = []
-    closes: List[int] = []
-    leaver, speaker = Peer("leaver", log), Peer("speaker", log, closes)
+    leaver, speaker = Peer("leaver", log), Peer("speaker", log, then=lambda: stand.worker.bench.bury(pairs[0][0]))
     pairs = peers(stand, (leaver, READ_EDGES), (speaker, READ_EDGES))
-    closes.append(pairs[0][0].fileno())
     pairs[0][1].close()
     pairs[1][1].send(b"order")
     one_turn(stand, pairs)
@@ -224,3 +225,112 @@ def test_a_bug_in_burying_one_keeps_no_other_from_it(stand: Stand) -> None:
     one_turn(stand, pairs)
     assert log == ["second leaves"]
     assert stand.said()[0].endswith("KeyError: 'a bug'\n")
+
+
+@pytest.fixture
+def one_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slice of time is over after one event."""
+    monkeypatch.setattr(posted, "SLICE_NS", 1)
+
+
+@pytest.mark.usefixtures("one_a_slice")
+@pytest.mark.parametrize("lane", [NEW, BULK, ENDING])
+def test_an_order_comes_between_two_new_clients_two_bulk_transfers_or_two_ends(stand: Stand, lane: int) -> None:
+    """Also the order that came after all of them were known to be ready."""
+    log: List[str] = []
+    crowd = [Peer(f"{number}", log, lane, lambda: pairs[3][1].send(b"order")) for number in range(3)]
+    speaker = Peer("speaker", log)
+    pairs = peers(stand, *[(peer, READ_EDGES) for peer in (*crowd, speaker)])
+    for peer, (_, theirs) in zip(crowd, pairs):
+        if lane == ENDING:
+            theirs.close()
+            peer.ready = lambda mask, peer=peer: peer.readable()  # type: ignore[method-assign]
+        else:
+            theirs.send(b"much")
+    one_turn(stand, pairs)
+    said = [f"{name} says something" for name in ("0", "speaker", "1", "speaker", "2", "speaker")]
+    assert log == said[: len(log)] and len(log) >= 5, "the last order may come after the worker's end"
+
+
+@pytest.mark.usefixtures("one_a_slice")
+def test_new_clients_bulk_transfer_and_ends_take_turns(stand: Stand) -> None:
+    log: List[str] = []
+    lanes = {"new": NEW, "bulk": BULK, "end": NOW}
+    crowd = [Peer(name, log, lane) for name, lane in lanes.items() for _ in range(3)]
+    pairs = peers(stand, *[(peer, READ_EDGES) for peer in crowd])
+    for peer, (_, theirs) in zip(crowd, pairs):
+        theirs.close() if peer.name == "end" else theirs.send(b"much")
+    one_turn(stand, pairs)
+    kinds = [line.split()[0] for line in log]
+    assert sorted(kinds[:4]) in (["bulk", "end", "end", "new"], ["bulk", "bulk", "end", "end"]), "the inbox is new, too"
+    assert sorted(kinds) == ["bulk"] * 3 + ["end"] * 3 + ["new"] * 3
+
+
+@pytest.mark.usefixtures("one_a_slice")
+def test_an_order_comes_between_two_entries_of_the_inbox(stand: Stand) -> None:
+    begun: List[int] = []
+    ours, theirs = socket.socketpair()
+
+    def order() -> None:
+        begun.append(stand.worker.bench.counters[Counter.BEGUN])
+        ours.recv(1)
+
+    stand.worker.bench.watch(ours.fileno(), READ, Peer("speaker", [], then=order))
+    theirs.send(b"orders")
+    for number in range(3):
+        assert stand.inbox.put(Entry(ACCEPTED, -1, number))
+    assert stand.inbox.put(Entry(DRAIN))
+    stand.worker.run()
+    assert begun == [0, 1, 2, 3]
+    assert stand.inbox.is_empty
+    ours.close()
+    theirs.close()
+
+
+def test_a_number_that_comes_back_has_no_event_of_the_closed_descriptor(stand: Stand) -> None:
+    bench = stand.worker.bench
+    log: List[str] = []
+    (gone, other), (ours, theirs) = socket.socketpair(), socket.socketpair()
+    fd = gone.fileno()
+    bench.watch(fd, READ_EDGES, Peer("first", log, BULK))
+    bench.posted.put(BULK, fd, READABLE, bench.woke)
+    bench.bury(gone)
+    bench.close_buried()
+    os.dup2(ours.fileno(), fd)
+    bench.watch(fd, READ_EDGES, Peer("second", log, BULK))
+    assert stand.inbox.put(Entry(DRAIN))
+    stand.worker.run()
+    assert log == []
+    os.close(fd)
+    for sock in (other, ours, theirs):
+        sock.close()
+
+
+class Ear:
+    """What a half tells, unheard."""
+
+    def on_event(self, half: Half, mask: int) -> None:
+        half.readable()
+
+    def on_flow(self) -> None:
+        pass
+
+
+def test_who_fills_the_buffer_is_bulk_until_it_does_not(stand: Stand) -> None:
+    bench, ear = stand.worker.bench, Ear()
+    near, source = socket.socketpair()
+    sink, far = socket.socketpair()
+    half = Half(ear, bench, source, FROM_DOWNSTREAM)  # type: ignore[arg-type]
+    half.sink = sink
+    assert half.lane == NEW, "it does not relay yet"
+    half.lane = NOW
+    lanes = []
+    for size in (100, 5000, 100, 100):
+        near.send(bytes(size))
+        half.ready(READABLE)
+        lanes.append(half.lane)
+    assert lanes == [NOW, BULK, NOW, NOW]
+    bench.poller.forget(half.fd)
+    half.detach()
+    for sock in (near, source, sink, far):
+        sock.close()

@@ -45,6 +45,13 @@ def halves(asked: Optional[Sequence[int]]) -> Layout:
     return Layout(frozenset(cpus[:middle]), frozenset(cpus[middle:]))
 
 
+def beside(load: FrozenSet[int], asked: Optional[Sequence[int]], workers: int) -> FrozenSet[int]:
+    """A CPU for each of the relay's workers, the load's among them only where there are too few."""
+    usable = list(asked or sorted(os.sched_getaffinity(0)))
+    others = [cpu for cpu in usable if cpu not in load]
+    return frozenset(others[:workers] if len(others) >= workers else usable)
+
+
 def _siblings(cpu: int) -> FrozenSet[int]:
     """The hardware threads of this CPU's core."""
     try:

@@ -10,11 +10,12 @@ import contextlib
 import os
 import select
 import socket
+import time
 from array import array
 from time import monotonic_ns
 from typing import Dict, List
 
-from common.load import Sample, dial, distribution, percentile
+from common.load import Sample, Span, dial, distribution, percentile
 from common.trouble import Failed
 
 _SETTLE_NS = 20_000_000
@@ -29,12 +30,18 @@ def fixed_rate(port: int, size: int, connections: int, rate: int, seconds: float
         return _Run(socks, size, rate, max(1, round(rate * seconds))).run()
 
 
+def fixed_rate_on(sock: socket.socket, size: int, rate: int, span: Span) -> Sample:
+    """The same on a connection that is there, from the beginning of `span`; asleep between messages: others have the CPU."""
+    time.sleep(max(0, span.begin - monotonic_ns()) / 1e9)
+    return _Run([sock], size, rate, max(1, round(rate * span.seconds)), sleeps=True).run()
+
+
 class _Run:
     """Message i is due at start + i * period, on connection i modulo their number: no state but counters is needed."""
 
-    def __init__(self, socks: List[socket.socket], size: int, rate: int, total: int) -> None:
+    def __init__(self, socks: List[socket.socket], size: int, rate: int, total: int, sleeps: bool = False) -> None:
         self.epoll = select.epoll()
-        self.socks = socks
+        self.socks, self.sleeps = socks, sleeps
         self.size, self.total, self.period = size, total, 1e9 / rate
         self.message = memoryview(bytes(size))
         self.buffer = memoryview(bytearray(1 << 16))
@@ -54,13 +61,20 @@ class _Run:
         last = self.start + round(self.total * self.period) + _GRACE_NS
         while self.answered < self.total and monotonic_ns() < last:
             self._send_due()
+            if self.sleeps:
+                self._sleep()
             events = self.epoll.poll(0)
-            if not events:
+            if not events and not self.sleeps:
                 # Never asleep: a timer's wake-up is late by more than a relay takes. The far end gets the CPU instead.
                 os.sched_yield()
             for fd, _ in events:
                 self._receive(fd)
         return self._sample()
+
+    def _sleep(self) -> None:
+        """Until an answer comes or the next message is due. epoll_wait(2) would round that up to a millisecond."""
+        due = self._due(self.sent) if self.sent < self.total else self.start + round(self.total * self.period) + _GRACE_NS
+        select.select([self.epoll], [], [], max(0, due - monotonic_ns()) / 1e9)
 
     def _due(self, index: int) -> int:
         return self.start + int(index * self.period)

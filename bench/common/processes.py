@@ -50,8 +50,10 @@ class Task:
         return answer["result"]
 
     def end(self) -> None:
-        """Kill it if it still runs."""
+        """Kill it if it still runs; one that began a session, with all that is in there."""
         if self._pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._pid, signal.SIGKILL)
             os.kill(self._pid, signal.SIGKILL)
             os.waitpid(self._pid, 0)
             os.close(self._reader)

@@ -56,6 +56,11 @@ def _cell(row: Optional[Row]) -> str:
     return f"{plain(row.value)} {_ratio('' if row.relay == DIRECT else row.ratio_to_direct):>6}"
 
 
+def beside_peer(row: Optional[Row]) -> str:
+    """A cell with the ratio to the best peer."""
+    return "-" if row is None else f"{plain(row.value)} {_ratio(row.ratio_to_best_peer):>6}"
+
+
 def _best_peer(rows: Sequence[Row], column: str, column_of: Callable[[Row], str]) -> str:
     return next((row.best_peer for row in rows if column_of(row) == column and row.best_peer), "")
 
@@ -89,10 +94,10 @@ def clear_progress() -> None:
     progress("", settled=False)
 
 
-def heading(facts: Dict[str, Any]) -> None:
+def heading(facts: Dict[str, Any], ratio: str) -> None:
     """What was measured, where and how, in a few lines."""
     print(f"{facts['benchmark']}: {facts['tested']}; Linux {facts['kernel']}; load generator: Python {facts['python']}")
     print(f"{facts['layout']}; {facts['network']}")
     how = f"{facts['statistic']} ({facts['rounds']} of {facts['seconds']:g} s, interleaved)"
-    print(f"{how}; 1.23x: ratio to direct, no relay at all")
+    print(f"{how}; 1.23x: ratio to {ratio}")
     print("the Python load generator and far end cost the same in every row: that is why the ratios are there")

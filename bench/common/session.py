@@ -12,9 +12,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Set, Tuple
+from typing import Any, Callable, ContextManager, Dict, FrozenSet, Iterator, List, NamedTuple, Sequence, Set, Tuple
 
-from common import far_end, figures, layout, peers, processes, relays, report, sandbox
+from common import figures, layout, peers, processes, relays, report, sandbox
 from common.figures import Figure, Results, Row
 from common.load import Sample
 from common.relays import Bed, Relay, Running
@@ -24,16 +24,14 @@ INTERRUPTED, TERMINATED, REFUSED, FAILED = 130, 143, 2, 1
 
 
 class Case(NamedTuple):
-    """One kind of load, and the figures it gives. `answer` is what the far end does."""
+    """One kind of load, and the figures it gives."""
 
     name: str
     title: str
     figures: Sequence[Figure]
-    answer: Callable[[], far_end.Answer]
+    far_end: Callable[[FrozenSet[int]], ContextManager[int]]  # runs on these CPUs; its port
     measure: Callable[[Running], Sample]
     relays: Sequence[Relay]
-    far_ends: int = 1
-    wake_at: int = 1  # bytes that must have come before a far end looks
 
 
 def run(benchmark: str, work: Callable[[], int]) -> int:
@@ -106,10 +104,7 @@ class Stage:
     def _measure(self, case: Case, relay: Relay) -> List[Sample]:
         """One sample, or none; why not is said once."""
         try:
-            with (
-                far_end.running(case.answer, self.place.load, case.far_ends, case.wake_at) as target,
-                relay.start(target) as running,
-            ):
+            with case.far_end(self.place.load) as target, relay.start(target) as running:
                 return [case.measure(running)]
         except (Failed, OSError) as problem:
             if (relay.name, str(problem)) not in self._failed:
@@ -126,14 +121,14 @@ class Stage:
         """The figures."""
         return list(figures.rows(results, {case.name: case.figures for case in cases}, set(peers.COMMANDS)))
 
-    def show(self, rows: Sequence[Row], tables: Iterator[Any]) -> int:
-        """Print either the JSON lines or the tables; the exit code."""
+    def show(self, rows: Sequence[Row], tables: Iterator[Any], ratio: str = "direct, no relay at all") -> int:
+        """Print either the JSON lines or the tables, whose ratios are to that; the exit code."""
         if self.args.json:
             report.json_line(self.benchmark, self.facts())
             for row in rows:
                 report.json_line(self.benchmark, row.fields())
         else:
-            report.heading(self.facts())
+            report.heading(self.facts(), ratio)
             for title, table in tables:
                 report.show(title, table)
         return 0 if any(row.is_tsproxy for row in rows) else FAILED

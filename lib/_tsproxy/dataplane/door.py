@@ -11,6 +11,7 @@ import socket
 
 from _tsproxy.dataplane.acceptor import Acceptor
 from _tsproxy.dataplane.poller import READ
+from _tsproxy.dataplane.posted import NEW
 from _tsproxy.dataplane.workbench import Workbench
 from _tsproxy.host import sockets
 
@@ -18,6 +19,7 @@ from _tsproxy.host import sockets
 class Door:
     """Owns the worker's descriptor of the listener. Shut until open() is called."""
 
+    lane = NEW
     __slots__ = ("_acceptor", "_bench", "_listener", "_take", "owner")
 
     def __init__(self, owner: object, bench: Workbench, acceptor: Acceptor, listener: socket.socket) -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple, Optional, Protocol, Union
 from _tsproxy.dataplane.held import Held, InBuffer
 from _tsproxy.dataplane.liveness import Doubt, dispel
 from _tsproxy.dataplane.poller import READ, READ_EDGES, WRITE
+from _tsproxy.dataplane.posted import BULK, NEW, NOW
 from _tsproxy.dataplane.states import DRAINING, EOF, FLUSHED, OPEN, SHUT, flow_after
 from _tsproxy.dataplane.stream import Stream
 from _tsproxy.dataplane.workbench import Workbench
@@ -68,6 +69,7 @@ class Half:
         "fills",
         "flow",
         "held",
+        "lane",
         "moved_at",
         "owner",
         "received",
@@ -91,6 +93,7 @@ class Half:
         self.fd = source.fileno()
         self.received_slot = int(tally.received)  # a plain number: this is done for each message
         self.flow = OPEN
+        self.lane = NEW  # when its events are handled; NOW once it relays
         self.received = 0
         self.withheld = 0  # received but not sent: held now, or discarded in the end
         self.held: Optional[Held] = None
@@ -130,7 +133,9 @@ class Half:
             counters[RELAY + slot(took)] += 1
 
     def ready(self, mask: int) -> None:
-        """Any event of the source's descriptor that is not just "readable"."""
+        """Any event of the source's descriptor that is not just "readable", or that was posted."""
+        if self.lane == BULK:
+            self.lane = NOW
         self.owner.on_event(self, mask)
 
     def receive_failed(self, error: OSError) -> None:
@@ -182,6 +187,7 @@ class Half:
         in_a_row = self.received - self.filled_at == self.bench.full
         self.fills = self.fills + 1 if in_a_row else 1
         self.filled_at = self.received
+        self.lane = BULK  # for its next event
         pipe = self.bench.pipes.take() if self.fills >= _STREAM_AFTER else None
         if pipe:
             self.stream = Stream(self, pipe)

@@ -3,8 +3,9 @@
 Within one process: a lock-free ring in shared memory, one producer, one consumer. Its wake-up counts the entries that
 were put, and the kernel's own locking of that counter is the memory barrier between writing an entry and reading it:
 the consumer never looks at an entry that it was not told of. Put, then always wake; the reader clears the wake-up,
-then takes as many as it counted. Between processes: a socket pair that carries the entry with the descriptor itself
-(SCM_RIGHTS, unix(7)). How many were taken stands in the worker's row of the ledger, so that a successor goes on there.
+and takes as many as it counted, one at a time. Between processes: a socket pair that carries the entry with the
+descriptor itself (SCM_RIGHTS, unix(7)). How many were taken stands in the worker's row of the ledger, so that a
+successor goes on there.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import mmap
 import os
 import socket
 import struct
-from typing import Iterator, NamedTuple, Protocol, Union
+from typing import NamedTuple, Optional, Protocol, Union
 
 from _tsproxy.host import linux, memory, wakeup
 from _tsproxy.host.addresses import PACKED_SIZE
@@ -62,8 +63,13 @@ class Consumer(Protocol):
 
     fileno: int  # readable when there is something to take
 
-    def take(self) -> Iterator[Entry]:
-        """Entries that were put, in order, at least one if there is any. Each counts as taken when it is handed out."""
+    def take(self) -> Optional[Entry]:
+        """The next entry that was put, None if there is none. It counts as taken."""
+        ...
+
+    @property
+    def has_more(self) -> bool:
+        """Whether there is more to take though the descriptor is not readable any more."""
         ...
 
 
@@ -142,14 +148,23 @@ class RingConsumer:
         self._bell, self._row = ring.bell, row
         self._map = mmap.mmap(ring.memory, 0)
         self.fileno = ring.bell.reader
+        self._told = 0  # entries that we know of and have not taken
 
-    def take(self) -> Iterator[Entry]:
+    @property
+    def has_more(self) -> bool:
         """See Consumer."""
-        for _ in range(self._bell.collect()):
-            start = (self._row[Counter.TAKEN] % CAPACITY) * _SLOT
-            entry = Entry.decode(self._map[start : start + _SLOT])
-            self._row[Counter.TAKEN] += 1
-            yield entry
+        return self._told > 0
+
+    def take(self) -> Optional[Entry]:
+        """See Consumer."""
+        self._told = self._told or self._bell.collect()
+        if not self._told:
+            return None
+        self._told -= 1
+        start = (self._row[Counter.TAKEN] % CAPACITY) * _SLOT
+        entry = Entry.decode(self._map[start : start + _SLOT])
+        self._row[Counter.TAKEN] += 1
+        return entry
 
 
 class ChannelProducer(_Producer):
@@ -187,15 +202,15 @@ class ChannelConsumer:
         self._socket.setblocking(False)
         self._row = row
         self.fileno = channel.fd
+        self.has_more = False
 
-    def take(self) -> Iterator[Entry]:
-        """See Consumer; one a readiness. An entry whose descriptor the kernel could not give (EMFILE) has -1 for it."""
+    def take(self) -> Optional[Entry]:
+        """See Consumer. An entry whose descriptor the kernel could not give (EMFILE) has -1 for it."""
         try:
             data, ancillary, _, _ = self._socket.recvmsg(_SLOT, _ROOM, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
-            return
+            return None
         if not data:
-            yield Entry(KILL)
-            return
+            return Entry(KILL)
         self._row[Counter.TAKEN] += 1
-        yield Entry.decode(data)._replace(fd=_RIGHT.unpack(ancillary[0][2])[0] if ancillary else -1)
+        return Entry.decode(data)._replace(fd=_RIGHT.unpack(ancillary[0][2])[0] if ancillary else -1)

@@ -14,6 +14,7 @@ from typing import Dict, Optional, Tuple
 from _tsproxy.dataplane.half import FROM_DOWNSTREAM, FROM_UPSTREAM, Half
 from _tsproxy.dataplane.inbox import Entry
 from _tsproxy.dataplane.poller import BROKEN, MORE, READABLE, WRITABLE, WRITE
+from _tsproxy.dataplane.posted import NOW
 from _tsproxy.dataplane.states import CLOSED, CONNECTED, CONNECTING, ENDED, OPEN, RELAYING, SHUT, phase_after
 from _tsproxy.dataplane.timers import TICK_NS
 from _tsproxy.dataplane.workbench import Workbench
@@ -242,6 +243,7 @@ class Relay:
         self._phase = phase_after(self._phase, CONNECTED)
         up.twin, up.sink, up.moved_at = down, down.source, now
         down.twin, down.sink, down.moved_at = up, up.source, now
+        up.lane = down.lane = NOW
         self._upstream_timestamps = info.timestamps
         self._bench.count(Counter.UPSTREAM_TIMESTAMPS, int(info.timestamps))
         if not self._bench.gate.may_relay(down.source, info):

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from _tsproxy.dataplane.held import Held
 from _tsproxy.dataplane.pipes import Pipe
+from _tsproxy.dataplane.posted import BULK
 from _tsproxy.dataplane.workbench import Workbench
 from _tsproxy.host import linux
 
@@ -58,6 +59,7 @@ class Direction(Protocol):
 class Stream:
     """Handles its half's events in the half's place."""
 
+    lane = BULK
     __slots__ = ("_half", "_pipe", "_small")
 
     def __init__(self, half: Direction, pipe: Pipe) -> None:

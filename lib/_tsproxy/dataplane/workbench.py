@@ -16,6 +16,7 @@ from _tsproxy.dataplane.gate import Gate
 from _tsproxy.dataplane.liveness import Liveness
 from _tsproxy.dataplane.pipes import Pipes
 from _tsproxy.dataplane.poller import Poller
+from _tsproxy.dataplane.posted import Posted
 from _tsproxy.dataplane.timers import Timers
 from _tsproxy.host.addresses import Address
 from _tsproxy.host.limits import PIPES_A_WORKER
@@ -42,7 +43,7 @@ class Rules(NamedTuple):
 
 
 class Workbench:
-    """See the module. `woke` is when this turn's events came.
+    """See the module. `woke` is when the event that is being handled came.
 
     `handlers` maps a descriptor to what takes its events. `heads` are the slices of `buffer`.
     """
@@ -67,6 +68,7 @@ class Workbench:
         self.full = buffer_size  # a receive of this size has not emptied the socket, and may be of a stream
         self.pipes = Pipes(PIPES_A_WORKER if rules.zero_copy else 0)
         self.poller = Poller()
+        self.posted = Posted()
         self.timers = Timers()
         self.handlers: Dict[int, Any] = {}
         self.relays: Dict[int, Any] = {}  # connection id -> relay, all that are alive
@@ -87,6 +89,7 @@ class Workbench:
         fd = sock.fileno()
         self.handlers.pop(fd, None)
         self.poller.forget(fd)
+        self.posted.drop(fd)
         self.buried.append(sock)
 
     def close_buried(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from typing import Any, List, Optional, Tuple
+from typing import Any, List, Optional
 
 from _tsproxy.dataplane.door import Door
 from _tsproxy.dataplane.inbox import (
@@ -22,7 +22,8 @@ from _tsproxy.dataplane.inbox import (
     Consumer,
     Entry,
 )
-from _tsproxy.dataplane.poller import ENDING, READ, READABLE
+from _tsproxy.dataplane.poller import ENDED, READ, READABLE
+from _tsproxy.dataplane.posted import BULK, ENDING, NEW
 from _tsproxy.dataplane.relay import Relay
 from _tsproxy.dataplane.workbench import Workbench
 from _tsproxy.telemetry.counters import Counter
@@ -34,6 +35,8 @@ _LONGEST_S = 86400.0  # epoll_wait(2) takes milliseconds as an int: 24.8 days wo
 
 class Worker:
     """Runs until it was told to drain and its last connection has ended, or was told to end now."""
+
+    lane = NEW
 
     def __init__(self, bench: Workbench, inbox: Consumer, busy_poll_us: int = 0) -> None:
         """With `busy_poll_us` the loop spins that long after the last event before it sleeps."""
@@ -48,47 +51,48 @@ class Worker:
         """The loop. What raises in a connection's handler is a bug: that connection is closed, the others go on."""
         bench = self.bench
         wait, handlers, clock = bench.poller.wait, bench.handlers, time.monotonic_ns
-        endings: List[Tuple[int, int]] = []
+        posted, waiting = bench.posted, bench.posted.masks
         last_event = clock()
-        while not (self._draining and not bench.relays):
+        while waiting or not (self._draining and not bench.relays):
             due = bench.timers.next_ns()
-            spinning = bench.woke - last_event < self._spin_ns
+            spinning = bool(waiting) or bench.woke - last_event < self._spin_ns
             events = wait(0 if spinning else self._patience_s(due), _BATCH)
-            bench.woke = clock()
+            woke = bench.woke = clock()
             if events:
-                last_event = bench.woke
+                last_event = woke
             for fd, mask in events:
                 try:
                     handler = handlers[fd]
                 except KeyError:  # closed by an earlier event of this turn, or here but not yet by who handed it over
                     continue
                 try:
-                    if mask == READABLE:
+                    if mask == READABLE and not handler.lane:
                         handler.readable()
-                    elif mask & ENDING:
-                        endings.append((fd, mask))
-                    else:
+                    elif waiting or len(events) > 1:
+                        posted.put(ENDING if mask & ENDED else handler.lane or BULK, fd, mask, woke)
+                    else:  # it is alone: nobody waits for it
                         handler.ready(mask)
                 except Exception as bug:
                     self._contain(handler, bug)
-            if endings:
-                self._finish(endings)
-            if due is not None and due <= bench.woke:
+            if waiting:
+                now = clock()
+                posted.serve(self._handle, now, now - woke)
+                bench.woke = woke
+            if due is not None and due <= woke:
                 self._expire()
             if bench.buried:
                 bench.close_buried()
 
-    def _finish(self, endings: List[Tuple[int, int]]) -> None:
-        """Hang-ups and ends of file, last in a turn: new clients and the bytes of the living do not wait for a farewell."""
-        for fd, mask in endings:
-            handler = self.bench.handlers.get(fd)
-            if handler is None:  # closed by an earlier event of this turn
-                continue
-            try:
-                handler.ready(mask)
-            except Exception as bug:
-                self._contain(handler, bug)
-        endings.clear()
+    def _handle(self, fd: int, mask: int, since: int) -> None:
+        """The turn of a posted event has come."""
+        handler = self.bench.handlers[fd]
+        self.bench.woke = since
+        try:
+            handler.ready(mask)
+        except Exception as bug:
+            self._contain(handler, bug)
+        if self.bench.buried:
+            self.bench.close_buried()
 
     def close(self) -> None:
         """End what there is (after a bug outside any connection, there may be some) and close the poller."""
@@ -111,14 +115,18 @@ class Worker:
             self._contain(relay, bug)
 
     def readable(self) -> None:
-        """The inbox has entries."""
-        for entry in self._inbox.take():
-            if entry.kind == ACCEPTED:
-                self.begin(entry)
-            elif entry.kind == OPEN:
-                self._open_doors(entry.upstreams)
-            else:
-                self._obey(entry.kind)
+        """The inbox has entries: take one."""
+        entry = self._inbox.take()
+        if entry is None:
+            return
+        if entry.kind == ACCEPTED:
+            self.begin(entry)
+        elif entry.kind == OPEN:
+            self._open_doors(entry.upstreams)
+        else:
+            self._obey(entry.kind)
+        if self._inbox.has_more:
+            self.bench.posted.put(NEW, self._inbox.fileno, READABLE, self.bench.woke)
 
     def ready(self, mask: int) -> None:
         """Any other event of the inbox's descriptor: look, too."""
