@@ -28,7 +28,7 @@ from namespaces import Namespace
 from test_faults_names import Names
 from test_wire import REWRITE, TSVAL, generated
 from unprivileged import BECOME
-from wire import Wire
+from wire import UPSTREAM, Sniffer, Wire
 
 BOTH = (socket.AF_INET, socket.AF_INET6)
 OUTPUT = "type filter hook output priority mangle; policy accept;"
@@ -100,7 +100,7 @@ RULES = {
     "rewrite of all but data": (
         CONST,
         table([MARKED, f"meta priority 0:4 tcp flags & psh != psh {CONSTANT}", *UNMARK], [NO_ECHO]),
-        rehearsal.DATA,
+        rehearsal.UNASKED,
         rehearsal.DATA,
     ),
 }
@@ -187,7 +187,7 @@ def test_a_program_lets_in_what_fits_or_what_does_not(
 
 def test_every_connect_is_covered_by_evidence_of_its_own_family() -> None:
     """Every gate of a lever, every answer, both families: no SYN but by what was seen of that family."""
-    evidence, asked = Evidence.create(), wakeup.create()
+    evidence, asked = Evidence.create(), {family: wakeup.create() for family in BOTH}
     clean = Namespace(tcp_timestamps="0")
     with contextlib.closing(clean), clean:
         for lever in (Lever.SYSCTL, Lever.NFTABLES):
@@ -204,14 +204,15 @@ def test_every_connect_is_covered_by_evidence_of_its_own_family() -> None:
             if isinstance(gate, gates.StripBySysctl):
                 gate._sysctl.close()
     os.close(evidence.fd)
-    asked.close()
+    for wake in asked.values():
+        wake.close()
 
 
 ALLOWED = {Answer.HOLDS: True, Answer.FAILS: False, Answer.ABSENT: False, Answer.UNSEEN: None, Answer.NEVER: None}
 
 
 def test_a_connection_whose_syn_left_twice_is_not_proved() -> None:
-    evidence, asked = Evidence.create(), wakeup.create()
+    evidence, asked = Evidence.create(), {family: wakeup.create() for family in BOTH}
     clean = Namespace(tcp_timestamps="0")
     with contextlib.closing(clean), clean, Exchange(echo).listener as listener, socket.socket() as client:
         client.connect(listener.getsockname())
@@ -223,7 +224,8 @@ def test_a_connection_whose_syn_left_twice_is_not_proved() -> None:
             if isinstance(gate, gates.StripBySysctl):
                 gate._sysctl.close()
     os.close(evidence.fd)
-    asked.close()
+    for wake in asked.values():
+        wake.close()
 
 
 class Moving(contextlib.ExitStack):
@@ -395,6 +397,42 @@ def test_a_local_user_who_floods_loopback_reaches_no_look_and_ends_nothing(
     proxy.metrics()
     assert {line["reason"] for line in proxy.lines if line["event"] == "connection"} <= {"closed"}
     assert proxy.stop() == 0
+
+
+def test_a_family_that_can_not_be_looked_at_keeps_the_other_from_nothing(make_wire: Callable[..., Wire]) -> None:
+    wire = make_wire(split=False)
+    wire.rules(generated())
+    four, six = wire.far_end(4, echo), wire.far_end(6, echo)
+    wire.rules("table ip6 lossy {\n chain in {\n type filter hook input priority -500\n iifname lo drop\n }\n}\n")
+    proxy = wire.start(four, 4, "-t", six.target, "--connect-timeout=3")
+    for _ in range(8):
+        with wire.connect(proxy) as client:
+            client.sendall(b"order")
+            assert receive_exactly(client, 5) == b"order"
+    assert proxy.stop() == 0
+    assert {line["upstream_address"] for line in proxy.lines if line["event"] == "connection"} == {four.host}
+
+
+def test_no_syn_of_the_witness_leaves_by_the_uplink_where_lo_lacks_its_address(make_wire: Callable[..., Wire]) -> None:
+    """With ip_nonlocal_bind, as hosts with VRRP have it, any address can be bound to; the routes would lead elsewhere."""
+    wire = make_wire(split=False)
+    for family, address in (("ipv4", "127.0.0.1/8"), ("ipv6", "::1/128")):
+        wire.clean.run("sysctl", "-wq", f"net.{family}.ip_nonlocal_bind=1")
+        wire.clean.run("ip", "address", "del", address, "dev", "lo")
+    wire.clean.run("ip", "route", "add", "default", "via", "10.2.0.2")
+    wire.clean.run("ip", "-6", "route", "add", "default", "via", "fd02::2")
+    sniffer = Sniffer(wire.exchange, UPSTREAM)
+    try:
+        with wire.clean, contextlib.closing(Inspector(STRIP)) as inspector:
+            finding = inspector.look()
+        assert {found.answer for found in finding.families.values()} == {Answer.UNSEEN}
+        assert [found.fix for found in finding.families.values()] == [
+            "ip address add 127.0.0.1/8 dev lo",
+            "ip address add ::1/128 dev lo",
+        ]
+        assert sniffer.stop() == []
+    finally:
+        sniffer.close_if_running()
 
 
 LOSSY = "table inet lossy {\n chain in {\n type filter hook input priority -500\n iifname lo tcp dport != 0 drop\n }\n}\n"

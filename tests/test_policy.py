@@ -73,7 +73,7 @@ class Preempted(socket.socket):
 
 
 def test_a_worker_that_is_preempted_while_it_looks_refuses_no_good_connection(clean: Namespace) -> None:
-    evidence, asked = Evidence.create(), wakeup.create()
+    evidence, asked = Evidence.create(), {socket.AF_INET: wakeup.create()}
     with clean:
         gate = gates.gate_for(policy.Lever.SYSCTL, policy.Wanted("strip"), evidence, asked)
         with socket.create_server(("127.0.0.1", 0)) as listener, Preempted() as client:
@@ -81,7 +81,7 @@ def test_a_worker_that_is_preempted_while_it_looks_refuses_no_good_connection(cl
             assert gate.may_relay(client, sockets.tcp_info(client))
     gate._sysctl.close()
     os.close(evidence.fd)
-    asked.close()
+    asked[socket.AF_INET].close()
 
 
 def test_preserve_relays_and_counts_the_legs_with_timestamps() -> None:

@@ -414,7 +414,7 @@ class Stillborn(ThreadSeat):
 def test_a_worker_that_can_not_even_begin_is_told_and_seen_to_be_gone() -> None:
     """Its end must be visible when the bell rings: nobody would look a second time."""
     ledger, pipe, gone = Ledger.create(1), RecordPipe.create(), wakeup.create()
-    plan: Any = (None, (), None, None, -1, None, False)
+    plan: Any = (None, (), None, None, -1, {}, False)
     seat = Stillborn(Spec(0, *plan, ledger.fd, inbox.Channel(-1), pipe.writer, gone), cast("Any", None))
     seat.start()
     wait_until(gone.collect, "the bell")

@@ -158,13 +158,14 @@ def _attempts(config: Config, inspector: Inspector, finding: Finding, addresses:
             yield _Attempt(Connection(str(address), "not tried", "its SYN would be the leak"), [], "no SYN was sent")
         return
     capture, blind = _capture(inspector.wanted, addresses)
-    evidence, asked = Evidence.create(), wakeup.create()
+    evidence, asked = Evidence.create(), {family: wakeup.create() for family in NAMES}
     try:
         gate = gate_for(finding.lever, inspector.wanted, evidence, asked, for_rules=bool(inspector.mark_is_known))
         tries = [_try(config, gate, address, _fresh(inspector, finding.lever, evidence, address)) for address in addresses]
         yield from _with_the_wire(tries, capture, blind)
     finally:
-        asked.close()
+        for wake in asked.values():
+            wake.close()
         if capture:
             capture.close()
 

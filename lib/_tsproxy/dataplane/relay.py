@@ -18,7 +18,7 @@ from _tsproxy.dataplane.posted import NOW
 from _tsproxy.dataplane.states import CLOSED, CONNECTED, CONNECTING, ENDED, OPEN, RELAYING, SHUT, phase_after
 from _tsproxy.dataplane.timers import TICK_NS
 from _tsproxy.dataplane.workbench import Workbench
-from _tsproxy.host import linux, sockets
+from _tsproxy.host import linux, namespaces, sockets
 from _tsproxy.host.addresses import PACKED_SIZE, Address, family_of, unpack
 from _tsproxy.host.sockets import TcpInfo
 from _tsproxy.telemetry.counters import CONNECT, Counter
@@ -96,11 +96,14 @@ class Relay:
         The first that may be, so that one family does not wait for another; else the first not known; else the first.
         """
         found: Dict[Optional[bool], int] = {}
+        answers: Dict[int, Optional[bool]] = {}
         for at in range(0, len(self._candidates), PACKED_SIZE):
-            allowed = self._bench.gate.may_connect(family_of(self._candidates[at:]))
-            if allowed:
+            family = family_of(self._candidates[at:])
+            if family not in answers:
+                answers[family] = self._bench.gate.may_connect(family)
+            if answers[family]:
                 return at, True
-            found.setdefault(allowed, at)
+            found.setdefault(answers[family], at)
         return (found[None], None) if None in found else (found[False], False)
 
     def _await_answer(self) -> bool:
@@ -151,6 +154,8 @@ class Relay:
             sock.close()
             if code != errno.EADDRNOTAVAIL:
                 break
+        if code == errno.EADDRNOTAVAIL and address.family == socket.AF_INET6 and not namespaces.has_ipv6():
+            code = errno.ENETUNREACH  # no lack of ports: IPv6 is switched off
         raise OSError(code or errno.ENODEV, "connect")
 
     def _complain_of_source(self, source: Optional[Address]) -> None:
@@ -180,9 +185,14 @@ class Relay:
             if now_ns >= self._until_ns:
                 self._attempt_failed(errno.ETIMEDOUT)
             else:
-                self._drop_upstream()
-                self._candidates = (self._upstream or b"") + self._candidates
+                self._take_back()
         self._connect()
+
+    def _take_back(self) -> None:
+        """Give up the socket, not the address."""
+        if len(self._halves) > 1:
+            self._drop_upstream()
+            self._candidates = (self._upstream or b"") + self._candidates
 
     def _drop_upstream(self) -> None:
         """Close the socket that did not come to relay. With a reset, if its peer has answered halfway (SYN_RECV)."""
@@ -228,9 +238,17 @@ class Relay:
 
     @property
     def has_drifted(self) -> bool:
-        """Whether this connection has to end by what is known of the policy now."""
+        """Whether this connection may not go on by what is known of the policy now."""
         upstream = self._upstream
         return upstream is not None and self._bench.gate.ends(family_of(upstream), established=not self.is_connecting)
+
+    def on_drift(self) -> None:
+        """End; but one that connects may have addresses of another family left, for which the policy holds."""
+        if self._phase is not CONNECTING:
+            self.end(Ending.POLICY)
+            return
+        self._take_back()
+        self._connect()
 
     # Relaying
 
@@ -432,7 +450,7 @@ class Relay:
 
 
 _SYN_ONCE_NS = 900_000_000  # Linux sends a SYN again after 1 s (TCP_TIMEOUT_INIT, include/net/tcp.h; RFC 6298, section 2)
-_ASK_AGAIN_NS = 50_000_000
+_ASK_AGAIN_NS = 250_000_000  # a worker is told when there is an answer; this is for when it could not be
 _GRAINS_NS = 256 * TICK_NS  # a silence may last 1/256 longer than its limit, or one tick
 
 _ADVICE = {

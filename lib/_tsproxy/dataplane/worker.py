@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from typing import Any, List, Optional
+from typing import Any, Callable, List, Optional
 
 from _tsproxy.dataplane.door import Door
 from _tsproxy.dataplane.inbox import (
@@ -30,6 +30,7 @@ from _tsproxy.telemetry.counters import Counter
 from _tsproxy.telemetry.endings import Ending
 
 _BATCH = 256
+_RETRIES = 16  # of those that wait for evidence, at a time: each may cost a connect(2)
 _LONGEST_S = 86400.0  # epoll_wait(2) takes milliseconds as an int: 24.8 days would be too long
 
 
@@ -43,6 +44,7 @@ class Worker:
         self.bench, self._inbox = bench, inbox
         self._spin_ns = busy_poll_us * 1000
         self._draining = False
+        self._retries: List[Relay] = []  # those that wait to connect and have not been told that there is an answer
         self.doors: List[Door] = []
         self.upstreams = b""  # where clients that come in by a door are to go
         bench.watch(inbox.fileno, READ, self)
@@ -108,11 +110,14 @@ class Worker:
         for relay in self.bench.timers.due(self.bench.woke):
             self._expire_one(relay)
 
-    def _expire_one(self, relay: Any) -> None:
+    def _expire_one(self, owner: Any) -> None:
+        self._guard(owner, lambda: owner.on_deadline(self.bench.woke))
+
+    def _guard(self, owner: Any, work: Callable[[], None]) -> None:
         try:
-            relay.on_deadline(self.bench.woke)
+            work()
         except Exception as bug:
-            self._contain(relay, bug)
+            self._contain(owner, bug)
 
     def readable(self) -> None:
         """The inbox has entries: take one."""
@@ -169,10 +174,19 @@ class Worker:
             self._end_all(Ending.DRAIN)
         elif order == DRIFTED:
             for relay in [relay for relay in self.bench.relays.values() if relay.has_drifted]:
-                self._end(relay, Ending.POLICY)
+                self._guard(relay, relay.on_drift)
         elif order == EVIDENCE:
-            for relay in list(self.bench.waiting):
+            self._retries = list(self.bench.waiting)
+            self.on_deadline(self.bench.woke)
+
+    def on_deadline(self, now_ns: int) -> None:
+        """Some of those that wait to connect may try; the others soon: who is established shall not wait for all of them."""
+        batch, self._retries = self._retries[:_RETRIES], self._retries[_RETRIES:]
+        for relay in batch:
+            if relay in self.bench.waiting:
                 self._expire_one(relay)
+        if self._retries:
+            self.bench.timers.arm(self, now_ns + 1)
 
     def _end_all(self, ending: Ending) -> None:
         for relay in list(self.bench.relays.values()):

@@ -27,11 +27,6 @@ def attach(sock: SocketType, program: Sequence[Instruction]) -> None:
     sock.setsockopt(socket.SOL_SOCKET, linux.SO_ATTACH_FILTER, struct.pack("@HP", len(program), code.buffer_info()[0]))
 
 
-def detach(sock: SocketType) -> None:
-    """Let all pass again."""
-    sock.setsockopt(socket.SOL_SOCKET, linux.SO_DETACH_FILTER, 0)
-
-
 def by_timestamp(allowed: Optional[int], *, fitting: bool) -> Tuple[Instruction, ...]:
     """For a TCP socket: pass the segments that fit, or those that do not.
 

@@ -34,7 +34,6 @@ IP_BIND_ADDRESS_NO_PORT = 24
 
 # include/uapi/asm-generic/socket.h, level SOL_SOCKET
 SO_ATTACH_FILTER = 26
-SO_DETACH_FILTER = 27
 SO_NETNS_COOKIE = 71  # Linux 5.14
 
 # include/uapi/linux/in.h

@@ -65,6 +65,26 @@ def is_up(interface: str) -> bool:
         return bool(_flags(any_socket, os.fsencode(interface)) & _IFF_UP)
 
 
+def has_ipv6() -> bool:
+    """Whether any interface has an IPv6 address (/proc/net/if_inet6, proc(5)); where that can't be read, assume so."""
+    try:
+        with open("/proc/thread-self/net/if_inet6", encoding="ascii") as addresses:
+            return bool(addresses.read(1))
+    except FileNotFoundError:
+        return False  # the kernel has no IPv6
+    except OSError:
+        return True
+
+
+def is_ipv6_off(interface: str) -> bool:
+    """Whether the interface takes no IPv6 address (net.ipv6.conf.NAME.disable_ipv6); False where that can't be read."""
+    try:
+        with open(f"/proc/sys/net/ipv6/conf/{interface}/disable_ipv6", encoding="ascii") as value:
+            return value.read().strip() == "1"
+    except OSError:
+        return False
+
+
 def _flags(sock: socket.socket, interface: bytes) -> int:
     answer = fcntl.ioctl(sock, _SIOCGIFFLAGS, _IFREQ.pack(interface, 0))
     return int(_IFREQ.unpack(answer)[1])

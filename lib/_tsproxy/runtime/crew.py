@@ -53,7 +53,7 @@ class Crew:
         self.gone = wakeup.create()
         self._ledger = ledger
         self._next = 0
-        shared = {ledger.fd, records_fd, plan.evidence_fd, *plan.asked}
+        shared = {ledger.fd, records_fd, plan.evidence_fd, *(fd for asked in plan.asked.values() for fd in asked)}
         self._zygote = Zygote(shared, self.gone) if plan.config.runtime == "processes" else None
         self.accepts = bool(listeners)
         self._seats = _seats(plan, ledger, records_fd, self.gone, self._zygote, tuple(sock.fileno() for sock in listeners))
@@ -62,6 +62,7 @@ class Crew:
         self._started = [0.0] * len(self._seats)
         self._quick = [0] * len(self._seats)
         self._asked = [0] * len(self._seats)  # the last entry of each inbox at the last ping
+        self._notices: Dict[Tuple[int, int], int] = {}  # seat's number and kind -> the last such entry in its inbox
         self._ending = False
         self._owed: List[Tuple[Seat, inbox.Entry]] = []  # in order
 
@@ -95,9 +96,20 @@ class Crew:
         self._owed += [(seat, inbox.Entry(kind, upstreams=upstreams)) for seat in self._seats]
         self.deliver()
 
+    def notify(self, kind: int) -> None:
+        """Have all look again at something. Not again while one of that kind waits; without room it is left out."""
+        for number, seat in enumerate(self._seats):
+            if seat.box.has_taken(self._notices.get((number, kind), 0)) and seat.box.put(inbox.Entry(kind)):
+                self._notices[number, kind] = seat.box.put_last
+
     def deliver(self) -> None:
-        """Put the orders that an inbox had no room for. Call it again and again while `owes`."""
-        self._owed = [(seat, order) for seat, order in self._owed if not seat.box.put(order)]
+        """Put the orders that an inbox had no room for, in their order. Call it again and again while `owes`."""
+        full: Set[Seat] = set()
+        owed, self._owed = self._owed, []
+        for seat, order in owed:
+            if seat in full or not seat.box.put(order):
+                full.add(seat)
+                self._owed.append((seat, order))
 
     @property
     def owes(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import time
 import traceback
-from typing import NamedTuple, Tuple, Union
+from typing import Dict, NamedTuple, Tuple, Union
 
 from _tsproxy.config import Config
 from _tsproxy.dataplane import inbox
@@ -36,7 +36,7 @@ class Plan(NamedTuple):
     wanted: policy.Wanted
     lever: policy.Lever
     evidence_fd: int
-    asked: wakeup.Wakeup  # rung by a gate that needs fresh evidence
+    asked: Dict[int, wakeup.Wakeup]  # by family; rung by a gate that needs fresh evidence
     for_rules: bool  # upstream sockets carry the mark that packet filter rules know
 
 
@@ -49,7 +49,7 @@ class Spec(NamedTuple):
     wanted: policy.Wanted
     lever: policy.Lever
     evidence_fd: int
-    asked: wakeup.Wakeup
+    asked: Dict[int, wakeup.Wakeup]
     for_rules: bool
     ledger_fd: int
     inbox: Union[inbox.Ring, inbox.Channel]

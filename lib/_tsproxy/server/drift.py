@@ -1,12 +1,13 @@
-"""What is said, and done, when the policy stops to hold, or holds again: once for each change, by address family.
+"""What is said, and done, when the policy stops to hold for an address family, or holds again: once for each change.
 
-Knows what the last look showed. The workers refuse by themselves, since their gates read the same answers; what is
+Knows what the last looks showed. The workers refuse by themselves, since their gates read the same answers; what is
 ordered besides is to end what would leak from now on.
 """
 
 from __future__ import annotations
 
-from typing import Callable, Dict, FrozenSet, Iterable
+import time
+from typing import Callable, Dict
 
 from _tsproxy.server.keeper import Look
 from _tsproxy.timestamps.evidence import NAMES, Answer
@@ -14,59 +15,69 @@ from _tsproxy.timestamps.inspector import Finding
 from _tsproxy.timestamps.policy import Lever
 
 Say = Callable[[str, str, str], None]  # event, level, message
-_NONE: FrozenSet[int] = frozenset()
+_AGAIN_S = 1.0  # while it fails: a connection may have been made by an answer from just before
 
 
 class Drift:
     """Give it each look."""
 
     def __init__(self, lever: Lever, say: Say, drifted: Callable[[], None]) -> None:
-        """`drifted` is called when the policy does not hold any more for some family."""
+        """`drifted` is called when the policy fails for some family, and again while it does."""
         self._lever, self._say, self._drifted = lever, say, drifted
-        self.failing = self._unseen = self._absent = _NONE
-        self.refused = self.evidence = ""  # what is refused while anything fails, and why
+        self._answers: Dict[int, Answer] = {}
+        self._ordered_at = 0.0
+        self.evidence = ""  # of the last failure
+
+    @property
+    def refused(self) -> str:
+        """What is refused now, in words; "" if nothing is."""
+        failing = [family for family, answer in sorted(self._answers.items()) if answer is Answer.FAILS]
+        if not failing:
+            return ""
+        others = Answer.HOLDS in self._answers.values()
+        return f"new connections over {' and '.join(map(NAMES.__getitem__, failing))}" if others else "new connections"
 
     def on_look(self, look: Look) -> None:
-        """Say what is not as it was."""
-        families = {answer: frozenset(family for family, given in look.answers.items() if given is answer) for answer in Answer}
-        self._on_failing(look, families)
-        self._on_unseen(look, families[Answer.UNSEEN])
-        self._on_absent(families[Answer.ABSENT])
-
-    def _on_failing(self, look: Look, families: Dict[Answer, FrozenSet[int]]) -> None:
-        """What failed, and can't be looked at now, fails on."""
-        before = self.failing
-        self.failing = failing = families[Answer.FAILS] | (before & families[Answer.UNSEEN])
-        if failing - before:
+        """Say what is not as it was, and end what would leak."""
+        before, self._answers[look.family] = self._answers.get(look.family, Answer.NEVER), look.answer
+        if look.answer is not before:
+            _LEFT.get(before, _nothing)(self, look)
+            _ENTERED.get(look.answer, _nothing)(self, look)
+        if look.answer is Answer.FAILS and time.monotonic() - self._ordered_at > _AGAIN_S:
+            self._ordered_at = time.monotonic()
             self._drifted()
-            self.refused = f"new connections over {names(failing)}" if families[Answer.HOLDS] else "new connections"
-            self.evidence = _evidence(look.finding, self._lever)
-            self._say("timestamps_drift", "error", f"{self.refused} are refused until it holds again: {self.evidence}")
-        elif before & families[Answer.HOLDS]:
-            where = f" over {names(before - failing)}" if failing else ""
+
+    def _fails(self, look: Look) -> None:
+        self._ordered_at, self.evidence = 0.0, _evidence(look.finding, self._lever)
+        self._say("timestamps_drift", "error", f"{self.refused} are refused until it holds again: {self.evidence}")
+
+    def _failed(self, look: Look) -> None:
+        if look.answer is Answer.HOLDS:
+            where = f" over {NAMES[look.family]}" if self.refused else ""
             self._say("timestamps_drift", "info", f"the policy holds again{where}: {look.finding.evidence}")
 
-    def _on_unseen(self, look: Look, unseen: FrozenSet[int]) -> None:
-        before, self._unseen = self._unseen, unseen
-        for family in sorted(unseen - before):
-            meanwhile = "the sysctl's value decides" if self._lever is Lever.SYSCTL else "new connections wait for it"
-            why = look.finding.families[family].problem if family in look.finding.families else "it was not looked at"
-            self._say("warning", "warning", f"{NAMES[family]} timestamps can't be looked at now: {why}; meanwhile {meanwhile}")
-        if before - unseen:
-            self._say("warning", "info", f"{names(before - unseen)} timestamps can be looked at again")
+    def _unseen(self, look: Look) -> None:
+        meanwhile = "the sysctl's value decides" if self._lever is Lever.SYSCTL else "new connections wait for it"
+        why, name = look.finding.families[look.family].problem, NAMES[look.family]
+        self._say("warning", "warning", f"{name} timestamps can't be looked at now: {why}; meanwhile {meanwhile}")
 
-    def _on_absent(self, absent: FrozenSet[int]) -> None:
-        before, self._absent = self._absent, absent
-        if absent - before:
-            what = names(absent - before)
-            self._say("warning", "warning", f"{what} is left out until it comes: no interface has an address of it")
-        if before - absent:
-            self._say("warning", "info", f"{names(before - absent)} is in use again")
+    def _was_unseen(self, look: Look) -> None:
+        self._say("warning", "info", f"{NAMES[look.family]} timestamps can be looked at again")
+
+    def _absent(self, look: Look) -> None:
+        what = NAMES[look.family]
+        self._say("warning", "warning", f"{what} is left out until it comes: no interface has an address of it")
+
+    def _was_absent(self, look: Look) -> None:
+        self._say("warning", "info", f"{NAMES[look.family]} is in use again")
 
 
-def names(families: Iterable[int]) -> str:
-    """E.g. "IPv4 and IPv6"."""
-    return " and ".join(NAMES[family] for family in sorted(families))
+def _nothing(drift: Drift, look: Look) -> None:
+    """Most answers are as before."""
+
+
+_ENTERED = {Answer.FAILS: Drift._fails, Answer.UNSEEN: Drift._unseen, Answer.ABSENT: Drift._absent}
+_LEFT = {Answer.FAILS: Drift._failed, Answer.UNSEEN: Drift._was_unseen, Answer.ABSENT: Drift._was_absent}
 
 
 def _evidence(finding: Finding, lever: Lever) -> str:

@@ -1,7 +1,7 @@
-"""Keeps the evidence fresh: a thread of its own that looks every two seconds, and at once when a worker asks.
+"""Keeps the evidence of one address family fresh: a thread that looks every two seconds, and at once when a worker asks.
 
 Knows an Inspector, where to publish what it finds, and whom to tell. Nobody waits for it: a look may block for as long
-as its deadline, while clients are served and signals are taken.
+as its deadline, while clients are served, signals are taken, and the other family is looked at.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import select
 import threading
 import time
 import traceback
-from typing import Callable, Dict, NamedTuple
+from typing import Callable, NamedTuple, Optional
 
 from _tsproxy.host import linux, needs
 from _tsproxy.host.wakeup import Wakeup
-from _tsproxy.timestamps.evidence import Answer, Evidence
-from _tsproxy.timestamps.inspector import Finding, Inspector
+from _tsproxy.timestamps.evidence import NAMES, Answer, Evidence
+from _tsproxy.timestamps.inspector import Finding, Inspector, OfFamily
 from _tsproxy.timestamps.policy import Lever
 
 INTERVAL_S = 2.0
@@ -26,10 +26,11 @@ _REST_S = 0.02  # after any look: one that takes its whole deadline must not be 
 
 
 class Look(NamedTuple):
-    """What a look found, and what is known of each family since then. `was_asked`: a worker waits for it."""
+    """What a look at a family found, and what is known of it since then. `was_asked`: a worker waits for an answer."""
 
+    family: int
     finding: Finding
-    answers: Dict[int, Answer]
+    answer: Answer
     was_asked: bool
 
 
@@ -38,6 +39,7 @@ class Keeper:
 
     def __init__(
         self,
+        family: int,
         inspector: Inspector,
         lever: Lever,
         evidence: Evidence,
@@ -46,62 +48,71 @@ class Keeper:
         tell: Callable[[Look], None],
         complain: Callable[[str], None],
     ) -> None:
-        """`tell` is called, in the keeper's thread, with each look that was asked for or shows something new.
+        """`tell` is called, in the keeper's thread, with each look that shows something new, or that the policy fails.
 
         `complain` is told a bug; looking goes on.
         """
-        self._complain = complain
-        self._inspector, self._lever, self._evidence, self._asked, self._tell = inspector, lever, evidence, asked, tell
-        self._told: Dict[int, Answer] = {}
-        self._unseen_since: Dict[int, float] = {}
+        self._family, self._inspector, self._lever = family, inspector, lever
+        self._evidence, self._asked = evidence, asked
+        self._tell, self._complain = tell, complain
+        self._told = Answer.NEVER
+        self._unseen_since: Optional[float] = None
 
     def start(self) -> None:
         """Look from now on, until the process ends. Refused if there can be no thread."""
-        needs.start_thread(threading.Thread(target=self._run, name="evidence", daemon=True), "to look at timestamps again")
+        name = f"evidence-{NAMES[self._family]}"
+        needs.start_thread(threading.Thread(target=self._run, name=name, daemon=True), "to look at timestamps again")
 
     def _run(self) -> None:
         poller = select.poll()
         poller.register(self._asked.reader, select.POLLIN)
+        if self._family not in self._inspector.wanted.families:
+            poller.poll()  # nobody has needed it so far
         while True:
             began = time.monotonic_ns()
             was_asked = bool(self._asked.collect())
             try:
                 self._look(began, was_asked)
-            except Exception as error:
-                # The answers grow old now, and the gates wait: so it is for want of descriptors, and so for a bug.
-                if not isinstance(error, OSError) or error.errno not in linux.CAPACITY:
-                    self._complain(traceback.format_exc())
+            except Exception:
+                self._complain(traceback.format_exc())  # the answers grow old now, and the gates wait
             time.sleep(_REST_S)
             poller.poll(self._patience_ms(began))
 
     def _patience_ms(self, began: int) -> float:
         """How long until the next look if nobody asks."""
-        in_use = self._evidence.needed_since(time.monotonic_ns() - round(_IN_USE_S * 1e9))
+        in_use = self._evidence.needed_since(self._family, time.monotonic_ns() - round(_IN_USE_S * 1e9))
         due = began + round((_PACE_S if in_use or self._unseen_since else INTERVAL_S) * 1e9)
         return max(0.0, (due - time.monotonic_ns()) / 1e6)
 
     def _look(self, began: int, was_asked: bool) -> None:
-        """Look at the families of the start, and at each that was ever needed."""
-        families = list(dict.fromkeys([*self._inspector.wanted.families, *self._evidence.needed_since(0)]))
-        finding = self._inspector.look(families)
-        answers = {family: finding.answer(family, self._lever) for family in families}
-        for family, answer in answers.items():
-            self._publish(family, answer, began)
-        steady = {family: self._steady(family, answer) for family, answer in answers.items()}
-        if was_asked or steady != self._told:
+        finding = self._find()
+        answer = self._standing(finding.answer(self._family, self._lever))
+        self._evidence.publish(self._family, answer, began)
+        steady = self._steady(finding.answer(self._family, self._lever))
+        steady = answer if answer is Answer.FAILS else steady
+        if steady is not self._told or answer is Answer.FAILS or (was_asked and answer is not Answer.UNSEEN):
             self._told = steady
-            self._tell(Look(finding, steady, was_asked))
+            self._tell(Look(self._family, finding, steady, was_asked))
 
-    def _publish(self, family: int, answer: Answer, began: int) -> None:
-        """Under the sysctl, which is read for each SYN, a look that failed itself takes nothing back."""
-        stands = self._lever is Lever.SYSCTL and self._evidence.of(family).answer is Answer.HOLDS
-        if not (stands and answer is Answer.UNSEEN):
-            self._evidence.publish(family, answer, began)
+    def _find(self) -> Finding:
+        try:
+            return self._inspector.look((self._family,))
+        except OSError as error:
+            if error.errno not in linux.CAPACITY:
+                raise
+            unseen = OfFamily(Answer.UNSEEN, None, f"there is no descriptor or memory for it: {error.strerror}")
+            return Finding(None, None, {self._family: unseen}, unseen.problem)
 
-    def _steady(self, family: int, answer: Answer) -> Answer:
+    def _standing(self, answer: Answer) -> Answer:
+        """A look that failed itself takes nothing back of what failed; nor, under the sysctl, which is read for each SYN."""
+        before = self._evidence.of(self._family).answer
+        stands = before is Answer.FAILS or (before is Answer.HOLDS and self._lever is Lever.SYSCTL)
+        return before if stands and answer is Answer.UNSEEN else answer
+
+    def _steady(self, answer: Answer) -> Answer:
         """An answer that did not come is news only when it has not for a second; until then the one before stands."""
         if answer is not Answer.UNSEEN:
-            self._unseen_since.pop(family, None)
+            self._unseen_since = None
             return answer
-        since = self._unseen_since.setdefault(family, time.monotonic())
-        return answer if time.monotonic() - since > _UNSEEN_S else self._told.get(family, Answer.NEVER)
+        self._unseen_since = self._unseen_since or time.monotonic()
+        return answer if time.monotonic() - self._unseen_since > _UNSEEN_S else self._told

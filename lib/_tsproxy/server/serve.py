@@ -73,7 +73,7 @@ class Server:
         self._looks: Deque[Look] = deque()  # what the keeper's thread has found
         self._has_news = wakeup.create()
         self._watchdog = Watchdog(notifier, self._crew, self._status)
-        self._drift = Drift(ready.plan.lever, self._say, lambda: self._crew.order(DRIFTED))
+        self._drift = Drift(ready.plan.lever, self._say, lambda: self._crew.notify(DRIFTED))
         with needing("epoll_create1(2)", "to wait for events"):
             self._selector = selectors.DefaultSelector()
         self._started = time.monotonic()
@@ -101,12 +101,13 @@ class Server:
             complain=lambda level, why: self._say(level, level, why),
         )
 
-    def _make_keeper(self) -> Keeper:
-        plan = self._ready.plan
-        complain = lambda bug: self._tell("error", "error", bug)  # noqa: E731
-        return Keeper(
-            self._ready.inspector, plan.lever, self._ready.evidence, plan.asked, tell=self._tell_look, complain=complain
-        )
+    def _start_keepers(self) -> None:
+        """One for each address family, so that none waits for another."""
+        ready, lever = self._ready, self._ready.plan.lever
+        for family, asked in ready.plan.asked.items():
+            complain = lambda bug: self._tell("error", "error", bug)  # noqa: E731
+            keeper = Keeper(family, ready.inspector, lever, ready.evidence, asked, tell=self._tell_look, complain=complain)
+            keeper.start()
 
     def run(self) -> int:
         """Start everything, accept until told to end, drain, say the last words; the exit code."""
@@ -134,7 +135,7 @@ class Server:
         try:
             self._crew.start()
             if self._ready.plan.lever in policy.WATCHED:
-                self._make_keeper().start()
+                self._start_keepers()
             self._ready.resolver.follow(self._unreached, self._tell)
         except OSError:
             self._kill()
@@ -183,7 +184,7 @@ class Server:
         connections = f"{metrics.active(self._ledger)} connections"
         if self._ended_by or self._died:
             return f"draining {connections}"
-        if self._drift.failing:
+        if self._drift.refused:
             return f"refusing {self._drift.refused}, with {connections}: {self._drift.evidence}"
         return f"relaying {connections}"
 
@@ -226,11 +227,11 @@ class Server:
 
     def _on_look(self, look: Look) -> None:
         """Clients that wait may have an answer now; what has changed is said, and told to the manager."""
-        before = self._drift.failing
+        before = self._drift.refused
         self._drift.on_look(look)
         if look.was_asked:
-            self._crew.order(EVIDENCE)
-        if self._drift.failing != before:
+            self._crew.notify(EVIDENCE)
+        if self._drift.refused != before:
             self._watchdog.say()
 
     def _on_loss(self, fate: str) -> None:

@@ -26,7 +26,7 @@ from _tsproxy.server.resolver import Resolver
 from _tsproxy.server.signals import Signals
 from _tsproxy.telemetry.counters import bytes_for
 from _tsproxy.timestamps import advice
-from _tsproxy.timestamps.evidence import Answer, Evidence
+from _tsproxy.timestamps.evidence import NAMES, Answer, Evidence
 from _tsproxy.timestamps.inspector import Finding, Inspector
 from _tsproxy.timestamps.policy import Lever, Wanted
 
@@ -67,7 +67,8 @@ def prepare(config: Config, environment: Mapping[str, str], notifier: systemd.No
         runtime = _runtime(config)  # anew: it may have no right to read the Python that an interpreter starts from
     config = replace(config, runtime=runtime)
     evidence, lever = Evidence.create(), finding.lever or Lever.NONE
-    plan = Plan(config, sources, inspector.wanted, lever, evidence.fd, wakeup.create(), bool(inspector.mark_is_known))
+    asked = {family: wakeup.create() for family in NAMES}
+    plan = Plan(config, sources, inspector.wanted, lever, evidence.fd, asked, bool(inspector.mark_is_known))
     return Ready(plan, listeners, resolver, inspector, evidence, nofile)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import List, Sequence
 
+from _tsproxy.timestamps.evidence import Answer
 from _tsproxy.timestamps.inspector import Finding
 from _tsproxy.timestamps.policy import Wanted
 from _tsproxy.timestamps.rehearsal import MISBEHAVES
@@ -27,16 +28,25 @@ def fixes(finding: Finding, wanted: Wanted, targets: Sequence[str]) -> List[str]
 
 
 def _commands(finding: Finding, wanted: Wanted, targets: Sequence[str]) -> List[str]:
-    if "loopback interface " in finding.problem:
-        return ["  in this network namespace:", "    " + finding.problem.rpartition(" it: ")[2]]
-    if MISBEHAVES in finding.problem:
-        return _newer_rules(wanted, targets)
-    if finding.sysctl is None:
+    if finding.sysctl is None and wanted.mode != "preserve":
         return [
             "  where tsproxy runs (not with a chroot, RootDirectory= or ProcSubset=pid that hides it):",
             "    mount -t proc proc /proc",
         ]
+    if MISBEHAVES in finding.problem:
+        return _newer_rules(wanted, targets)
+    if finding.families and not finding.of(Answer.FAILS) and not finding.of(Answer.HOLDS):
+        return _to_be_seen(finding)  # no lever would help a look that failed itself
     return _rewrite(finding, wanted, targets) if wanted.mode == "rewrite" else _strip(targets)
+
+
+def _to_be_seen(finding: Finding) -> List[str]:
+    commands = dict.fromkeys(f"    {found.fix}" for found in finding.families.values() if found.fix)
+    if commands:
+        return ["  in this network namespace:", *commands]
+    return [
+        "  Nothing to run is known: see what keeps TCP from passing on lo here, e.g. nft list ruleset. rewrite needs conntrack."
+    ]
 
 
 def _newer_rules(wanted: Wanted, targets: Sequence[str]) -> List[str]:
@@ -71,7 +81,7 @@ def _rewrite(finding: Finding, wanted: Wanted, targets: Sequence[str]) -> List[s
         "  nftables rules for tsproxy's own connections, both ways:",
         *on,
         f"    tsproxy.py generate nftables {mode} {_targets(targets)} | nft -f -",
-        "To send no timestamps at all, which needs no rules, say --timestamps=strip.",
+        "To send no timestamps at all, say --timestamps=strip; with net.ipv4.tcp_timestamps=0 that needs no rules.",
     ]
 
 

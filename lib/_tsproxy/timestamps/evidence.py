@@ -10,7 +10,7 @@ import mmap
 import socket
 import time
 from enum import IntEnum
-from typing import Dict, List, NamedTuple
+from typing import Dict, NamedTuple
 
 from _tsproxy.host import memory
 
@@ -63,9 +63,9 @@ class Evidence:
         """A reader's: this family is in use now."""
         self._words[_WORDS // 2 + _PLACES[family]] = time.monotonic_ns()
 
-    def needed_since(self, at_ns: int) -> List[int]:
-        """The families that a reader has needed since then."""
-        return [family for family, place in _PLACES.items() if self._words[_WORDS // 2 + place] > at_ns]
+    def needed_since(self, family: int, at_ns: int) -> bool:
+        """Whether a reader has needed the family since then."""
+        return self._words[_WORDS // 2 + _PLACES[family]] > at_ns
 
 
 _ANSWERS = tuple(Answer)

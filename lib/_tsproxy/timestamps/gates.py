@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 import time
-from typing import Optional, Union
+from typing import Mapping, Optional, Union
 
 from _tsproxy.host import sockets, timens
 from _tsproxy.host.sockets import TcpInfo
@@ -67,8 +67,8 @@ class Watched:
 
     proves_each_syn = True
 
-    def __init__(self, wanted: Wanted, evidence: Evidence, asked: Wakeup) -> None:
-        """`asked` is rung when an answer is needed that there is not."""
+    def __init__(self, wanted: Wanted, evidence: Evidence, asked: Mapping[int, Wakeup]) -> None:
+        """`asked`, by family, is rung when an answer is needed that there is not."""
         self._wanted, self._evidence, self._asked = wanted, evidence, asked
 
     def is_absent(self, family: int) -> bool:
@@ -88,7 +88,7 @@ class Watched:
         if answer in _SURE and time.monotonic_ns() - at_ns <= FRESH_NS:
             return answer is Answer.HOLDS
         self._evidence.need(family)
-        self._asked.ring()
+        self._asked[family].ring()
         return None
 
 
@@ -101,7 +101,7 @@ class StripBySysctl(Watched):
     witness = int(Lever.SYSCTL)
     for_rules = False
 
-    def __init__(self, wanted: Wanted, evidence: Evidence, asked: Wakeup, sysctl: Sysctl) -> None:
+    def __init__(self, wanted: Wanted, evidence: Evidence, asked: Mapping[int, Wakeup], sysctl: Sysctl) -> None:
         super().__init__(wanted, evidence, asked)
         self._sysctl = sysctl
         self._clock_shift_ns = timens.monotonic_shift_ns()
@@ -140,7 +140,7 @@ class ByRules(Watched):
 
     witness = int(Lever.NFTABLES)
 
-    def __init__(self, wanted: Wanted, evidence: Evidence, asked: Wakeup, *, for_rules: bool) -> None:
+    def __init__(self, wanted: Wanted, evidence: Evidence, asked: Mapping[int, Wakeup], *, for_rules: bool) -> None:
         """`for_rules`: the rules know the mark that upstream sockets can carry, and take it off again."""
         super().__init__(wanted, evidence, asked)
         self.for_rules = for_rules
@@ -158,7 +158,7 @@ class ByRules(Watched):
 Gate = Union[Preserve, StripBySysctl, ByRules, ByTrust]
 
 
-def gate_for(lever: Lever, wanted: Wanted, evidence: Evidence, asked: Wakeup, *, for_rules: bool = False) -> Gate:
+def gate_for(lever: Lever, wanted: Wanted, evidence: Evidence, asked: Mapping[int, Wakeup], *, for_rules: bool = False) -> Gate:
     """The gate that a worker asks; `for_rules`: see ByRules. OSError if the sysctl can't be opened."""
     if lever is Lever.SYSCTL:
         return StripBySysctl(wanted, evidence, asked, Sysctl())

@@ -27,6 +27,7 @@ class OfFamily(NamedTuple):
     answer: Answer
     syn: Optional[Syn] = None
     problem: str = ""
+    fix: str = ""  # the command that would help a look that failed itself
 
 
 class Finding(NamedTuple):
@@ -61,7 +62,10 @@ class Finding(NamedTuple):
 
 
 class Inspector:
-    """Looks whether the policy holds, as often as it is asked; keeps the sysctl's descriptor open. Not for two threads."""
+    """Looks whether the policy holds, as often as it is asked; keeps the sysctl's descriptor open.
+
+    After its first look two threads may look, at different families.
+    """
 
     def __init__(self, wanted: Wanted) -> None:
         self.wanted = wanted
@@ -72,11 +76,10 @@ class Inspector:
         self._saw_all: Set[int] = set()  # families of which each segment was seen then
 
     def look(self, families: Iterable[int] = ()) -> Finding:
-        """One look at these families, or at those of the start; blocks for LOOK_S at most.
+        """One look at these families, or at those of the start; blocks for LOOK_S at most for each.
 
         OSError where there is no descriptor or memory for it (EMFILE and friends): that tells nothing of timestamps.
         """
-        until = time.monotonic() + LOOK_S
         try:
             self._sysctl = self._sysctl or Sysctl()
             value = self._sysctl.value()
@@ -87,16 +90,17 @@ class Inspector:
         early = _without_witness(self.wanted, value)
         if early:
             return early
-        return _judged(value, {family: self._of(family, value, until) for family in families or self.wanted.families})
+        return _judged(value, {family: self._of(family, value) for family in families or self.wanted.families})
 
-    def _of(self, family: int, sysctl: int, until: float) -> OfFamily:
+    def _of(self, family: int, sysctl: int) -> OfFamily:
+        until = time.monotonic() + LOOK_S
         try:
             seen = witness.saved(family, until)
-            problem = self._mismatch(family, seen) or (self._rules(family, seen, until) if sysctl else "")
+            problem = self._mismatch(family, seen) or (self._rules(family, seen, until) if sysctl or self.mark_is_known else "")
         except FamilyAbsent as absent:
             return OfFamily(Answer.ABSENT, None, str(absent))
         except NoWitness as unseen:
-            return OfFamily(Answer.UNSEEN, None, str(unseen))
+            return OfFamily(Answer.UNSEEN, None, str(unseen), unseen.fix)
         return OfFamily(Answer.FAILS if problem else Answer.HOLDS, seen, problem)
 
     def _mismatch(self, family: int, seen: Syn) -> str:
@@ -108,7 +112,7 @@ class Inspector:
         marked = seen.dscp == sockets.TAG_DSCP
         if marked and (self.wanted.mode == "rewrite" or self.mark_is_known):
             return f"{rehearsal.MISBEHAVES}: {rehearsal.TIME_WAIT} (they do not know the mark of its answer, DSCP {seen.dscp})"
-        leak = self._rehearse(family, until)
+        leak = self._rehearse(family, until) and self._rehearse(family, until)  # twice: established ones may end for it
         if leak:
             return f"{rehearsal.MISBEHAVES}: {leak}"
         if self.mark_is_known is None:

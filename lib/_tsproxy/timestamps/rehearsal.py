@@ -21,9 +21,8 @@ from typing import Callable, Iterator, NamedTuple, Optional, Tuple
 
 from _tsproxy.host import bpf, linux, sockets
 from _tsproxy.host.addresses import Address, from_sockaddr
-from _tsproxy.host.sockets import Tuning
 from _tsproxy.timestamps.policy import Wanted
-from _tsproxy.timestamps.witness import NoWitness, closing, connect, explained, listening, wait
+from _tsproxy.timestamps.witness import NoWitness, closing, connect, explained, listening, ours, reusing, wait
 
 MISBEHAVES = "the rules hold for our SYN, but not against a far end that misbehaves"
 CROSSING = "a SYN with TSopt while ours is under way"
@@ -35,7 +34,6 @@ UNSEEN = f"{UNASKED} is taken up, and what is sent then can't be seen without CA
 _OFFSETS = 16  # random ones, of which half will do
 _CLEARLY = 60_000  # ms that a clock must be behind
 _SCENE_S = 0.1  # loopback answers within microseconds; a SYN that was not answered is sent again after 1 s
-_SETTLE_S = 0.005
 
 
 class Filter(NamedTuple):
@@ -70,15 +68,14 @@ def rehearse(family: int, wanted: Wanted, until: float, *, seen_before: bool) ->
     """
     allowed = wanted.tsval if wanted.mode == "rewrite" else None
     with explained(family):
-        if allowed is None:
-            leak, taken = _taken_up(family, until)
-        else:
-            leak, taken = ("" if _sends_the_constant(family, allowed, until) else DATA), False
+        leak, taken = _taken_up(family, until) if allowed is None else ("", False)
         if leak:
             return Outcome(leak, True)
         try:
             return Outcome(_by_segment(family, wanted, allowed, until), True)
         except PermissionError:
+            if allowed is not None:
+                return Outcome("" if _sends_the_constant(family, allowed, until) else DATA, False)
             return Outcome(UNSEEN if taken and not seen_before else "", False)
 
 
@@ -89,13 +86,17 @@ def scenes(wanted: Wanted) -> Tuple[Scene, ...]:
 
 
 def _by_segment(family: int, wanted: Wanted, allowed: Optional[int], until: float) -> str:
-    for scene in scenes(wanted):
-        if _comes_through(scene, family, Filter(allowed, fitting=True), until):
-            continue
-        if _comes_through(scene, family, Filter(allowed, fitting=False), until):
-            return scene.what
-        raise NoWitness(f"{scene.what}, rehearsed on loopback: our answer did not come in time")
-    return ""
+    return next((scene.what for scene in scenes(wanted) if not _fits(scene, family, allowed, until)), "")
+
+
+def _fits(scene: Scene, family: int, allowed: Optional[int], until: float) -> bool:
+    """Whether what comes through fits the policy; played again while nothing comes, as where loopback is slow."""
+    while time.monotonic() < until:
+        for fitting in (True, False):
+            with contextlib.suppress(NoWitness):
+                if _comes_through(scene, family, Filter(allowed, fitting), until):
+                    return fitting
+    raise NoWitness(f"{scene.what}, rehearsed on loopback: our answer did not come in time")
 
 
 def _comes_through(scene: Scene, family: int, through: Filter, until: float) -> bool:
@@ -107,12 +108,12 @@ def _comes_through(scene: Scene, family: int, through: Filter, until: float) -> 
 
 def _taken_up(family: int, until: float) -> Tuple[str, bool]:
     """Whether our SYN-ACK had TSopt (which scene), and whether our kernel took up one that it had never offered."""
-    with _crossed(family, until, ours_first=True) as (ours, far):
+    with _crossed(family, until, ours_first=True) as (near, far):
         if sockets.tcp_info(far).timestamps:
             return CROSSING, True
-        taken = sockets.tcp_info(ours).timestamps
-    with _crossed(family, until, ours_first=False) as (ours, far):
-        return "", taken or sockets.tcp_info(ours).timestamps
+        taken = sockets.tcp_info(near).timestamps
+    with _crossed(family, until, ours_first=False) as (near, far):
+        return "", taken or sockets.tcp_info(near).timestamps
 
 
 def _sends_the_constant(family: int, tsval: int, until: float) -> bool:
@@ -122,68 +123,69 @@ def _sends_the_constant(family: int, tsval: int, until: float) -> bool:
     clock is behind the constant, as half of all random offsets make it: its data comes through only with the constant.
     """
     for _ in range(_OFFSETS):
-        with listening(family) as listener, closing(_ours(family)) as ours:
-            connect(ours, _name(family, listener))
+        with listening(family) as listener, closing(ours(family)) as near:
+            connect(near, _name(family, listener))
             if not wait(listener, select.POLLIN, until):
                 raise NoWitness("a connection on loopback was not accepted in time")
             far, _ = listener.accept()
             with closing(far):
-                if not _CLEARLY < (tsval - sockets.timestamp_clock(ours)) % 2**32 < 2**31:
+                if not _CLEARLY < (tsval - sockets.timestamp_clock(near)) % 2**32 < 2**31:
                     continue
-                answers = sockets.segments_received(ours)
-                ours.send(b".")
+                answers = sockets.segments_received(near)
+                near.send(b".")
                 if wait(far, select.POLLIN, min(until, time.monotonic() + _SCENE_S)):
                     return True
-                if sockets.segments_received(ours) > answers:  # it came, was dropped, and acknowledged once more
+                was_refused = sockets.segments_received(near) > answers  # it came, was dropped, and acknowledged once more
+                if wait(far, select.POLLIN, time.monotonic()):
+                    return True
+                if was_refused:
                     return False
                 raise NoWitness("data on loopback was not received in time")
-    raise NoWitness("no connection's clock is behind the constant: set net.ipv4.tcp_timestamps to 1, or take a larger constant")
+    why = "no connection's clock is behind the constant, so that it could be told from it: the clocks need a random offset"
+    raise NoWitness(why, "sysctl -w net.ipv4.tcp_timestamps=1")
 
 
 # What a filter lets through
 
 
 def _answers_a_syn(family: int, through: Filter, until: float) -> bool:
-    with closing(_ours(family)) as ours:
+    with closing(ours(family)) as near:
         with _swallowing(family, until) as there:
-            connect(ours, there)
+            connect(near, there)
         with closing(_at(there)) as far:
             through.attach(far)
-            connect(far, _name(family, ours))
+            connect(far, _name(family, near))
             return _established(far, until)
 
 
 def _sends_data(family: int, through: Filter, until: float) -> bool:
-    with _crossed(family, until, ours_first=False) as (ours, far):
+    with _crossed(family, until, ours_first=False) as (near, far):
         through.attach(far)
-        ours.send(b".")
+        near.send(b".")
         return wait(far, select.POLLIN, until)
 
 
 def _resets(family: int, through: Filter, until: float) -> bool:
-    with _crossed(family, until, ours_first=False) as (ours, far):
+    with _crossed(family, until, ours_first=False) as (near, far):
         through.attach(far)
-        sockets.reset_on_close(ours)
-        ours.close()
+        sockets.reset_on_close(near)
+        near.close()
         return wait(far, 0, until)
 
 
 def _answers_from_time_wait(family: int, through: Filter, until: float) -> bool:
-    """The answer makes a socket that is connecting send a reset, and its SYN again, at once: it is refused then."""
-    with _crossed(family, until, ours_first=False) as (ours, far):
-        here, there = _name(family, ours), _name(family, far)
-        ours.shutdown(socket.SHUT_WR)
+    """The answer makes a socket that is connecting send a reset, and its SYN again at once, not after a second."""
+    with _crossed(family, until, ours_first=False) as (near, far):
+        here, there = _name(family, near), _name(family, far)
+        near.shutdown(socket.SHUT_WR)
         if not wait(far, select.POLLIN, until):
             return False
         far.close()
-        if not wait(ours, select.POLLIN, until) or sockets.tcp_state(ours) != linux.TCP_CLOSE:
+        if not wait(near, select.POLLIN, until) or sockets.tcp_state(near) != linux.TCP_CLOSE:
             return False
         with closing(_at(there)) as again:
             through.attach(again)
             connect(again, here)
-            if not through.fitting:  # nor would the refusal fit
-                wait(again, 0, min(until, time.monotonic() + _SETTLE_S))
-                bpf.detach(again)
             return wait(again, select.POLLOUT, until) or sockets.tcp_info(again).retransmits > 0
 
 
@@ -196,7 +198,7 @@ def _crossed(family: int, until: float, *, ours_first: bool) -> Iterator[Tuple[S
 
     Ours first: we get a SYN with TSopt, and answer it. Else we get a SYN-ACK with TSopt, whatever our SYN offered.
     """
-    first = _ours(family) if ours_first else sockets.reusing(family)
+    first = ours(family) if ours_first else reusing(family)
     with closing(first):
         with _swallowing(family, until) as there:
             connect(first, there)
@@ -215,26 +217,22 @@ def _established(sock: SocketType, until: float) -> bool:
 @contextlib.contextmanager
 def _swallowing(family: int, until: float) -> Iterator[Address]:
     """An address that swallows SYNs, since its queue of one is full; free for another socket at the end (listen(2))."""
-    with listening(family, backlog=0) as listener, closing(sockets.reusing(family)) as filler:
+    with listening(family, backlog=0) as listener, closing(reusing(family)) as filler:
         connect(filler, _name(family, listener))
         if not _established(filler, until):
             raise NoWitness("a connection on loopback was not finished in time")
         yield _name(family, listener)
 
 
-def _ours(family: int) -> SocketType:
-    return sockets.dial(family, Tuning(), None, for_rules=True)
-
-
 def _reusing_ours(family: int) -> SocketType:
-    sock = _ours(family)
+    sock = ours(family)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     return sock
 
 
 def _at(address: Address, sock: Optional[SocketType] = None) -> SocketType:
     """The socket, or a new one, bound there."""
-    sock = sock or sockets.reusing(address.family)
+    sock = sock or reusing(address.family)
     try:
         sock.bind(address.sockaddr)
     except BaseException:

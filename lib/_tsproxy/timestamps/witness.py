@@ -17,7 +17,7 @@ import select
 import socket
 import time
 from socket import SocketType
-from typing import Dict, Iterator
+from typing import Dict, Iterator, TypeVar
 
 from _tsproxy.host import linux, namespaces, sockets
 from _tsproxy.host.addresses import Address, from_sockaddr
@@ -25,13 +25,17 @@ from _tsproxy.host.sockets import Tuning
 from _tsproxy.timestamps import syn
 from _tsproxy.timestamps.syn import Syn
 
-_LO_DOWN = frozenset({errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.EHOSTUNREACH, errno.ENETDOWN})
-_NO_FAMILY = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL})
-_IPV6_ADDRESSES = "/proc/thread-self/net/if_inet6"
+_NO_FAMILY = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.ENETUNREACH})
+_NO_HOME = frozenset({errno.EADDRNOTAVAIL, errno.ENETUNREACH, errno.EHOSTUNREACH})
+_COOKIES = "sysctl -w net.ipv4.tcp_syncookies=1"  # with 2 no SYN is kept
 
 
 class NoWitness(Exception):
-    """The witness could not be made; the text says why and what would help."""
+    """The witness could not be made; the text says why. `fix` is the command that would help, "" if none is known."""
+
+    def __init__(self, why: str, fix: str = "") -> None:
+        super().__init__(why)
+        self.fix = fix
 
 
 class FamilyAbsent(NoWitness):
@@ -45,7 +49,7 @@ def saved(family: int, until: float) -> Syn:
     """
     with explained(family), listening(family) as listener:
         sockets.save_syns(listener)
-        with closing(sockets.dial(family, Tuning(), None, for_rules=True)) as client:
+        with closing(ours(family)) as client:
             connect(client, from_sockaddr(family, listener.getsockname()))
             return _accepted(listener, client.getsockname(), until)
 
@@ -60,28 +64,25 @@ def explained(family: int) -> Iterator[None]:
             raise
         raise _reason(family, error) from None
     except syn.Malformed as problem:
-        raise NoWitness(f"the kernel kept no SYN that can be read: {problem}") from None
+        raise NoWitness(f"the kernel kept no SYN that can be read: {problem}", _COOKIES) from None
 
 
 def _reason(family: int, error: OSError) -> NoWitness:
     if not _is_lo_up():
-        return NoWitness(f"the loopback interface is down ({error.strerror}); to raise it: ip link set lo up")
-    if family == socket.AF_INET6 and error.errno in _NO_FAMILY and not _has_ipv6():
+        return NoWitness(f"the loopback interface is down ({error.strerror})", "ip link set lo up")
+    if family == socket.AF_INET6 and error.errno in _NO_FAMILY and not namespaces.has_ipv6():
         return FamilyAbsent("no interface has an IPv6 address here, so nothing can be sent over IPv6")
-    if error.errno in _LO_DOWN:
-        home = _HOMES[family]
-        return NoWitness(f"the loopback interface has no {home} ({error.strerror}); to add it: ip address add {home} dev lo")
-    return NoWitness(f"the witness connection on loopback failed: {error.strerror or error}")
+    if error.errno in _NO_HOME:
+        return NoWitness(f"the loopback interface has no {_HOMES[family]} ({error.strerror})", _raising(family))
+    late = "; does a packet filter drop what passes on lo?" if error.errno == errno.ETIMEDOUT else ""
+    return NoWitness(f"the witness connection on loopback failed: {error.strerror or error}{late}")
 
 
-def _has_ipv6() -> bool:
-    try:
-        with open(_IPV6_ADDRESSES, encoding="ascii") as addresses:
-            return bool(addresses.read(1))
-    except FileNotFoundError:
-        return False  # the kernel has no IPv6
-    except OSError:
-        return True  # not readable: better a witness that is missing than a family that is left out
+def _raising(family: int) -> str:
+    """The command that gives lo its address."""
+    if family == socket.AF_INET6 and namespaces.is_ipv6_off("lo"):
+        return "sysctl -w net.ipv6.conf.lo.disable_ipv6=0"
+    return f"ip address add {_HOMES[family]}/{128 if family == socket.AF_INET6 else 8} dev lo"
 
 
 def _is_lo_up() -> bool:
@@ -119,7 +120,7 @@ def _bound(family: int) -> socket.socket:
     high, middle, low = os.urandom(3)
     anywhere = f"127.{high}.{middle}.{low % 254 + 1}"
     for ip in (anywhere, _HOMES[family]) if family == socket.AF_INET else (_HOMES[family],):
-        sock = sockets.reusing(family)
+        sock = reusing(family)
         try:
             sock.bind(Address(family, ip, 0).sockaddr)
             return sock
@@ -127,6 +128,29 @@ def _bound(family: int) -> socket.socket:
             sock.close()
             failure = error
     raise failure
+
+
+def ours(family: int) -> SocketType:
+    """A socket like the upstream ones, that can reach loopback alone."""
+    return _kept_in(sockets.dial(family, Tuning(), None, for_rules=True))
+
+
+def reusing(family: int) -> socket.socket:
+    """An ordinary one that may take an address over from one just closed, and can reach loopback alone."""
+    return _kept_in(sockets.reusing(family))
+
+
+_Sock = TypeVar("_Sock", bound=SocketType)
+
+
+def _kept_in(sock: _Sock) -> _Sock:
+    """Bind it to lo: an address that lo has not would be looked for elsewhere, with the SYN that must not leave.
+
+    Without a right before Linux 5.7: then bind(2) and the routes decide, as they do for everybody (ip_nonlocal_bind).
+    """
+    with contextlib.suppress(PermissionError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\0")
+    return sock
 
 
 @contextlib.contextmanager
