@@ -38,11 +38,11 @@ def reap_others(ours: Collection[int]) -> None:
     while True:
         try:
             found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if found is None or found.si_pid in ours:
+                return
+            os.waitid(os.P_PID, found.si_pid, os.WEXITED)
         except OSError:  # ECHILD: there is no child
             return
-        if found is None or found.si_pid in ours:
-            return
-        os.waitpid(found.si_pid, 0)
 
 
 class Child:
