@@ -73,8 +73,9 @@ class Resolver:
                 os.close(writer)
             comes = _comes_before_the_end(reader, signals)
             said = answer.read() if comes else b""
-        os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(OSError):  # wait4(2) refused by a sandbox: it is reaped with the others, later
+        with contextlib.suppress(OSError):  # a sandbox refuses kill(2) or wait4(2): then it ends, or is reaped, later
+            if not comes:
+                os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
         if said:
             self._answers, self._failures = pickle.loads(said)  # noqa: S301 -- from our own child, by a pipe
