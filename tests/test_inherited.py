@@ -19,6 +19,7 @@ from conftest import CHECKOUT
 from harness import ROOT, Exchange, Proxy, children, pythons, receive_exactly, wait_until
 from namespaces import require_root
 from test_faults_names import Named, named  # noqa: F401 -- a fixture
+from test_syscalls import LAUNCHER
 from test_systemd import hand_over, listeners
 from unprivileged import as_nobody
 
@@ -141,6 +142,39 @@ def test_a_sigterm_during_the_first_look_up_ends_it_at_once_with_0(named: Named,
     assert proxy.process.wait(10) == 0
     assert "ended by a signal while the targets' names were looked up" in proxy.stderr()
     assert not proxy.lines
+
+
+def looking_up(named: Named, *words: str) -> Tuple[Proxy, int]:  # noqa: F811
+    """A proxy that has asked for its target's address and gets no answer, and the process that waits for it."""
+    named.names.address = None
+    named._wrap = (*named._wrap, *words)
+    proxy = named.start()
+    wait_until(lambda: named.names.asked, "the name is looked up")
+    return proxy, int(children(proxy.process.pid)[0])
+
+
+def test_nothing_is_left_of_a_look_up_that_a_sigterm_has_ended(named: Named) -> None:  # noqa: F811
+    """Where prctl(2) is refused, too, with which the kernel ends it: standard output and inherited listeners are open there."""
+    proxy, child = looking_up(named, sys.executable, LAUNCHER, "refuse", "prctl", "1")
+    proxy.process.send_signal(signal.SIGTERM)
+    assert proxy.wait() == 0
+    assert not Path(f"/proc/{child}").exists()
+
+
+def test_a_look_up_that_is_killed_ends_the_start_with_75(named: Named) -> None:  # noqa: F811
+    proxy, child = looking_up(named)
+    os.kill(child, signal.SIGKILL)
+    assert proxy.wait() == 75
+    assert "can't be resolved: the process that looks names up ended without an answer" in proxy.stderr()
+
+
+def test_a_sigusr1_during_the_first_look_up_prints_metrics_when_it_relays(named: Named, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:5\n")
+    proxy, _ = looking_up(named)
+    proxy.process.send_signal(signal.SIGUSR1)
+    named.names.address = "127.0.0.2"  # for the question that is asked again after a second
+    proxy.line("metrics")
+    assert proxy.stop() == 0
 
 
 # Children

@@ -91,6 +91,18 @@ def test_an_order_waits_for_one_slice_and_the_event_that_began_in_it(took: List[
         assert began < clock.now < began + SLICE_NS + max(took)
 
 
+def test_a_number_that_comes_back_has_neither_the_place_nor_the_time_of_the_closed_descriptor() -> None:
+    """Its lane is its own: that it ended does not go with bulk."""
+    waiting = Posted(Clock())
+    waiting.put(BULK, 5, 1, 100)
+    waiting.drop(5)
+    waiting.put(BULK, 6, 1, 200)
+    waiting.put(ENDING, 5, 16, 300)
+    handled: List[Tuple[int, int, int]] = []
+    waiting.serve(lambda *event: handled.append(event), 0, 0)
+    assert handled == [(6, 1, 200), (5, 16, 300)]
+
+
 class Lanes(RuleBasedStateMachine):
     """Beside a model: what waits, oldest first, in the lane in which it was first posted."""
 
@@ -98,13 +110,13 @@ class Lanes(RuleBasedStateMachine):
     def begin(self) -> None:
         self.clock = Clock()
         self.waiting = Posted(self.clock)
-        self.model: Dict[int, Tuple[int, int]] = {}  # descriptor -> lane, mask
+        self.model: Dict[int, Tuple[int, int, int]] = {}  # descriptor -> lane, mask, since when
         self.unserved = dict.fromkeys(LANES, 0)  # how often in a row a lane had something, and got nothing
 
     def _put(self, lane: int, fd: int, mask: int) -> None:
         self.waiting.put(lane, fd, mask, self.clock.now)
-        first, known = self.model.get(fd, (lane, 0))
-        self.model[fd] = (first, known | mask)
+        first, known, since = self.model.get(fd, (lane, 0, self.clock.now))
+        self.model[fd] = (first, known | mask, since)
 
     @rule(lane=st.sampled_from(LANES), fd=FDS, bit=st.integers(0, 3))
     def put(self, lane: int, fd: int, bit: int) -> None:
@@ -118,12 +130,12 @@ class Lanes(RuleBasedStateMachine):
     @rule(took=st.integers(1, 2 * SLICE_NS), share=st.integers(0, 3 * SLICE_NS), again=st.booleans())
     def serve(self, took: int, share: int, again: bool) -> None:
         """What is handled waited, and is told once with all its events; the first may be posted anew meanwhile."""
-        before = {lane for lane, _ in self.model.values()}
+        before = {lane for lane, _, _ in self.model.values()}
         served: Set[int] = set()
 
         def handle(fd: int, mask: int, since: int) -> None:
-            lane, known = self.model.pop(fd)
-            assert mask == known
+            lane, *known = self.model.pop(fd)
+            assert [mask, since] == known
             self.clock.now += took
             if again and not served:
                 self._put(NEW, fd, 1)
@@ -137,7 +149,7 @@ class Lanes(RuleBasedStateMachine):
     @invariant()
     def nothing_is_lost_and_no_lane_starves(self) -> None:
         if hasattr(self, "model"):
-            assert self.waiting.masks == {fd: mask for fd, (_, mask) in self.model.items()}
+            assert self.waiting.masks == {fd: mask for fd, (_, mask, _) in self.model.items()}
             assert max(self.unserved.values()) <= 3
 
 

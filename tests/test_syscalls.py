@@ -254,7 +254,7 @@ def test_a_call_that_is_not_listed_ends_the_process(call: str, tmp_path: Path) -
 
 NEEDED = """accept4 bind clone clone3 dup2 epoll_create1 epoll_ctl epoll_wait ftruncate getsockname getsockopt listen pipe2 poll
 recvmsg rt_sigaction sendmsg sendto setsockopt socket socketpair wait4""".split()
-WITHOUT = ["memfd_create", "eventfd2", "sched_getaffinity", "prlimit64", "prctl"]
+WITHOUT = ["memfd_create", "eventfd2", "sched_getaffinity", "prlimit64", "prctl", "close_range", "chdir", "waitid"]
 CALLED = {"clone": "fork(2)", "clone3": "clone(2)"}  # by what it is called in C
 NUMBERS = [errno.EPERM, errno.ENOSYS]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import select
 import signal
 import socket
@@ -95,29 +94,6 @@ def test_words_that_make_no_sense_end_with_2_and_one_line(given: str) -> None:
         assert f"LISTEN_FDS: given {given!r}" in line
     finally:
         proxy.close()
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_more_inherited_descriptors_than_select_can_take_do_not_keep_workers_from_being_started(
-    start: Any, echoing: Exchange, workers: int
-) -> None:
-    """select(2) takes none from 1,024 on (FD_SETSIZE), and says nothing of it until it is called."""
-
-    def use_up() -> None:
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (4096, hard))
-        for fd in range(3, 1100):  # those that exec(2) would close, too: their numbers would be free
-            os.dup2(0, fd)
-
-    proxy = start(echoing, "--runtime=processes", f"--workers={workers}", preexec_fn=use_up, close_fds=False)
-    for _ in range(2):
-        with proxy.connect() as client:
-            client.sendall(b"x")
-            assert client.recv(1) == b"x"
-        (zygote,) = children(proxy.process.pid)
-        os.kill(children(zygote)[0], signal.SIGKILL)
-        assert "a successor took its place" in proxy.line("error", after=len(proxy.lines))["message"]
-    assert proxy.stop() == 0
 
 
 def test_a_descriptor_that_does_not_listen_is_refused() -> None:

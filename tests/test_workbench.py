@@ -70,7 +70,7 @@ def test_timers_fire_once_never_early_and_at_most_a_tick_late(script: List[Any],
             timers.arm(owner, deadline)
             armed[owner] = deadline
     for now in sorted(looks):
-        due = timers.due(now)
+        due = list(timers.due(now))
         assert len(due) == len(set(due))
         for owner in due:
             assert armed.pop(owner) <= now

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
 from typing import Any, Callable, Iterator, List, NamedTuple, Tuple
 
 import pytest
+from _tsproxy.dataplane import half as half_module
 from _tsproxy.dataplane import posted
 from _tsproxy.dataplane.door import Door
 from _tsproxy.dataplane.half import FROM_DOWNSTREAM, Half
 from _tsproxy.dataplane.inbox import ACCEPTED, DRAIN, OPEN, Entry, RingConsumer, RingProducer, create_ring
+from _tsproxy.dataplane.liveness import Liveness
 from _tsproxy.dataplane.poller import BROKEN, READ, READ_EDGES, READABLE, WRITE
 from _tsproxy.dataplane.posted import BULK, ENDING, NEW, NOW
+from _tsproxy.dataplane.timers import TICK_NS
 from _tsproxy.dataplane.worker import Worker
 from _tsproxy.host.addresses import pack
 from _tsproxy.telemetry.counters import Counter
+from _tsproxy.telemetry.endings import Ending
 from _tsproxy.telemetry.records import Notice, decode
 from _tsproxy.timestamps.gates import Preserve
-from harness import Exchange
+from harness import Exchange, wait_until
 from lone_bench import lone_bench
 
 PATIENCE = 10
@@ -334,3 +339,65 @@ def test_who_fills_the_buffer_is_bulk_until_it_does_not(stand: Stand) -> None:
     half.detach()
     for sock in (near, source, sink, far):
         sock.close()
+
+
+class Ender:
+    """A deadline of something else that ends a connection, as a look at its peers may."""
+
+    def __init__(self, relay: Any) -> None:
+        self._relay = relay
+
+    def on_deadline(self, now_ns: int) -> None:
+        self._relay.end(Ending.SERVER_TIMEOUT)
+
+
+@pytest.mark.parametrize("idle_ns", [1, 3_600_000_000_000], ids=["that is over", "that begins anew"])
+def test_a_connection_that_one_deadline_ends_has_no_idle_timeout_in_the_same_turn(
+    stand: Stand, echoing: Exchange, idle_ns: int
+) -> None:
+    bench = stand.worker.bench
+    bench.rules = bench.rules._replace(idle_timeout_ns=idle_ns)
+    with relayed(stand, echoing) as relay:
+        bench.timers.arm(Ender(relay), TICK_NS)
+        bench.timers.arm(relay, 2 * TICK_NS)
+        stand.worker._expire()
+        bench.close_buried()
+    assert (bench.counters[Counter.BUGS], bench.counters[Counter.ENDED]) == (0, 1)
+    assert bench.timers.next_ns() is None
+
+
+@contextlib.contextmanager
+def relayed(stand: Stand, echoing: Exchange) -> Iterator[Any]:
+    """A connection that relays, in a worker that does not run."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = client_of(stand, listener, 1, pack(socket.AF_INET, ("127.0.0.1", echoing.port)))
+    with client:
+        stand.worker.readable()
+        (relay,) = stand.worker.bench.relays.values()
+        wait_until(lambda: not relay.is_connecting or one_event(stand), "it relays")
+        yield relay
+
+
+def one_event(stand: Stand) -> None:
+    """Handle what comes next."""
+    for fd, mask in stand.worker.bench.poller.wait(PATIENCE, 1):
+        stand.worker.bench.handlers[fd].ready(mask)
+
+
+@pytest.mark.parametrize("what", ["look at its peers", "rest"])
+def test_a_bug_in_a_connections_other_deadlines_costs_that_connection(stand: Stand, echoing: Exchange, what: str) -> None:
+    bench = stand.worker.bench
+    with relayed(stand, echoing) as relay:
+        half = relay._halves[0]
+        bench.liveness = Liveness(bench.timers, bench.relays, 1)
+        if what == "rest":
+            bench.timers.arm(half_module._Rest(half), TICK_NS)
+            half.twin = None  # which it derives from what it waits for
+        else:
+            bench.liveness.begin(0)
+            half.sink = None
+        bench.woke = 10**9
+        stand.worker._expire()
+        assert (bench.counters[Counter.BUGS], bench.counters[Counter.ENDED]) == (1, 1)
+        bench.close_buried()
+    assert "Traceback" in stand.said()[0]

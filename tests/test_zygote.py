@@ -55,15 +55,18 @@ def test_ten_thousand_networks_may_be_allowed(start: Any, echoing: Exchange) -> 
     assert proxy.stop() == 0
 
 
-def test_the_fork_server_works_behind_a_thousand_handed_over_listeners(echoing: Exchange) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_fork_server_works_behind_a_thousand_handed_over_listeners(echoing: Exchange, workers: int) -> None:
     """Its descriptors have numbers then that select(2) can't take (FD_SETSIZE is 1,024)."""
     with listeners(1) as (listener,):
-        words = ["-t", echoing.target, "--timestamps=preserve", "--runtime=processes", "--workers=1"]
+        words = ["-t", echoing.target, "--timestamps=preserve", "--runtime=processes", f"--workers={workers}"]
         proxy = hand_over([listener] * 1024, *words)
     with contextlib.closing(proxy):
         for _ in range(2):
             with proxy.connect() as client:
                 client.sendall(b"x")
                 assert receive_exactly(client, 1) == b"x"
+            (zygote_pid,) = children(proxy.process.pid)
+            os.kill(children(zygote_pid)[0], signal.SIGKILL)
+            assert "a successor took its place" in proxy.line("error", after=len(proxy.lines))["message"]
         assert proxy.stop() == 0
-        assert proxy.count("error") == 0

@@ -322,6 +322,11 @@ class _Rest:
     def __init__(self, half: Half) -> None:
         self._half = half
 
+    @property
+    def owner(self) -> Owner:
+        """The half's, while it has one."""
+        return self._half.owner
+
     def on_deadline(self, now_ns: int) -> None:
         """Look again, unless the connection has ended."""
         self._half.rests = False

@@ -65,6 +65,7 @@ class Liveness:
         self._step_ns = max(-(-timeout_ms * 1_000_000 // _LOOKS), _SHORTEST_NS)
         self._gap_ns = 0
         self._round: List[Any] = []  # not asked yet in this one
+        self.owner: Any = None  # who is asked just now: a bug in that is a bug of this connection
         self._runs = False
 
     def begin(self, now_ns: int) -> None:
@@ -82,7 +83,9 @@ class Liveness:
         if self._runs:
             self._timers.arm(self, now_ns + self._gap_ns)  # first: a bug in a look must not be the last one
         for _ in range(min(_SLICE, len(self._round))):
-            self._round.pop().look(now_ns)
+            self.owner = self._round.pop()
+            self.owner.look(now_ns)
+        self.owner = None
 
     def is_gone(self, way: Direction, now_ns: int) -> bool:
         """Look at one sink. It is settled when it leaves no doubt."""

@@ -25,11 +25,12 @@ Handle = Callable[[int, int, int], None]  # descriptor, mask, when it was first 
 class Posted:
     """See the module. `masks` has what waits: a descriptor and its events. It is true for as long as anything does."""
 
-    __slots__ = ("_clock", "_lanes", "_turn", "masks")
+    __slots__ = ("_clock", "_lanes", "_since", "_turn", "masks")
 
     def __init__(self, clock: Callable[[], int] = monotonic_ns) -> None:
         self._clock = clock
         self.masks: Dict[int, int] = {}
+        self._since: Dict[int, int] = {}  # descriptor -> when it was first posted: its place in a lane says the same
         new: Lane = deque()
         bulk: Lane = deque()
         ending: Lane = deque()
@@ -43,24 +44,25 @@ class Posted:
         if fd in masks:
             masks[fd] |= mask
         else:
-            masks[fd] = mask
+            masks[fd], self._since[fd] = mask, now
             self._lanes[lane].append((fd, now))
 
     def drop(self, fd: int) -> None:
         """Forget a descriptor that is about to be closed: its number may come back. Its place in the lane is passed over."""
         self.masks.pop(fd, None)
+        self._since.pop(fd, None)
 
     def serve(self, handle: Handle, now: int, share_ns: int) -> None:
         """Handle events for a slice, or for `share_ns` if that is more: a slice of each lane in turn; at least one event."""
-        masks, lanes, clock, turn = self.masks, self._lanes, self._clock, self._turn
+        masks, posted, lanes, clock, turn = self.masks, self._since, self._lanes, self._clock, self._turn
         end = now + (share_ns if share_ns > SLICE_NS else SLICE_NS)
         while masks and now < end:
             turn = (turn + 1) % 4
             lane, until = lanes[turn], min(end, now + SLICE_NS)
             while lane and now < until:
                 fd, since = lane.popleft()
-                mask = masks.pop(fd, 0)
-                if mask:
-                    handle(fd, mask, since)
+                if posted.get(fd) == since:
+                    del posted[fd]
+                    handle(fd, masks.pop(fd), since)
                     now = clock()
         self._turn = turn if masks else 0  # new clients first: others can work for them meanwhile

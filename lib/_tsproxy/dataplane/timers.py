@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from typing import Any, Dict, List, Optional, Set
+from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
 
 TICK_NS = 5_000_000
 
@@ -33,7 +33,7 @@ class Timers:
     def disarm(self, owner: Any) -> None:
         """Forget the deadline of `owner`, if it has one."""
         tick = self._armed.pop(owner, None)
-        if tick is not None:
+        if tick in self._days:
             self._days[tick].discard(owner)
 
     def next_ns(self) -> Optional[int]:
@@ -42,11 +42,13 @@ class Timers:
             del self._days[heapq.heappop(self._order)]
         return self._order[0] * TICK_NS if self._order else None
 
-    def due(self, now_ns: int) -> List[Any]:
-        """The owners whose deadline has passed; they are disarmed."""
-        owners: List[Any] = []
+    def due(self, now_ns: int) -> Iterator[Any]:
+        """The owners whose deadline has passed; each is disarmed when its turn comes. One that is disarmed before has none."""
+        passed: List[Tuple[Any, int]] = []
         while self._order and self._order[0] * TICK_NS <= now_ns:
-            owners += self._days.pop(heapq.heappop(self._order))
-        for owner in owners:
-            del self._armed[owner]
-        return owners
+            tick = heapq.heappop(self._order)
+            passed += [(owner, tick) for owner in self._days.pop(tick)]
+        for owner, tick in passed:
+            if self._armed.get(owner) == tick:
+                del self._armed[owner]
+                yield owner

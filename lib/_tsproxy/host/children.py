@@ -33,16 +33,16 @@ def reap_others(ours: Collection[int]) -> None:
     """Reap each ended child that is not in `ours`: an orphan that became PID 1's, or one from before execve(2).
 
     It ends at one of ours, whose status stays for whoever waits for it by its number (waitid(2), WNOWAIT): call it again
-    after that.
+    after that. Where a sandbox refuses waitid(2) the orphans stay zombies.
     """
     while True:
         try:
             found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:
+            if found is None or found.si_pid in ours:
+                return
+            os.waitid(os.P_PID, found.si_pid, os.WEXITED)
+        except OSError:  # ECHILD: there is no child
             return
-        if found is None or found.si_pid in ours:
-            return
-        os.waitpid(found.si_pid, 0)
 
 
 class Child:

@@ -32,10 +32,14 @@ def keep_exit_statuses() -> None:
 
 
 def leave_directory() -> None:
-    """Change to /, so that the file system that this process was started in can be unmounted. Imports go on as before."""
+    """Change to /, so that the file system that this process was started in can be unmounted. Imports go on as before.
+
+    Where chdir(2) is refused it stays in use.
+    """
     with contextlib.suppress(OSError):  # a start directory that is deleted already (getcwd(3), ENOENT)
         sys.path[:] = map(os.path.abspath, sys.path)
-    os.chdir("/")
+    with contextlib.suppress(OSError):
+        os.chdir("/")
 
 
 def close_all_but(kept: Iterable[int]) -> None:
@@ -66,5 +70,12 @@ def _listed(first: int, last: int) -> Iterable[int]:
     try:
         return [fd for fd in map(int, os.listdir("/proc/self/fd")) if first <= fd <= last]
     except OSError:
+        return range(first, min(last + 1, max(_most_open(), first)))
+
+
+def _most_open() -> int:
+    """The hard limit on descriptors, or what the kernel allows by default where there is none, or none is told."""
+    with contextlib.suppress(OSError):
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        return range(first, min(last + 1, _MOST if hard == resource.RLIM_INFINITY else max(hard, first)))
+        return _MOST if hard == resource.RLIM_INFINITY else hard
+    return _MOST

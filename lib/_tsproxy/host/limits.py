@@ -18,7 +18,7 @@ def raise_nofile(wanted: int) -> int:
     try:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     except OSError:
-        return _nofile_of_proc(wanted)
+        return int(_soft_of_proc("Max open files", wanted))
     unlimited = resource.RLIM_INFINITY
     if soft == unlimited or soft >= wanted:
         return wanted if soft == unlimited else soft
@@ -30,19 +30,22 @@ def raise_nofile(wanted: int) -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
-def _nofile_of_proc(otherwise: int) -> int:
-    """The soft limit that /proc/self/limits shows (proc(5))."""
+def largest_file() -> float:
+    """RLIMIT_FSIZE in bytes, which counts for a memfd too (ftruncate(2), EFBIG); infinite where none is known."""
+    try:
+        soft = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    except OSError:
+        return _soft_of_proc("Max file size", float("inf"))
+    return float("inf") if soft == resource.RLIM_INFINITY else soft
+
+
+def _soft_of_proc(name: str, otherwise: float) -> float:
+    """The soft limit that /proc/self/limits shows by that name of three words (proc(5)); `otherwise` for "unlimited", too."""
     with contextlib.suppress(OSError, ValueError), open("/proc/self/limits", encoding="ascii") as limits:
         for line in limits:
-            if line.startswith("Max open files"):
+            if line.startswith(name):
                 return int(line.split()[3])
     return otherwise
-
-
-def largest_file() -> float:
-    """RLIMIT_FSIZE in bytes, which counts for a memfd too (ftruncate(2), EFBIG); infinite where there is none."""
-    soft = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    return float("inf") if soft == resource.RLIM_INFINITY else soft
 
 
 def descriptors_for(connections: int, workers: int) -> int:

@@ -14,7 +14,7 @@ import traceback
 from typing import Any, Dict, Protocol, Union
 
 from _tsproxy.dataplane import inbox
-from _tsproxy.host import needs
+from _tsproxy.host import children, needs
 from _tsproxy.runtime import origin
 from _tsproxy.runtime.spec import Spec, run_worker
 from _tsproxy.runtime.zygote import Zygote
@@ -209,7 +209,7 @@ def best() -> str:
 def _may_fork() -> bool:
     """Whether fork(2), and waiting for a child, are allowed at all: tried. For want of tasks it may fail now and not later."""
     try:
-        pid = os.fork()
+        pid = children.fork_deaf()
         if pid == 0:
             os._exit(0)
         os.waitpid(pid, 0)

@@ -20,7 +20,7 @@ import signal
 import socket
 import struct
 import time
-from typing import Dict, Iterable, List, Optional, Set
+from typing import Dict, List, Optional, Set
 
 from _tsproxy.dataplane import inbox
 from _tsproxy.host import children, inherited, linux, memory
@@ -217,14 +217,6 @@ def _settle(kept: Set[int]) -> None:
     os.close(nowhere)
 
 
-def _open_ones() -> Iterable[int]:
-    """The descriptors that are open; where /proc is not there, in a chroot, all that may be."""
-    try:
-        return map(int, os.listdir("/proc/self/fd"))
-    except OSError:
-        return range(os.sysconf("SC_OPEN_MAX"))
-
-
 def _serve(control: socket.socket, gone: Wakeup) -> None:
     """Fork what is asked for, report what has ended, until the main process is gone."""
     with needing("pipe2(2)", "to hear of workers that end"):
@@ -233,7 +225,7 @@ def _serve(control: socket.socket, gone: Wakeup) -> None:
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     workers: Dict[int, int] = {}
-    events = select.poll()  # not select(2): what was inherited may have used up the numbers that it can take
+    events = select.poll()  # not select(2): behind many inherited listeners a descriptor may be beyond what that takes
     events.register(asked, select.POLLIN)
     events.register(deaths, select.POLLIN)
     while True:
@@ -250,14 +242,6 @@ def _serve(control: socket.socket, gone: Wakeup) -> None:
             spec = _spec(fds.pop(0))
             refusal = _fork(spec, fds, workers, {asked, deaths, wake})
             _tell(control, gone if refusal else None, _NEWS.pack(spec.number, _REFUSED if refusal else _BEGUN, refusal))
-
-
-def _readable(*fds: int, patience_s: Optional[float] = None) -> Set[int]:
-    """Those to read from, an end of file included. poll(2), since a descriptor may be beyond what select(2) can take."""
-    poller = select.poll()
-    for fd in fds:
-        poller.register(fd, select.POLLIN)
-    return {fd for fd, _ in poller.poll(None if patience_s is None else patience_s * 1000)}
 
 
 def _outlive(workers: Dict[int, int], deaths: int) -> None:

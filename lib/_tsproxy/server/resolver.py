@@ -54,7 +54,8 @@ class Resolver:
         """resolve(), unless a signal asks for the end first: then False, at once.
 
         No signal ends getaddrinfo(3) early, and it may take a minute. So it runs in a child process: a thread would have
-        to be gone before root is dropped and workers are forked. The child ends with this process, if not before.
+        to be gone before root is dropped and workers are forked. The child is gone when this returns, and should this
+        process be killed, it ends with it: standard output and inherited listeners are open in it, too.
         """
         if not self._may_change:
             self.resolve()
@@ -70,15 +71,18 @@ class Resolver:
                 return True
             finally:
                 os.close(writer)
-            if not _comes_before_the_end(reader, signals):
-                return False
-            said = answer.read()
-        os.waitpid(pid, 0)
-        if not said:
-            raise OSError(0, "the process that looks names up ended without an answer")
-        self._answers, self._failures = pickle.loads(said)  # noqa: S301 -- from our own child, by a pipe
-        self._publish()
-        return True
+            comes = _comes_before_the_end(reader, signals)
+            said = answer.read() if comes else b""
+        with contextlib.suppress(OSError):  # a sandbox refuses kill(2) or wait4(2): then it ends, or is reaped, later
+            if not comes:
+                os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        if said:
+            self._answers, self._failures = pickle.loads(said)  # noqa: S301 -- from our own child, by a pipe
+            self._publish()
+        else:
+            self._failures = dict.fromkeys(self._targets, "the process that looks names up ended without an answer")
+        return comes
 
     def _be_the_child(self, writer: int) -> None:
         """Never returns."""

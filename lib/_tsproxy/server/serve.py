@@ -144,6 +144,7 @@ class Server:
 
     def _accept_until_told(self) -> None:
         """Accept, or let the worker accept, until a signal or a worker's death."""
+        self._on_signals()  # those that the look-up of names has passed over
         accepting = False
         while not self._ended_by and not self._died:
             self._open_doors()
@@ -198,8 +199,7 @@ class Server:
     def _on_word(self, fd: int) -> None:
         """A signal, news of the resolver or the keeper, or the end of a worker."""
         if fd == self._signals.fd:
-            for number in self._signals.take():
-                self._on_signal(number)
+            self._on_signals()
         elif fd == self._has_news.reader:
             self._on_news()
         else:
@@ -208,13 +208,14 @@ class Server:
             for death in self._crew.replace_the_dead():
                 self._on_death(death)
 
-    def _on_signal(self, number: signal.Signals) -> None:
-        if number in DRAINING:
-            self._ended_by.append(number.name)
-        elif number == signal.SIGUSR1:
-            self._reporter.metrics_now()
-        else:
-            children.reap_others(self._crew.children)
+    def _on_signals(self) -> None:
+        for number in self._signals.take():
+            if number in DRAINING:
+                self._ended_by.append(number.name)
+            elif number == signal.SIGUSR1:
+                self._reporter.metrics_now()
+            else:
+                children.reap_others(self._crew.children)
 
     def _on_news(self) -> None:
         """Other addresses are said to be in use only when they are."""
