@@ -23,7 +23,7 @@ from _tsproxy.timestamps.evidence import Answer, Evidence
 from _tsproxy.timestamps.inspector import Inspector
 from _tsproxy.timestamps.policy import Lever, Wanted
 from conftest import CHECKOUT
-from harness import ROOT, Exchange, Proxy, echo, receive_exactly, wait_until
+from harness import ROOT, Exchange, Line, Proxy, echo, receive_exactly, wait_until
 from namespaces import Namespace
 from test_faults_names import Names
 from test_wire import REWRITE, TSVAL, generated
@@ -426,10 +426,6 @@ def test_no_syn_of_the_witness_leaves_by_the_uplink_where_lo_lacks_its_address(m
         with wire.clean, contextlib.closing(Inspector(STRIP)) as inspector:
             finding = inspector.look()
         assert {found.answer for found in finding.families.values()} == {Answer.UNSEEN}
-        assert [found.fix for found in finding.families.values()] == [
-            "ip address add 127.0.0.1/8 dev lo",
-            "ip address add ::1/128 dev lo",
-        ]
         assert sniffer.stop() == []
     finally:
         sniffer.close_if_running()
@@ -438,12 +434,16 @@ def test_no_syn_of_the_witness_leaves_by_the_uplink_where_lo_lacks_its_address(m
 LOSSY = "table inet lossy {\n chain in {\n type filter hook input priority -500\n iifname lo tcp dport != 0 drop\n }\n}\n"
 
 
+def is_unseen(line: Line) -> bool:
+    return "can't be looked at now" in line["message"]
+
+
 def test_under_the_sysctl_a_look_that_fails_itself_keeps_nobody_waiting(make_wire: Callable[..., Wire]) -> None:
     wire = make_wire(split=True, sysctl="0")
     proxy = wire.start(wire.far_end(4, echo), 4)
     with wire.connect(proxy):
         wire.rules(LOSSY)
-        assert "the sysctl's value decides" in proxy.line("warning")["message"]
+        assert "the sysctl's value decides" in proxy.line("warning", is_unseen)["message"]
         with wire.connect(proxy) as client:
             client.sendall(b"order")
             assert receive_exactly(client, 5) == b"order"
@@ -459,8 +459,7 @@ def test_a_look_that_fails_itself_ends_nothing_and_new_clients_wait_for_the_next
     proxy = wire.start(far, 4, "--connect-timeout=30", *options)
     with wire.connect(proxy) as kept:
         wire.rules(LOSSY)
-        warning = proxy.line("warning")
-        assert "can't be looked at now" in warning["message"]
+        warning = proxy.line("warning", is_unseen)
         assert "new connections wait for it" in warning["message"]
         late = wire.connect(proxy)
         kept.sendall(b"still")
@@ -485,7 +484,7 @@ def test_a_client_that_waits_for_evidence_in_vain_is_refused_after_the_connect_t
     proxy = wire.start(far, 4, "--connect-timeout=1")
     proxy.line("start")
     wire.rules(LOSSY)
-    proxy.line("warning")
+    proxy.line("warning", is_unseen)
     with wire.connect(proxy) as client, pytest.raises(ConnectionResetError):
         client.recv(1)
     line = proxy.line("connection")
@@ -499,7 +498,7 @@ def test_a_drain_is_not_delayed_by_a_look_that_does_not_end(make_wire: Callable[
     proxy = wire.start(wire.far_end(4, echo), 4)
     proxy.line("start")
     wire.rules(LOSSY)
-    proxy.line("warning")
+    proxy.line("warning", is_unseen)
     ended = threading.Thread(target=proxy.stop)
     ended.start()
     ended.join(2)

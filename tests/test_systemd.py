@@ -253,7 +253,7 @@ def test_a_busy_worker_whose_inbox_is_never_empty_answers_the_watchdog(manager: 
         for _ in range(3):
             watchdog.tick()
             seat.box.put(inbox.Entry(inbox.PING))  # one comes before one is taken
-            assert len(list(seat.consumer.take())) == 1
+            assert seat.consumer.take()
             assert not seat.box.is_empty
             wait_until(lambda: watchdog.due_s == 0)
             watchdog.tick()

@@ -182,11 +182,16 @@ class Relay:
         Anew from another socket: the kernel would send it again by itself, without asking the gate.
         """
         if self not in self._bench.waiting:
-            if now_ns >= self._until_ns:
-                self._attempt_failed(errno.ETIMEDOUT)
+            code = self._unreported()
+            if code or now_ns >= self._until_ns:
+                self._attempt_failed(code or errno.ETIMEDOUT)
             else:
                 self._take_back()
         self._connect()
+
+    def _unreported(self) -> int:
+        """The errno of an ICMP error that came while connect(2) itself ran, as from this host's own filter: told when asked."""
+        return sum(half.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) for half in self._halves[1:])
 
     def _take_back(self) -> None:
         """Give up the socket, not the address."""

@@ -25,6 +25,7 @@ _SIOCSIFFLAGS = 0x8914
 _IFF_UP = 1
 _IFREQ = struct.Struct("16sh22x")  # struct ifreq with ifr_flags in its union
 _LO = b"lo"
+_LO_INDEX = 1  # loopback_net_init() in drivers/net/loopback.c: the first interface of each network namespace
 
 
 def leave_network() -> None:
@@ -63,6 +64,11 @@ def is_up(interface: str) -> bool:
     """Whether the interface is up. OSError if there is none of that name."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         return bool(_flags(any_socket, os.fsencode(interface)) & _IFF_UP)
+
+
+def loopback() -> str:
+    """The name of the loopback interface, which may be called otherwise. OSError if /proc and all tell nothing of it."""
+    return socket.if_indextoname(_LO_INDEX)
 
 
 def has_ipv6() -> bool:

@@ -87,7 +87,7 @@ def _raising(family: int) -> str:
 
 def _is_lo_up() -> bool:
     try:
-        return namespaces.is_up("lo")
+        return namespaces.is_up(namespaces.loopback())
     except OSError:
         return False
 
@@ -149,7 +149,7 @@ def _kept_in(sock: _Sock) -> _Sock:
     Without a right before Linux 5.7: then bind(2) and the routes decide, as they do for everybody (ip_nonlocal_bind).
     """
     with contextlib.suppress(PermissionError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\0")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, os.fsencode(namespaces.loopback()) + b"\0")
     return sock
 
 
