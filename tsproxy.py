@@ -69,7 +69,8 @@ Lines on standard output:
   -V --version                 Show the version and exit.
 
 Exit codes: 0 drained, 1 failed while running, 2 usage or a bad value, 69 can't bind, 75 what may come by itself is missing
-(no target can be resolved yet, no such --source yet): try again, 78 the timestamp policy can't be honoured.
+(no target can be resolved yet, no such --source yet, no task, memory or descriptor left): try again, 78 the timestamp
+policy can't be honoured.
 Signals: SIGTERM, SIGINT, SIGHUP drain (a second one ends now), SIGUSR1 prints a metrics line.
 """
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import pytest
+from _tsproxy.timestamps import rehearsal
 from conftest import CHECKOUT
 from harness import Exchange
 from namespaces import Namespace
@@ -312,6 +313,8 @@ def test_a_user_without_rights_is_told_that_the_wire_was_not_watched_and_why(spa
     assert code == 0
     assert "not watched: that takes CAP_NET_RAW, which uid 65534 does not have here" in said
     assert "the rules can't be read (that takes CAP_NET_ADMIN)" in said
+    assert rehearsal.UNASKED in said
+    assert rehearsal.RESET not in said, "it takes a right to see that"
 
 
 # The table

@@ -94,10 +94,10 @@ def test_a_reset_is_noticed_while_reading_is_paused(start: Any, exchange: Exchan
     fill(sides["server" if stalled == "client" else "client"])
     reset(sides.pop(breaks))
     (left,) = sides.values()
+    line = proxy.line("connection")  # before anybody reads, and makes room for what is held
     with pytest.raises(ConnectionResetError):
         receive_all(left)
         left.sendall(b"x")
-    line = proxy.line("connection")
     assert line["reason"] == f"{breaks}_reset"
     assert line["discarded_bytes"] > 0
     metrics = proxy.metrics()

@@ -23,7 +23,7 @@ from _tsproxy.host.addresses import Address
 from _tsproxy.host.capture import Capture, Seen
 from _tsproxy.runtime.spec import tuning_of
 from _tsproxy.server.startup import look_twice, resolve, wanted_of
-from _tsproxy.timestamps import advice, rehearsal, syn, witness
+from _tsproxy.timestamps import advice, syn, witness
 from _tsproxy.timestamps.evidence import NAMES, Answer, Evidence
 from _tsproxy.timestamps.gates import Gate, gate_for
 from _tsproxy.timestamps.inspector import LOOK_S, Finding, Inspector
@@ -51,6 +51,7 @@ def look(config: Config) -> Report:
     wanted = wanted_of(config, resolver)
     with contextlib.closing(Inspector(wanted)) as inspector:
         finding = look_twice(inspector)
+        tried = inspector.tried
         rows, syns = _loopback(wanted, finding)
         attempts = list(_attempts(config, inspector, finding, resolver.addresses))
     wires, refusals = _wires(wanted, finding, attempts)
@@ -60,7 +61,7 @@ def look(config: Config) -> Report:
         config=config,
         lever=None if missing else finding.lever,
         host=facts.all_of_them(),
-        levers=[_sysctl(wanted, finding, syns), _rules(wanted, finding, syns)],
+        levers=[_sysctl(wanted, finding, syns), _rules(finding, syns, tried)],
         witnesses=[*rows, *wires],
         connections=[attempt.connection for attempt in attempts],
         unresolved=[f"{target}: {reason}" for target, reason in resolver.failures],
@@ -90,7 +91,7 @@ def _sysctl(wanted: Wanted, finding: Finding, syns: Sequence[Syn]) -> Row:
     return Row(name, str(value), "ok" if needed else "off", f"in this namespace: {meaning}")
 
 
-def _rules(wanted: Wanted, finding: Finding, syns: Sequence[Syn]) -> Row:
+def _rules(finding: Finding, syns: Sequence[Syn], tried: Sequence[str]) -> Row:
     """nftables, from what it does to our SYNs and, with the right to, from the names of its tables."""
     try:
         names, seen = netfilter.tables(), ""
@@ -100,8 +101,7 @@ def _rules(wanted: Wanted, finding: Finding, syns: Sequence[Syn]) -> Row:
         seen = f"the rules can't be read ({why}); what they do shows in the witness"
     value = ", ".join(names) or None
     if finding.lever is Lever.NFTABLES:
-        tried = "; ".join(scene.what for scene in rehearsal.scenes(wanted))
-        note = f"a filter changes our SYN as wanted, and on loopback what answers this: {tried}; {seen}"
+        note = f"a filter changes our SYN as wanted, and on loopback what answers this: {'; '.join(tried)}; {seen}"
         return Row("nftables", value, "ok", note)
     if finding.sysctl == 0 or not syns:
         return Row("nftables", value, "unknown", f"nothing to change in our SYN; {seen}" if syns else seen)

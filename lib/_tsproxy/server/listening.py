@@ -48,11 +48,11 @@ def family_of(ip: str) -> int:
 
 def is_local(address: Address) -> bool:
     """Whether it is an address of this network namespace: one that can be bound to."""
-    with socket.socket(address.family, socket.SOCK_STREAM) as probe:
-        try:
+    try:
+        with socket.socket(address.family, socket.SOCK_STREAM) as probe:
             probe.bind(address._replace(port=0).sockaddr)
-        except OSError:
-            return False
+    except OSError:  # the family may not be there at all
+        return False
     return True
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import Dict, Iterable, NamedTuple, Optional, Set
+from typing import Dict, Iterable, List, NamedTuple, Optional, Set
 
 from _tsproxy.host import sockets
 from _tsproxy.timestamps import rehearsal, witness
@@ -130,6 +130,11 @@ class Inspector:
         if not leak:
             self._rehearsed[family] = now
         return leak
+
+    @property
+    def tried(self) -> List[str]:
+        """What a far end could do that was rehearsed, in words; with the right to see each segment that is more."""
+        return rehearsal.tried(self.wanted, bool(self._saw_all))
 
     def close(self) -> None:
         """Close the descriptor."""

@@ -17,7 +17,7 @@ import select
 import socket
 import time
 from socket import SocketType
-from typing import Callable, Iterator, NamedTuple, Optional, Tuple
+from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 from _tsproxy.host import bpf, linux, sockets
 from _tsproxy.host.addresses import Address, from_sockaddr
@@ -83,6 +83,13 @@ def scenes(wanted: Wanted) -> Tuple[Scene, ...]:
     """All there are for the policy. Under strip no connection with TSopt lives, so none comes to TIME_WAIT."""
     always = (Scene(CROSSING, _answers_a_syn), Scene(UNASKED, _sends_data), Scene(RESET, _resets))
     return (*always, Scene(TIME_WAIT, _answers_from_time_wait)) if wanted.mode == "rewrite" else always
+
+
+def tried(wanted: Wanted, saw_all: bool) -> List[str]:
+    """What a rehearsal has seen to hold, in words."""
+    if saw_all:
+        return [scene.what for scene in scenes(wanted)]
+    return ["data behind our SYN"] if wanted.mode == "rewrite" else [CROSSING, UNASKED]
 
 
 def _by_segment(family: int, wanted: Wanted, allowed: Optional[int], until: float) -> str:
