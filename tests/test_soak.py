@@ -79,8 +79,8 @@ def adopt(fd, family):
     sock = turned(real_adopt(fd, family))
     sock.setblocking(False)
     return sock
-def dial(*args):
-    sock = turned(real_dial(*args))
+def dial(*args, **words):
+    sock = turned(real_dial(*args, **words))
     sock.setblocking(False)
     return sock
 sockets.adopt, sockets.dial = adopt, dial
