@@ -117,9 +117,9 @@ def share_of_cpu(proxy: Proxy) -> float:
 
 
 def sleeps(proxy: Proxy) -> None:
-    """It comes to rest: a loop that spins never does."""
+    """It comes to rest, however busy the machine is meanwhile: a loop that spins never does."""
     shares: List[float] = []
-    wait_until(lambda: shares.append(share_of_cpu(proxy)) or shares[-1] < IDLE, "idle below 1 % of a CPU", 3)
+    wait_until(lambda: shares.append(share_of_cpu(proxy)) or shares[-1] < IDLE, "idle below 1 % of a CPU")
 
 
 def are_kept_at_rest(proxy: Proxy, clients: List[socket.socket]) -> None:
