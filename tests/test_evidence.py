@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, Sequence, Tuple
 
 import pytest
 from _tsproxy.host import bpf, sockets, wakeup
@@ -25,7 +25,7 @@ from _tsproxy.timestamps.policy import Lever, Wanted
 from conftest import CHECKOUT
 from harness import ROOT, Exchange, Line, Proxy, echo, receive_exactly, wait_until
 from namespaces import Namespace
-from test_faults_names import Names
+from test_faults_names import Names, asking_here
 from test_wire import REWRITE, TSVAL, generated
 from unprivileged import BECOME
 from wire import UPSTREAM, Sniffer, Wire
@@ -41,7 +41,7 @@ def namespace() -> Iterator[Namespace]:
         yield found
 
 
-def table(out: List[str], into: List[str] = []) -> str:  # noqa: B006
+def table(out: Sequence[str], into: Sequence[str] = ()) -> str:
     chains = [f"  chain out {{\n    {OUTPUT}\n    " + "\n    ".join(out) + "\n  }"]
     if into:
         chains.append(f"  chain in {{\n    {INPUT}\n    " + "\n    ".join(into) + "\n  }")
@@ -237,10 +237,7 @@ class Moving(contextlib.ExitStack):
         with host:
             self.names = self.enter_context(contextlib.closing(Names("127.0.0.2")))
             self.four = self.enter_context(contextlib.closing(Exchange(echo, host="127.0.0.2")))
-        (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
-        (tmp_path / "nsswitch.conf").write_text("hosts: dns\n")
-        binds = " && ".join(f"mount --bind {tmp_path}/{name} /etc/{name}" for name in ("resolv.conf", "nsswitch.conf"))
-        self._wrap = ("unshare", "--mount", "sh", "-c", f'{binds} && exec "$@"', "sh")
+        self._wrap = asking_here(tmp_path)
 
     def start(self, *options: str) -> Proxy:
         words = ["-t", f"exchange.test:{self.four.port}", "-p0", "--metrics-interval=0", *options]

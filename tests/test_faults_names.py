@@ -7,7 +7,7 @@ import socket
 import struct
 import threading
 from pathlib import Path
-from typing import Iterator, Optional
+from typing import Iterator, Optional, Tuple
 
 import pytest
 from faults import Stand, ends, make_stand, play
@@ -57,6 +57,14 @@ class Names:
         self._socket.close()
 
 
+def asking_here(tmp_path: Path) -> Tuple[str, ...]:
+    """The words before a command whose resolver shall ask the server on port 53 of its own namespace, and nothing else."""
+    (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
+    (tmp_path / "nsswitch.conf").write_text("hosts: dns\n")
+    binds = " && ".join(f"mount --bind {tmp_path}/{name} /etc/{name}" for name in ("resolv.conf", "nsswitch.conf"))
+    return ("unshare", "--mount", "sh", "-c", f'{binds} && exec "$@"', "sh")
+
+
 class Named(contextlib.ExitStack):
     """An exchange at 127.0.0.2 that is known by name, and one at 127.0.0.3, same port, that it may move to."""
 
@@ -66,10 +74,7 @@ class Named(contextlib.ExitStack):
         with stand.host:
             self.names = self.enter_context(contextlib.closing(Names("127.0.0.2")))
             self.old = self.enter_context(contextlib.closing(Exchange(play, host="127.0.0.2")))
-        (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
-        (tmp_path / "nsswitch.conf").write_text("hosts: dns\n")
-        binds = " && ".join(f"mount --bind {tmp_path}/{name} /etc/{name}" for name in ("resolv.conf", "nsswitch.conf"))
-        self._wrap = ("unshare", "--mount", "sh", "-c", f'{binds} && exec "$@"', "sh")
+        self._wrap = asking_here(tmp_path)
 
     def start(self, *options: str) -> Proxy:
         return self.stand.start(*options, target=f"exchange.test:{self.old.port}", wrap=self._wrap)

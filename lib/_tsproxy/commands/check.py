@@ -235,7 +235,7 @@ def _source(config: Config, family: int) -> Optional[Address]:
 def _outcome(sock: socket.SocketType, to: Address, gate: Gate, patience_s: float, begun: int, number: int) -> Connection:
     """`number` is what connect(2) answered at once: without a route that is all there is."""
     if number in linux.RETRY:
-        if not _writable(sock, patience_s):
+        if not witness.wait(sock, select.POLLOUT, time.monotonic() + patience_s):
             return Connection(str(to), "timed out", f"no answer within {patience_s:g} s")
         number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if number:
@@ -244,13 +244,6 @@ def _outcome(sock: socket.SocketType, to: Address, gate: Gate, patience_s: float
     info = sockets.tcp_info(sock)
     what = "timestamps negotiated" if info.timestamps else "no timestamps negotiated"
     return Connection(str(to), "connected", what, took_us, info.timestamps, gate.may_relay(sock, info))
-
-
-def _writable(sock: socket.SocketType, patience_s: float) -> bool:
-    """poll(2), since a descriptor may be beyond what select(2) can take."""
-    poller = select.poll()
-    poller.register(sock, select.POLLOUT)
-    return bool(poller.poll(patience_s * 1000))
 
 
 def _is_ours(seen: Seen, ours: Sequence[object], target: Address) -> bool:

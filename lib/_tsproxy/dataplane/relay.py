@@ -191,7 +191,7 @@ class Relay:
 
     def _unreported(self) -> int:
         """The errno of an ICMP error that came while connect(2) itself ran, as from this host's own filter: told when asked."""
-        return sum(half.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) for half in self._halves[1:])
+        return next((half.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) for half in self._halves[1:]), 0)
 
     def _take_back(self) -> None:
         """Give up the socket, not the address."""

@@ -66,12 +66,12 @@ def connected(sock: SocketType) -> Optional[TcpInfo]:
 
 def tcp_state(sock: SocketType) -> int:
     """tcpi_state, e.g. linux.TCP_ESTABLISHED."""
-    return sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, 8)[0]
+    return sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, 1)[0]
 
 
 def is_closed(sock: SocketType) -> bool:
     """Whether the connection is no more; an error that ended it may have been told already, and is told only once."""
-    return sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, 1)[0] == linux.TCP_CLOSE
+    return tcp_state(sock) == linux.TCP_CLOSE
 
 
 def counts_microseconds(sock: SocketType) -> bool:

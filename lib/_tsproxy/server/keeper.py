@@ -86,9 +86,9 @@ class Keeper:
 
     def _look(self, began: int, was_asked: bool) -> None:
         finding = self._find()
-        answer = self._standing(finding.answer(self._family, self._lever))
+        seen = finding.answer(self._family, self._lever)
+        answer, steady = self._standing(seen), self._steady(seen)
         self._evidence.publish(self._family, answer, began)
-        steady = self._steady(finding.answer(self._family, self._lever))
         steady = answer if answer is Answer.FAILS else steady
         if steady is not self._told or answer is Answer.FAILS or (was_asked and answer is not Answer.UNSEEN):
             self._told = steady

@@ -11,6 +11,7 @@ import signal
 import socket
 import time
 from collections import deque
+from functools import partial
 from typing import Deque, List, Optional, Tuple, Union
 
 from _tsproxy import exits
@@ -104,8 +105,8 @@ class Server:
     def _start_keepers(self) -> None:
         """One for each address family, so that none waits for another."""
         ready, lever = self._ready, self._ready.plan.lever
+        complain = partial(self._tell, "error", "error")
         for family, asked in ready.plan.asked.items():
-            complain = lambda bug: self._tell("error", "error", bug)  # noqa: E731
             keeper = Keeper(family, ready.inspector, lever, ready.evidence, asked, tell=self._tell_look, complain=complain)
             keeper.start()
 

@@ -16,7 +16,7 @@ from _tsproxy.host import memory
 
 NAMES: Dict[int, str] = {socket.AF_INET: "IPv4", socket.AF_INET6: "IPv6"}
 _PLACES = {family: place for place, family in enumerate(NAMES)}
-_WORDS = 2 * len(_PLACES)
+_NEEDED = len(_PLACES)  # behind the answers: when each family was last needed
 _BITS = 3
 
 
@@ -61,11 +61,11 @@ class Evidence:
 
     def need(self, family: int) -> None:
         """A reader's: this family is in use now."""
-        self._words[_WORDS // 2 + _PLACES[family]] = time.monotonic_ns()
+        self._words[_NEEDED + _PLACES[family]] = time.monotonic_ns()
 
     def needed_since(self, family: int, at_ns: int) -> bool:
         """Whether a reader has needed the family since then."""
-        return self._words[_WORDS // 2 + _PLACES[family]] > at_ns
+        return self._words[_NEEDED + _PLACES[family]] > at_ns
 
 
 _ANSWERS = tuple(Answer)

@@ -1,7 +1,7 @@
 """What must hold before a SYN leaves, and before a byte is relayed: one gate for each lever, asked by the data path.
 
 A gate never waits and opens nothing. It compares what is known of the address family (Evidence) with what it can read
-in a microsecond. What it needs to know anew it asks for, and says WAIT meanwhile.
+in a microsecond. What it needs to know anew it asks for; its answer is None meanwhile.
 """
 
 from __future__ import annotations

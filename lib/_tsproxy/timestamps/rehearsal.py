@@ -188,7 +188,7 @@ def _answers_from_time_wait(family: int, through: Filter, until: float) -> bool:
         if not wait(far, select.POLLIN, until):
             return False
         far.close()
-        if not wait(near, select.POLLIN, until) or sockets.tcp_state(near) != linux.TCP_CLOSE:
+        if not wait(near, select.POLLIN, until) or not sockets.is_closed(near):
             return False
         with closing(_at(there)) as again:
             through.attach(again)
