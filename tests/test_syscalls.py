@@ -228,26 +228,23 @@ OUTSIDE = {
 
 @pytest.mark.parametrize("call", OUTSIDE)
 def test_a_call_that_is_not_listed_ends_the_process(call: str, tmp_path: Path) -> None:
-    """What shows that the filter of the tests above is one."""
+    """What shows that the filter of the tests above is one. The call comes after the filter was told of."""
     script = tmp_path / "outside.py"
+    (go, end), (told, tell) = os.pipe(), os.pipe()
     script.write_text(
-        f"import ctypes, os, sys\nsys.stdin.read()\nos.write(1, b'relaying\\n')\nwhile True:\n    {OUTSIDE[call]}\n"
+        f"import ctypes, os, sys\nos.read({told}, 1)\nos.write(1, b'relaying\\n')\nwhile True:\n    {OUTSIDE[call]}\n"
     )
-    go, end = os.pipe()
     with calls(tmp_path, RELAYING) as names:
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", LAUNCHER, names, str(go), str(script)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            pass_fds=[go],
-        )
-        os.close(go)
-        os.close(end)
-        assert process.stderr
-        assert process.stderr.readline() == b"confined\n"
-        said, _ = process.communicate(timeout=PATIENCE)
-    assert (process.returncode, said) == (-signal.SIGSYS, b"relaying\n")
+        command = [sys.executable, "-I", "-S", LAUNCHER, names, str(go), str(script)]
+        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "pass_fds": [go, told]}
+        with subprocess.Popen(command, **pipes) as process:
+            for number in (go, end, told):
+                os.close(number)
+            assert process.stderr
+            confined = process.stderr.readline()
+            os.close(tell)
+            said, _ = process.communicate(timeout=PATIENCE)
+    assert (confined, process.returncode, said) == (b"confined\n", -signal.SIGSYS, b"relaying\n")
 
 
 # Calls that are refused, as a sandbox does it that was made for something else
