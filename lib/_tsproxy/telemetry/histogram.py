@@ -82,12 +82,18 @@ def _reached(slots: List[int], running: List[int], share: float) -> Optional[flo
     return upper_ns(slots[bisect_left(running, -(-part * running[-1] // whole))]) / 1000
 
 
-def summary(name: str, counts: Counts) -> Dict[str, object]:
-    """The fields of one histogram in the metrics line: percentiles, maximum, and cumulative counts below each limit."""
+def summary(name: str, counts: Counts, longest_ns: int) -> Dict[str, object]:
+    """The fields of one histogram in the metrics line: percentiles, maximum, and cumulative counts below each limit.
+
+    A percentile is the upper edge of its slot, but never more than the maximum, which is what was measured.
+    """
     slots, running = [index for index, _ in counts], [0, *_running(counts)]
     fields: Dict[str, object] = {}
-    for label, share in (("p50", 0.5), ("p99", 0.99), ("p999", 0.999), ("max", 1.0)):
-        fields[f"{name}_{label}"] = _reached(slots, running[1:], share)
+    longest_us = longest_ns / 1000 if counts else None
+    for label, share in (("p50", 0.5), ("p99", 0.99), ("p999", 0.999)):
+        edge_us = _reached(slots, running[1:], share)
+        fields[f"{name}_{label}"] = edge_us and longest_us and min(edge_us, longest_us)
+    fields[f"{name}_max"] = longest_us
     for limit, edge in zip(LIMITS_US, _EDGES):
         fields[f"{name}_le_{limit}"] = running[bisect_left(slots, edge)]
     fields[f"{name}_count"] = running[-1]
