@@ -34,6 +34,13 @@ _PLAIN = {
     "downstream_cx_lost_with_worker_total": Counter.LOST_WITH_WORKER,
 }
 
+HISTOGRAMS = {
+    "connect_us": (counters.CONNECT, histogram.LIMITS_US),
+    "relay_us": (counters.RELAY, histogram.LIMITS_US),
+    "loop_lag_us": (counters.LOOP_LAG, histogram.COARSE_US),
+}
+"""Where the counts of each begin in a worker's row, and the limits of its `le` fields."""
+
 
 def totals(ledger: Ledger) -> Dict[str, int]:
     """Each counter since the start, and the two gauges derived from pairs of them."""
@@ -54,7 +61,7 @@ def active(ledger: Ledger) -> int:
 def latencies(ledger: Ledger) -> Dict[str, object]:
     """The fields of all histograms."""
     fields: Dict[str, object] = {}
-    for name, start in (("connect_us", counters.CONNECT), ("relay_us", counters.RELAY), ("loop_lag_us", counters.LOOP_LAG)):
+    for name, (start, limits_us) in HISTOGRAMS.items():
         counts = ledger.histogram(start)  # before the longest one, which a worker notes first
-        fields.update(histogram.summary(name, counts, ledger.longest_ns(start)))
+        fields.update(histogram.summary(name, counts, ledger.longest_ns(start), limits_us))
     return fields

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Dict, Iterator, List, Mapping, NamedTuple, Tuple
 
-from _tsproxy.telemetry.histogram import LIMITS_US
+from _tsproxy.telemetry.metrics import HISTOGRAMS
 
 ECS_VERSION = "8.11.0"
 SEVERITIES = {"debug": 5, "info": 9, "warning": 13, "error": 17}  # OpenTelemetry's SeverityNumber
@@ -44,7 +44,14 @@ STANDARD: Mapping[str, Names] = {
 }
 """The fields that have a name of their own there."""
 
-_HISTOGRAM = ("p50", "p99", "p999", "max", *(f"le_{limit}" for limit in LIMITS_US), "count")
+
+def _histograms() -> Iterator[str]:
+    for name, (_, limits_us) in HISTOGRAMS.items():
+        yield from (
+            f"{name}_{part}" for part in ("p50", "p99", "p999", "max", *(f"le_{limit}" for limit in limits_us), "count")
+        )
+
+
 EVENTS: Mapping[str, Tuple[str, ...]] = {
     "every line": ("timestamp", "level", "event", "pid"),
     "start": (
@@ -69,7 +76,7 @@ EVENTS: Mapping[str, Tuple[str, ...]] = {
         *("worker_restarts_total", "downstream_cx_lost_with_worker_total"),
         *("downstream_cx_tx_bytes_total", "upstream_cx_tx_bytes_total"),
         *("downstream_cx_active", "upstream_cx_active", "rx_bytes_per_s", "tx_bytes_per_s"),
-        *(f"{name}_{part}" for name in ("connect_us", "relay_us", "loop_lag_us") for part in _HISTOGRAM),
+        *_histograms(),
     ),
     "warning": ("message", "worker"),
     "error": ("message", "worker"),
