@@ -1,4 +1,4 @@
-"""A worker's bench without a worker: what test_workbench, test_stream and test_worker work on, in this process."""
+"""A worker's context without a worker: what test_workbench, test_stream and test_worker work on, in this process."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ def lone_context(
     os.close(shared_counters.fd)
     yield context
     context.close()
-    vars(context).clear()  # the ledger's map goes with its last reference, and its descriptor with it
+    vars(context).clear()  # the counters' map goes with its last reference, and its descriptor with it
     del row, shared_counters

@@ -17,7 +17,7 @@ from _tsproxy.linux.addresses import pack, without_port
 from _tsproxy.linux.sockets import bind_accept4
 from _tsproxy.proxy.acceptor import Acceptor
 from _tsproxy.proxy.clients import Clients, slots_for
-from _tsproxy.proxy.inbox import _SLOT, Message
+from _tsproxy.proxy.inbox import _SLOT, Command, Message
 from _tsproxy.stats.counters import ACCEPTOR_ROW, Counter, SharedCounters, slot_offset
 from harness import PATIENCE, Exchange, Proxy, pause, receive_exactly, reset
 from hypothesis import given, settings
@@ -187,7 +187,7 @@ def test_a_write_off_touches_the_dead_workers_row_alone() -> None:
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, MOST_UPSTREAMS))
 def test_the_pair_goes_over_to_the_worker(client_slot: int, upstreams: int) -> None:
-    message = Message(0, 5, 7, 9, four(1), bytes(24) * upstreams, client_slot)
+    message = Message(Command.CLIENT, 5, 7, 9, four(1), bytes(24) * upstreams, client_slot)
     encoded = message.encode()
     assert Message.decode(encoded) == message
     assert len(encoded) <= _SLOT
@@ -208,9 +208,7 @@ class FullCrew:
 def acceptor_of(wanted: config.Config, world: Any, crew: Any) -> Acceptor:
     row = world.shared_counters.rows[ACCEPTOR_ROW]
     say: Any = lambda *_: None  # noqa: E731
-    return Acceptor(
-        wanted, world.shared_counters, row, world.clients, upstreams=lambda: b"", dispatch=crew.dispatch, log_ratelimited=say
-    )
+    return Acceptor(wanted, world.shared_counters, row, world.clients, dispatch=crew.dispatch, log_ratelimited=say)
 
 
 def test_a_client_that_no_worker_takes_keeps_its_share() -> None:

@@ -77,7 +77,7 @@ def test_an_import_that_runs_the_other_way_breaks_a_contract(copy: Path, where: 
 
 @pytest.mark.parametrize(
     ("contract", "package"),
-    [("packages", "_tsproxy"), ("proxy", "_tsproxy.proxy"), ("top", "_tsproxy.tools.top")],
+    [("packages", "_tsproxy"), ("proxy", "_tsproxy.proxy"), ("loop", "_tsproxy.loop"), ("top", "_tsproxy.tools.top")],
 )
 def test_a_contract_leaves_no_module_out(contract: str, package: str) -> None:
     config = configparser.ConfigParser()

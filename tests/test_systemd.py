@@ -249,11 +249,11 @@ def test_a_busy_worker_whose_inbox_is_never_empty_answers_the_watchdog(manager: 
     notifier = systemd.Notifier({"NOTIFY_SOCKET": manager.path, "WATCHDOG_USEC": "30000"}, os.getpid())
     watchdog = Watchdog(notifier, pool, lambda: "relaying")
     with contextlib.closing(notifier), contextlib.closing(seat):
-        seat.box.put(inbox.Message(inbox.PING))
+        seat.box.put(inbox.Message(inbox.Command.PING))
         for _ in range(3):
             watchdog.tick()
-            seat.box.put(inbox.Message(inbox.PING))  # one comes before one is taken
-            assert seat.consumer.take()
+            seat.box.put(inbox.Message(inbox.Command.PING))  # one comes before one is taken
+            assert seat.consumer.pop()
             assert not seat.box.is_empty
             wait_until(lambda: watchdog.due_s == 0)
             watchdog.tick()

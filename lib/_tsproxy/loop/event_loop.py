@@ -14,7 +14,7 @@ from typing import Callable, Dict, List, Optional, Protocol
 
 from _tsproxy.loop.poller import ENDED, READABLE, Poller
 from _tsproxy.loop.posted import BULK, ENDING, NOW, Posted
-from _tsproxy.loop.timers import Timer, Timers
+from _tsproxy.loop.timers import Timers
 
 _BATCH = 256  # events an iteration
 _PROBE_NS = 100_000_000

@@ -22,7 +22,7 @@ from _tsproxy.linux.systemd import Notifier
 from _tsproxy.policy import levers
 from _tsproxy.proxy.acceptor import Acceptor
 from _tsproxy.proxy.clients import Clients, slots_for
-from _tsproxy.proxy.inbox import DRAIN, DRIFTED, EVIDENCE, KILL, LEAVE, OPEN
+from _tsproxy.proxy.inbox import Command
 from _tsproxy.stats import metrics
 from _tsproxy.stats.counters import ACCEPTOR_ROW, Counter, SharedCounters
 from _tsproxy.stats.records import RecordPipe
@@ -77,7 +77,7 @@ class Server:
         self._looks: Deque[Look] = deque()  # what the monitor's thread has found
         self._has_news = wakeup.create()
         self._watchdog = Watchdog(notifier, self._pool, self._status)
-        self._drift = Drift(prepared.shared.lever, self._log, lambda: self._pool.notify(DRIFTED))
+        self._drift = Drift(prepared.shared.lever, self._log, lambda: self._pool.notify(Command.POLICY_FAILED))
         with needing("epoll_create1(2)", "to wait for events"):
             self._selector = selectors.DefaultSelector()
         self._started = time.monotonic()
@@ -95,15 +95,16 @@ class Server:
         )
 
     def _make_acceptor(self) -> Acceptor:
-        return Acceptor(
+        acceptor = Acceptor(
             self._config,
             self._counters_of_all,
             self._counters_of_all.rows[ACCEPTOR_ROW],
             Clients(self._counters_of_all, self._slots, self._config.max_connections_per_client),
-            upstreams=lambda: self._prepared.resolver.packed,
             dispatch=self._pool.dispatch,
             log_ratelimited=lambda level, why: self._log(level, level, why),
         )
+        acceptor.upstreams = self._prepared.resolver.packed
+        return acceptor
 
     def _start_monitors(self) -> None:
         """One for each address family, so that none waits for another."""
@@ -178,6 +179,7 @@ class Server:
                     self._listen(accepting)
             for key, _ in self._selector.select(self._patience_s(pause)):
                 if key.data is not None:
+                    self._acceptor.upstreams = self._prepared.resolver.packed
                     self._acceptor.accept(key.data)
                 else:
                     self._on_word(key.fd)
@@ -187,7 +189,7 @@ class Server:
         """Tell a worker that accepts where to connect to, if it does not know yet, or not any more."""
         if self._pool.accepts and self._told is not self._prepared.resolver.packed:
             self._told = self._prepared.resolver.packed
-            self._pool.send_command(OPEN, self._told)
+            self._pool.send_command(Command.START_ACCEPTING, self._told)
 
     def _patience_s(self, pause: float) -> Optional[float]:
         """How long to sleep: until accepting goes on, an order or a start is tried again, or the watchdog is due."""
@@ -253,7 +255,7 @@ class Server:
         before = self._drift.refused
         self._drift.on_look(look)
         if look.was_asked:
-            self._pool.notify(EVIDENCE)
+            self._pool.notify(Command.EVIDENCE)
         if self._drift.refused != before:
             self._watchdog.notify()
 
@@ -295,14 +297,14 @@ class Server:
         self._acceptor.give_up()
         active = metrics.active(self._counters_of_all)
         self._reporter.log("drain", active_connections=active, drain_timeout_s=self._config.drain_timeout_s)
-        self._pool.send_command(DRAIN)
+        self._pool.send_command(Command.DRAIN)
         while self._pool.alive and self._may_wait(deadline):
             self._attend_until(deadline)
         return self._kill()
 
     def _accept_instead(self, until: float) -> None:
         """A worker that accepts shall stop; who is in the backlog by then is for the main thread to take."""
-        self._pool.send_command(LEAVE)
+        self._pool.send_command(Command.STOP_ACCEPTING)
         while self._pool.alive and not self._pool.has_handled_all and self._may_wait(until):
             self._attend(_LEAVE_PACE_S)
         self._acceptor = self._make_acceptor()
@@ -342,7 +344,7 @@ class Server:
         """From here on the clock ends everything, a stuck worker too: nobody has to answer for it any more."""
         left = metrics.active(self._counters_of_all)
         self._watchdog.extend(_LAST_S)
-        self._pool.send_command(KILL)
+        self._pool.send_command(Command.KILL)
         until = time.monotonic() + _END_NOW_S
         while self._pool.alive and time.monotonic() < until:
             self._attend_until(until)

@@ -86,25 +86,32 @@ def _build(args: WorkerArgs, row: memoryview, records: RecordWriter) -> Worker:
     gc.disable()
     gate = gates.gate_for(args.lever, args.policy, Evidence(args.evidence_fd), args.asked, for_rules=args.for_rules)
     context = WorkerContext(
-        args.number, settings_of(config), gate, syn.offered_tsval, row, records, args.sources, config.buffer_size
+        args.number,
+        settings_of(config),
+        gate,
+        syn.offered_tsval,
+        row,
+        records,
+        args.sources,
+        config.buffer_size,
+        config.busy_poll_us * 1000,
     )
-    return Worker(context, inbox.consumer(args.inbox, row), config.busy_poll_us)
+    return Worker(context, inbox.consumer(args.inbox, row))
 
 
 def _attach_listeners(worker: Worker, args: WorkerArgs, shared_counters: SharedCounters, row: memoryview) -> None:
-    """Let the worker accept by itself, if it has listeners; the listeners stay shut until an order says what upstreams."""
+    """Let the worker accept by itself, if it has listeners; it begins when a command says what the upstreams are."""
     if args.listeners:
+        context = worker.context
         acceptor = Acceptor(
             args.config,
             shared_counters,
             row,
             Clients(shared_counters, 0, 0),
-            upstreams=lambda: worker.upstreams,
-            dispatch=worker.begin,
-            log_ratelimited=lambda level, why: worker.context.log_ratelimited(level, f"accept {level}", why),
+            dispatch=worker.dispatch,
+            log_ratelimited=lambda level, why: context.log_ratelimited(level, f"accept {level}", why),
         )
-        listeners = [sockets.inherit(fd) for fd in args.listeners]
-        worker.listeners += [Listener(worker, worker.context, acceptor, listener) for listener in listeners]
+        worker.listen(acceptor, [Listener(context.loop, acceptor, sockets.inherit(fd)) for fd in args.listeners])
 
 
 def settings_of(config: Config) -> SessionSettings:

@@ -94,13 +94,13 @@ class WorkerPool:
                 return True
         return False
 
-    def send_command(self, kind: int, upstreams: bytes = b"") -> None:
+    def send_command(self, kind: inbox.Command, upstreams: bytes = b"") -> None:
         """Send an order to all; OPEN goes with addresses. After DRAIN or KILL a worker that ends has done as it was told."""
-        self._ending = self._ending or kind in (inbox.DRAIN, inbox.KILL)
+        self._ending = self._ending or kind in (inbox.Command.DRAIN, inbox.Command.KILL)
         self._pending_commands += [(slot, inbox.Message(kind, upstreams=upstreams)) for slot in self._slots]
         self.send_pending_commands()
 
-    def notify(self, kind: int) -> None:
+    def notify(self, kind: inbox.Command) -> None:
         """Have all look again at something. Not again while one of that kind waits; without room it is left out."""
         for number, slot in enumerate(self._slots):
             if slot.box.has_consumed(self._notices.get((number, kind), 0)) and slot.box.put(inbox.Message(kind)):
@@ -129,7 +129,7 @@ class WorkerPool:
         """See to it that each inbox has had something to take, for all_answered() to ask about: a do-nothing order at least."""
         for slot in self._slots:
             if slot.box.is_empty:
-                slot.box.put(inbox.Message(inbox.PING))
+                slot.box.put(inbox.Message(inbox.Command.PING))
         self._asked = [slot.box.last_put for slot in self._slots]
 
     def all_answered(self) -> bool:
