@@ -21,7 +21,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 from _tsproxy import cli, config
-from _tsproxy.commands.generate.text import words as words_of
+from _tsproxy.commands.generate.words import words as words_of
 from _tsproxy.config import Config, UsageError
 from _tsproxy.dataplane.inbox import Entry
 from _tsproxy.host import addresses, systemd

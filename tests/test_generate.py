@@ -22,7 +22,8 @@ import pytest
 import yaml
 from _tsproxy import cli, config, exits
 from _tsproxy.commands import generate
-from _tsproxy.commands.generate.text import words
+from _tsproxy.commands.generate import templates
+from _tsproxy.commands.generate.words import words
 from _tsproxy.config import Config
 from _tsproxy.exits import Exit
 from _tsproxy.host import sockets
@@ -115,7 +116,7 @@ def test_each_kind_is_filled_in_and_names_what_it_is_for_how_to_make_it_and_its_
     assert "Asked for: exchange.example:443." in done.stdout
     assert re.search(r"^# (Load|Make): ", done.stdout, re.M)
     assert re.search(r"^# Undo: ", done.stdout, re.M)
-    assert not re.findall(r"@[A-Z_]+@", done.stdout)
+    assert not templates.PLACE.findall(done.stdout)
     assert not re.search(r"[ \t]$", done.stdout, re.M)
 
 
@@ -134,6 +135,17 @@ def test_the_command_in_the_text_prints_the_text_again(kind: str) -> None:
     again = shlex.split(found[1])
     assert "--max-connections=5" in again
     assert command_line(*again[1:]).stdout == printed
+
+
+def test_a_value_that_looks_like_a_place_in_a_template_stays_as_it_was_given() -> None:
+    assert 'meta skuid { 0, "__TARGETS__" }' in text("nftables", "--user=__TARGETS__")
+    assert "User=__VERSION__\n" in text("systemd", "--user=__VERSION__")
+
+
+def test_each_template_is_the_text_of_some_kind() -> None:
+    sources = "".join(path.read_text() for path in Path(generate.__path__[0]).glob("*.py"))
+    names = [path.name for path in Path(templates.__path__[0]).glob("*.*") if path.suffix != ".py"]
+    assert [name for name in names if not re.search(f'"{re.escape(name)}"', sources)] == []
 
 
 def test_targets_are_printed_once_each_in_their_order() -> None:

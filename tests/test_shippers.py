@@ -20,7 +20,7 @@ import pytest
 import shippers
 import yaml
 from _tsproxy.commands import generate
-from _tsproxy.commands.generate import fields
+from _tsproxy.commands.generate import fields, templates
 from conftest import CHECKOUT
 from harness import PATIENCE, Exchange, Line, Proxy, children, receive_exactly, reset, wait_until
 from namespaces import Namespace
@@ -177,7 +177,7 @@ def test_no_field_of_a_real_line_is_unmapped() -> None:
 @pytest.mark.parametrize("kind", generate.SHIPPERS)
 def test_each_kind_is_filled_in_and_needs_no_option(kind: str) -> None:
     text = generated(kind)
-    assert not re.findall(r"@[A-Z_]+@", text)
+    assert not templates.PLACE.findall(text)
     assert not re.search(r"[ \t]$", text, re.M)
     assert text.endswith("\n")
 

@@ -2,46 +2,31 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Callable, Mapping
 
 from _tsproxy import exits
-from _tsproxy.commands.generate import (
-    alloy,
-    docker,
-    fields,
-    filebeat,
-    fluent_bit,
-    journald,
-    kubernetes,
-    logrotate,
-    netns,
-    nftables,
-    promtail,
-    rsyslog,
-    syslog_ng,
-    systemd,
-    vector,
-)
+from _tsproxy.commands.generate import fields, setups, shippers
 from _tsproxy.config import Config
 from _tsproxy.exits import Exit
 
 KINDS: Mapping[str, Callable[[Config], str]] = {
-    "nftables": nftables.text,
-    "netns": netns.text,
-    "systemd": systemd.text,
-    "docker": docker.text,
-    "kubernetes": kubernetes.text,
+    "nftables": setups.nftables,
+    "netns": setups.netns,
+    "systemd": setups.systemd,
+    "docker": setups.docker,
+    "kubernetes": setups.kubernetes,
 }
 SHIPPERS: Mapping[str, Callable[[], str]] = {
-    "rsyslog": rsyslog.text,
-    "syslog-ng": syslog_ng.text,
-    "vector": vector.text,
-    "fluent-bit": fluent_bit.text,
-    "filebeat": filebeat.text,
-    "promtail": promtail.text,
-    "alloy": alloy.text,
-    "journald": journald.text,
-    "logrotate": logrotate.text,
+    "rsyslog": shippers.rsyslog,
+    "syslog-ng": shippers.syslog_ng,
+    "vector": shippers.vector,
+    "fluent-bit": shippers.fluent_bit,
+    "filebeat": shippers.filebeat,
+    "promtail": partial(shippers.fill, "promtail.yaml"),
+    "alloy": shippers.alloy,
+    "journald": partial(shippers.fill, "journald.conf"),
+    "logrotate": partial(shippers.fill, "logrotate.conf"),
     "fields": fields.text,
 }
 """What goes with the lines, whatever the proxy is asked for: these take no option."""
