@@ -5,6 +5,7 @@ rsyslog and syslog-ng at work) is in test_generate.py and test_shippers.py.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -119,3 +120,16 @@ def test_logrotate_takes_the_configuration(form: str, tmp_path: Path) -> None:
     said = lint(find("logrotate"), "--debug", "--state", tmp_path / "state", tmp_path / "tsproxy.conf")
     assert "rotating pattern: /var/log/tsproxy/tsproxy.json  after 1 days (7 rotations)" in said
     assert "error" not in said
+
+
+# Prometheus
+
+
+def test_mtail_takes_the_program(form: str, tmp_path: Path) -> None:
+    program = re.split(r"^# /\S+\n", printed("prometheus"), flags=re.M)[1]
+    (tmp_path / "tsproxy.mtail").write_text(program if form == "printed" else FILES["tsproxy.mtail"].read_text())
+    lint(find("mtail"), "--compile_only", "--progs", tmp_path / "tsproxy.mtail", "--log_dir", tmp_path)
+
+
+def test_promtool_takes_the_alerts() -> None:
+    assert "SUCCESS: 8 rules found" in lint(find("promtool"), "check", "rules", FILES["prometheus-rules.yaml"])

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Callable, Mapping
 
 from _tsproxy import exits
-from _tsproxy.commands.generate import fields, setups, shippers
+from _tsproxy.commands.generate import fields, prometheus, setups, shippers
 from _tsproxy.config import Config
 from _tsproxy.exits import Exit
 
@@ -28,6 +28,7 @@ SHIPPERS: Mapping[str, Callable[[], str]] = {
     "journald": partial(shippers.fill, "journald.conf"),
     "logrotate": partial(shippers.fill, "logrotate.conf"),
     "fields": fields.text,
+    "prometheus": prometheus.text,
 }
 """What goes with the lines, whatever the proxy is asked for: these take no option."""
 REWRITING = "nftables"  # the only kind that can: the others turn the option off where it is made
