@@ -1,4 +1,4 @@
-"""`generate prometheus` and what is built on it: mtail makes of real lines what they say, alerts fire, names exist."""
+"""`generate prometheus` and `grafana`: mtail makes of real lines what they say, alerts fire, the dashboard asks what exists."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import socket
 import subprocess
 from pathlib import Path
-from typing import Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 import pytest
 from _tsproxy.commands.generate import fields
@@ -130,3 +130,43 @@ def test_each_alert_fires_by_what_it_is_for_and_none_while_all_is_well(home: Pat
     done = subprocess.run([find("promtool"), "test", "rules", home / "tests.yml"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.findall(r"- alert: (\w+)", files()[RULES]) == list(ALERTS)
+
+
+# The dashboard
+
+
+def panels() -> List[Dict[str, Any]]:
+    found: List[Dict[str, Any]] = json.loads(generated("grafana"))["panels"]
+    return found
+
+
+def queries() -> List[str]:
+    return [target["expr"] for panel in panels() for target in panel["targets"]]
+
+
+def test_each_query_of_the_dashboard_is_sound_and_asks_for_metrics_that_mtail_makes(tmp_path: Path) -> None:
+    made = set(re.findall(r"^(?:counter|gauge) (\w+)", files()[PROGRAM], re.M))
+    asked = {name for query in queries() for name in re.findall(r"tsproxy_\w+", query)}
+    assert asked <= made
+    assert {name for name in made - asked if "timestamps_total" not in name} == {
+        *(f"tsproxy_{time}_seconds_max" for time in ("connect", "relay", "loop_lag")),  # since the start: p99.9 is shown
+        "tsproxy_start_timestamp_seconds",
+        "tsproxy_upstream_cx_total",
+    }
+    filled = [re.sub(r"\$__\w+", "5m", query) for query in queries()]
+    rules = [{"record": f"query:{number}", "expr": query} for number, query in enumerate(filled)]
+    (tmp_path / "rules.yml").write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
+    done = subprocess.run(
+        [find("promtool"), "check", "rules", tmp_path / "rules.yml"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, f"{len(rules)} rules found" in done.stdout) == (0, True), done
+
+
+def test_the_panels_of_the_dashboard_lie_beside_one_another() -> None:
+    taken: Set[Tuple[int, int]] = set()
+    for place in (panel["gridPos"] for panel in panels()):
+        cells = {(x, y) for x in range(place["x"], place["x"] + place["w"]) for y in range(place["y"], place["y"] + place["h"])}
+        assert not cells & taken
+        assert max(x for x, _ in cells) < 24  # the columns of Grafana's grid
+        taken |= cells
+    assert len({panel["id"] for panel in panels()}) == len(panels())

@@ -29,6 +29,7 @@ SHIPPERS: Mapping[str, Callable[[], str]] = {
     "logrotate": partial(shippers.fill, "logrotate.conf"),
     "fields": fields.text,
     "prometheus": prometheus.text,
+    "grafana": partial(shippers.fill, "grafana.json"),
 }
 """What goes with the lines, whatever the proxy is asked for: these take no option."""
 REWRITING = "nftables"  # the only kind that can: the others turn the option off where it is made
