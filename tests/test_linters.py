@@ -13,7 +13,7 @@ from typing import Any, List
 
 import pytest
 import shippers
-from _tsproxy.commands.generate import templates
+from _tsproxy.tools.generate import templates
 from conftest import CHECKOUT
 from shippers import environment, find
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 import pytest
-from _tsproxy.commands.generate import fields
+from _tsproxy.tools.generate import fields
 from harness import Exchange, Line, Proxy, receive_exactly, reset
 from shippers import find, generated
 
