@@ -724,6 +724,7 @@ def read_by_systemd(text: str, variables: bool) -> str:
 
 @given(USERS, ZONES)
 @example("a$", "h")
+@settings(deadline=None)
 def test_whatever_a_user_or_a_zone_is_called_systemd_reads_it_as_it_was_given(user: str, zone: str) -> None:
     target = f"--target=[fe80::1%{zone}]:9"
     service = unit("tsproxy.service", target, f"--user={user}")
