@@ -133,3 +133,14 @@ def test_mtail_takes_the_program(form: str, tmp_path: Path) -> None:
 
 def test_promtool_takes_the_alerts() -> None:
     assert "SUCCESS: 8 rules found" in lint(find("promtool"), "check", "rules", FILES["prometheus-rules.yaml"])
+
+
+# The man page
+
+
+def test_mandoc_and_groff_warn_of_nothing_in_the_man_page(tmp_path: Path) -> None:
+    page = tmp_path / "tsproxy.1"
+    page.write_text(printed("man"))
+    assert lint(find("mandoc"), "-T", "lint", "-W", "warning", page) == ""
+    done = subprocess.run([find("man"), "--warnings", "--local-file", page], capture_output=True, text=True, check=True)
+    assert done.stderr == ""

@@ -13,7 +13,7 @@ from typing import Any, Mapping
 
 import _tsproxy
 
-PLACE = re.compile(r"^([ \t]*)(?:#|//|--) __([A-Z_]+)__\n|__([A-Z]+(?:_[A-Z]+)*)__", re.MULTILINE)
+PLACE = re.compile(r'^([ \t]*)(?:#|//|--|\.\\") __([A-Z_]+)__\n|__([A-Z]+(?:_[A-Z]+)*)__', re.MULTILINE)
 
 
 def fill(name: str, **values: object) -> str:
