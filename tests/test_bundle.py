@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 PYTHONS = dict(pythons())
 LIB = ROOT / "lib"
 MODULES = {str(path.relative_to(LIB)): path for path in sorted(LIB.rglob("*.py"))}
+TEMPLATES = {str(path.relative_to(LIB)): path for path in sorted(LIB.rglob("templates/*.*")) if path.suffix != ".py"}
 on_each_python = pytest.mark.parametrize("python", PYTHONS.values(), ids=PYTHONS.keys())
 
 Ended = subprocess.CompletedProcess
@@ -154,15 +155,16 @@ def test_it_is_plain_text_that_can_be_run(bundle: Path) -> None:
     assert os.access(bundle, os.X_OK)
 
 
-def test_each_module_and_both_licences_are_in_it_sorted_and_as_they_stand(bundle: Path) -> None:
+def test_each_module_template_and_licence_is_in_it_sorted_and_as_it_stands(bundle: Path) -> None:
     script = bundle.read_text()
     files = held(script)
     assert list(files) == sorted(files)
     theirs = {path for path in files if path.startswith("docopt/")}
     assert theirs == {"docopt/LICENSE-MIT", "docopt/__init__.py", "docopt/_version.py"}
-    assert set(files) - theirs == {*MODULES, "LICENSE"}
+    assert len(TEMPLATES) > 20
+    assert set(files) - theirs == {*MODULES, *TEMPLATES, "LICENSE"}
     for path, (_, text) in files.items():
-        ours = {**MODULES, "LICENSE": ROOT / "LICENSE"}.get(path)
+        ours = {**MODULES, **TEMPLATES, "LICENSE": ROOT / "LICENSE"}.get(path)
         assert ours is None or (text == ours.read_text("utf-8") and f"{text}'''\n" in script)
     for licence in ("LICENSE", "docopt/LICENSE-MIT"):
         assert files[licence][1] in script and "Permission is hereby granted" in files[licence][1]
@@ -193,7 +195,7 @@ def test_it_and_all_in_it_compile_without_a_warning(python: str, bundle: Path, e
         print(len(bundled))
     """
     ended = run(python, "-I", "-S", "-W", "error", "-c", code, bundle, cwd=empty)
-    assert int(ended.stdout) == len(MODULES) + 4 and ended.stderr == ""
+    assert int(ended.stdout) == len(MODULES) + len(TEMPLATES) + 4 and ended.stderr == ""
 
 
 # Quoting
@@ -733,8 +735,9 @@ def installed(site: Path, tmp_path: Path) -> Iterator[Path]:
     for package in listed["options"]["packages"].split():
         target = place / package.replace(".", "/")
         target.mkdir()
-        for source in (LIB / package.replace(".", "/")).glob("*.py"):
-            shutil.copy(source, target)
+        for pattern in ("*.py", *listed["options.package_data"].get(package, "").split()):
+            for source in (LIB / package.replace(".", "/")).glob(pattern):
+                shutil.copy(source, target)
     info = place / "tsproxy-0.0.0.dist-info"
     (info / "licenses").mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tsproxy\nVersion: 0.0.0\n")

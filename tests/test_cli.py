@@ -46,7 +46,7 @@ def test_the_manual_says_which_options_take_a_value_and_which_repeat() -> None:
 def test_the_table_of_options_is_the_one_that_docopt_reads() -> None:
     read = docopt(MANUAL, [T], default_help=False)
     assert {word for word in read if word.startswith("--")} == KNOWN.keys()
-    assert {word for word in read if word.islower() and word[0].isalpha()} == {*parser.commands_of(MANUAL), *generate.SHIPPERS}
+    assert {word for word in read if word.islower() and word[0].isalpha()} == {*parser.commands_of(MANUAL), *generate.ALONE}
 
 
 def described(name: str) -> str:

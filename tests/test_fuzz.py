@@ -28,7 +28,7 @@ from _tsproxy.policy import syn
 from _tsproxy.proxy.inbox import Message
 from _tsproxy.stats import encoder, records
 from _tsproxy.stats.records import ConnectionRecord, Notice, Record
-from _tsproxy.tools.generate.text import words as words_of
+from _tsproxy.tools.generate.words import words as words_of
 from docopt import docopt
 from harness import ROOT
 from hypothesis import HealthCheck, example, given, settings

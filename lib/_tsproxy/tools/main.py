@@ -80,10 +80,10 @@ def _dispatch(options: Dict[str, Any], manual: str) -> int:
     if options["--version"]:
         print(f"tsproxy {_tsproxy.__version__}")
         return exits.DRAINED
-    return _command(options)
+    return _command(options, manual)
 
 
-def _command(options: Dict[str, Any]) -> int:
+def _command(options: Dict[str, Any], manual: str) -> int:
     """The chosen command; each is imported only when it is asked for."""
     if options["bundle"]:
         from _tsproxy.tools import bundle
@@ -100,7 +100,7 @@ def _command(options: Dict[str, Any]) -> int:
     if options["generate"] and options["KIND"] is None:
         from _tsproxy.tools import generate
 
-        return generate.ship(next(kind for kind in generate.SHIPPERS if options[kind]))
+        return generate.without_options(options, manual)
     return _for_targets(options, config.parse(options))
 
 

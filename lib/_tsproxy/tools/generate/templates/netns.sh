@@ -1,21 +1,11 @@
-"""`generate netns`: a shell script that makes a network namespace without timestamps, with a way out, and unmakes it."""
-
-from __future__ import annotations
-
-import dataclasses
-import shlex
-
-from _tsproxy.cli.config import Config
-from _tsproxy.tools.generate.text import command, fill, targets, words
-
-_SCRIPT = r"""#!/bin/sh
-# tsproxy @VERSION@: a network namespace, "tsproxy", whose TCP sends no timestamps, IPv4 and IPv6: its
+#!/bin/sh
+# tsproxy __VERSION__: a network namespace, "tsproxy", whose TCP sends no timestamps, IPv4 and IPv6: its
 # net.ipv4.tcp_timestamps is 0, and was before it had a link. Nothing of it shows on the wire.
-# Asked for: @TARGETS@. Anything else can be reached from it, too.
+# Asked for: __TARGETS__. Anything else can be reached from it, too.
 #
-# Make:   @COMMAND@ | sh
+# Make:   __COMMAND__ | sh
 #         as root, as often as you like: what is there stays. Put settings before sh, as in "... | MODE=veth sh".
-# Undo:   @COMMAND@ | sh -s down
+# Undo:   __COMMAND__ | sh -s down
 # Settings, each with its default:
 #   MODE     macvlan if ADDRESS is set, else veth.
 #            macvlan: a MAC and an address of its own beside UPLINK's; the shortest way out. Not for Wi-Fi and most
@@ -29,7 +19,7 @@ set -eu
 NAME=tsproxy     # the namespace
 INSIDE=up0       # its link
 OUTSIDE=tsproxy0 # MODE=veth: the other end of that, in this namespace
-SOURCES='@SOURCES@' # --source: MODE=veth leaves them as they are, so the network has to route them to this host
+SOURCES='__SOURCES__' # --source: MODE=veth leaves them as they are, so the network has to route them to this host
 KEPT=/run/tsproxy-netns.sysctl # what the sysctls were that `down` has to put back
 UPLINK=${UPLINK:-} ADDRESS=${ADDRESS:-} GATEWAY=${GATEWAY:-}
 if [ -n "$ADDRESS" ]; then MODE=${MODE:-macvlan}; else MODE=${MODE:-veth}; fi
@@ -117,7 +107,7 @@ await_addresses() { # an IPv6 address can't be used until nobody else was found 
 }
 
 make_veth() {
-    ADDRESS=${ADDRESS:-@ADDRESS@} GATEWAY=${GATEWAY:-@GATEWAY@}
+    ADDRESS=${ADDRESS:-__ADDRESS__} GATEWAY=${GATEWAY:-__GATEWAY__}
     has_link || ip link add "$OUTSIDE" type veth peer name "$INSIDE" netns "$NAME"
     ip link set dev "$OUTSIDE" up
     inside link set dev "$INSIDE" up
@@ -176,10 +166,10 @@ up() {
     "make_$MODE"
     cat <<'END'
 The namespace tsproxy is ready. Would the policy hold in it?
-    ip netns exec tsproxy tsproxy.py check @OPTIONS@
+    ip netns exec tsproxy tsproxy.py check __OPTIONS__
 Run tsproxy in it, with its listener left out here where the clients are:
-    systemd-socket-activate -l @LISTEN@ ip netns exec tsproxy tsproxy.py @RUN@
-For good, at each boot: tsproxy.py generate systemd @OPTIONS@
+    systemd-socket-activate -l __LISTEN__ ip netns exec tsproxy tsproxy.py __RUN__
+For good, at each boot: tsproxy.py generate systemd __OPTIONS__
 END
 }
 
@@ -206,29 +196,3 @@ up) up ;;
 down) down ;;
 *) fail "given '$1'; allowed: up or down" ;;
 esac
-"""
-
-
-def text(config: Config) -> str:
-    """The script; without an argument it makes the namespace, with `down` it takes everything away again."""
-    ipv6 = any(":" in target.host for target in config.targets)
-    return fill(
-        _SCRIPT,
-        COMMAND=command("netns", config),
-        TARGETS=targets(config),
-        SOURCES=" ".join(config.sources),
-        ADDRESS='"10.203.116.2 fd74:7370::2"' if ipv6 else "10.203.116.2",
-        GATEWAY='"10.203.116.1 fd74:7370::1"' if ipv6 else "10.203.116.1",
-        OPTIONS=_options(config),
-        RUN=_options(dataclasses.replace(config, user=config.user or "nobody")),
-        LISTEN=listen_address(config),
-    )
-
-
-def _options(config: Config) -> str:
-    return shlex.join(words(config, without=("--port", "--bind")))
-
-
-def listen_address(config: Config) -> str:
-    """Where clients connect, as systemd and Docker write it: 127.0.0.1:8080 or [::1]:8080."""
-    return f"[{config.bind}]:{config.port}" if ":" in config.bind else f"{config.bind}:{config.port}"
