@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import List, Sequence
 
+from _tsproxy import program
 from _tsproxy.timestamps.evidence import Answer
 from _tsproxy.timestamps.inspector import Finding
 from _tsproxy.timestamps.policy import Wanted
@@ -53,7 +54,7 @@ def _newer_rules(wanted: Wanted, targets: Sequence[str]) -> List[str]:
     mode = f"--timestamps=rewrite --static-timestamp={wanted.tsval} " if wanted.mode == "rewrite" else ""
     return [
         "  rules that hold for each packet, in the place of those here, which are older or not ours:",
-        f"    tsproxy.py generate nftables {mode}{_targets(targets)} | nft -f -",
+        f"    {program.name()} generate nftables {mode}{_targets(targets)} | nft -f -",
         *([] if mode else ["  for everything in this network namespace:", "    sysctl -w net.ipv4.tcp_timestamps=0"]),
     ]
 
@@ -64,11 +65,11 @@ def _strip(targets: Sequence[str]) -> List[str]:
         "  for everything in this network namespace (the best lever: nothing to see on the wire, no cost):",
         "    sysctl -w net.ipv4.tcp_timestamps=0",
         "  for a namespace of its own that holds the uplink, with the listener left where it is:",
-        f"    tsproxy.py generate systemd {to}",
+        f"    {program.name()} generate systemd {to}",
         "  for tsproxy's own connections only:",
-        f"    tsproxy.py generate nftables {to} | nft -f -",
+        f"    {program.name()} generate nftables {to} | nft -f -",
         "  in a container:",
-        f"    tsproxy.py generate docker {to}     (or kubernetes)",
+        f"    {program.name()} generate docker {to}     (or kubernetes)",
         "If the option is stripped where this host can't see it, say --trust-host. To relay with timestamps and only count",
         "them, say --timestamps=preserve.",
     ]
@@ -80,7 +81,7 @@ def _rewrite(finding: Finding, wanted: Wanted, targets: Sequence[str]) -> List[s
     return [
         "  nftables rules for tsproxy's own connections, both ways:",
         *on,
-        f"    tsproxy.py generate nftables {mode} {_targets(targets)} | nft -f -",
+        f"    {program.name()} generate nftables {mode} {_targets(targets)} | nft -f -",
         "To send no timestamps at all, say --timestamps=strip; with net.ipv4.tcp_timestamps=0 that needs no rules.",
     ]
 

@@ -8,6 +8,7 @@ import shlex
 from typing import Any, Iterator, List, Sequence
 
 import _tsproxy
+from _tsproxy import program
 from _tsproxy.commands.generate import fields
 from _tsproxy.config import OPTIONS, REPEATED, Config, usable_cpus
 
@@ -20,8 +21,10 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Config)}
 def fill(template: str, **values: object) -> str:
     """The template with each @NAME@ replaced, as autoconf does it: shells, units, nftables and YAML have no such word.
 
-    A line that holds nothing but a name whose value is empty goes away. KeyError for a name that has no value.
+    A line that holds nothing but a name whose value is empty goes away. KeyError for a name that has no value. Templates call
+    the program tsproxy.py; filled, they have the name by which it was started.
     """
+    template = program.named(template)
     values["VERSION"] = _tsproxy.__version__
     for name in [name for name, value in values.items() if value == ""]:
         template = re.sub(rf"^[ \t]*@{name}@\n", "", template, flags=re.MULTILINE)
@@ -41,7 +44,7 @@ def words(config: Config, without: Sequence[str] = ()) -> List[str]:
 
 def command(kind: str, config: Config) -> str:
     """The command line that prints this set-up again, for a shell."""
-    return shlex.join(["tsproxy.py", "generate", kind, *words(config)])
+    return shlex.join([program.name(), "generate", kind, *words(config)])
 
 
 def targets(config: Config) -> str:
