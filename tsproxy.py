@@ -119,7 +119,7 @@ def _find_modules() -> None:
 
 def _say(message: str) -> int:
     if sys.stderr is not None:
-        print(f"tsproxy: {message}", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
     return 2
 
 

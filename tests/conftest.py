@@ -20,6 +20,7 @@ from wire import Wire
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, signal.SIG_DFL)
+sys.argv[0] = "tsproxy.py"  # what runs in this process calls itself as the checkout does
 CHECKOUT = [sys.executable, str(ROOT / "tsproxy.py")]
 FORMS = ["checkout", *(f"bundle-{version}" for version, _ in pythons())]
 PYTHON = dict(pythons())

@@ -52,7 +52,7 @@ def make(out: Any, **how: Any) -> Ended[str]:
 def refused(ended: Ended[str], code: int, *words: str) -> None:
     """It ended with that code and one line on standard error that has these words."""
     assert (ended.returncode, ended.stdout) == (code, ""), ended.stderr
-    assert ended.stderr.startswith("tsproxy: ") and ended.stderr.count("\n") == 1, ended.stderr
+    assert ended.stderr.startswith("tsproxy.py: ") and ended.stderr.count("\n") == 1, ended.stderr
     for word in words:
         assert word in ended.stderr
 
@@ -695,7 +695,7 @@ def test_a_full_disk_keeps_the_older_file_and_leaves_nothing(tmp_path: Path) -> 
     ended = run(*private, script, "sh", sys.executable, "-B", ROOT / "tsproxy.py", "bundle", "x", ok=False)
     assert (ended.returncode, ended.stdout) == (1, "")
     message, *rest = ended.stderr.splitlines()
-    assert message == "tsproxy: can't write 'x': No space left on device" and rest == ["older", "x"]
+    assert message == "tsproxy.py: can't write 'x': No space left on device" and rest == ["older", "x"]
 
 
 def to_output(output: int, out: Any) -> Ended[str]:
@@ -708,7 +708,7 @@ def test_an_output_that_fails_is_said_and_1(out: str, tmp_path: Path) -> None:
     with open("/dev/full", "wb") as full:
         ended = to_output(full.fileno(), out if out == "-" else tmp_path / out)
     assert ended.returncode == 1
-    assert ended.stderr == "tsproxy: standard output: No space left on device\n"
+    assert ended.stderr == "tsproxy.py: standard output: No space left on device\n"
 
 
 @pytest.mark.parametrize("out", ["-", "x"])

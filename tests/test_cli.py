@@ -202,7 +202,7 @@ def run(words: List[str]) -> Ran:
 
 @pytest.mark.parametrize(("words", "line"), REFUSED + LEFT_TO_DOCOPT, ids=lambda value: ascii(value)[:60])
 def test_a_mistake_ends_with_2_and_nothing_on_standard_output(words: List[str], line: str) -> None:
-    assert run(words) == Ran(2, "", f"tsproxy: {line}\n", None)
+    assert run(words) == Ran(2, "", f"tsproxy.py: {line}\n", None)
 
 
 @pytest.mark.parametrize("question", ["-h", "--help"])
@@ -317,7 +317,7 @@ def test_any_words_are_obeyed_or_cost_one_line(words: List[str]) -> None:
     ran = run(words)
     if ran.code == 2:
         assert (ran.out, ran.asked) == ("", None)
-        assert ran.err.startswith("tsproxy: ")
+        assert ran.err.startswith("tsproxy.py: ")
         assert ran.err[:-1].isprintable()
         assert ran.err[-1] == "\n"
     else:
@@ -350,7 +350,7 @@ def test_the_command_itself_ends_with_2_and_one_line(words: List[str]) -> None:
     done = subprocess.run(command, capture_output=True, timeout=60, check=False, env={**os.environ, "LC_ALL": "C"})
     assert (done.returncode, done.stdout) == (2, b"")
     line = done.stderr.decode()
-    assert line.startswith("tsproxy: ")
+    assert line.startswith("tsproxy.py: ")
     assert line[:-1].isprintable()
     assert line[-1] == "\n"
 
@@ -368,4 +368,4 @@ def test_an_output_that_can_not_be_written_is_said_and_1(words: List[str]) -> No
     command = [sys.executable, str(ROOT / "tsproxy.py"), *words]
     with open("/dev/full", "wb") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stderr) == (1, "tsproxy: standard output: No space left on device\n")
+    assert (done.returncode, done.stderr) == (1, "tsproxy.py: standard output: No space left on device\n")

@@ -143,14 +143,14 @@ def test_no_namespaces_and_no_loopback_is_one_clear_line() -> None:
     before = in_a_user_namespace("echo 0 > /proc/sys/user/max_user_namespaces", "--net")
     done = demo([*before, *CHECKOUT])
     assert done.returncode == 1
-    assert done.stderr == "tsproxy: demo: the loopback interface is down; to raise it: ip link set lo up\n"
+    assert done.stderr == "tsproxy.py: demo: the loopback interface is down; to raise it: ip link set lo up\n"
 
 
 def test_a_tsproxy_that_can_not_start_is_one_clear_line() -> None:
     require_root()
     done = demo(["unshare", "--net", "prlimit", "--nofile=64:64", "setpriv", "--bounding-set=-sys_resource", *CHECKOUT])
     assert done.returncode == 1
-    assert done.stderr.startswith("tsproxy: demo: tsproxy said no more: --max-connections: given 4;")
+    assert done.stderr.startswith("tsproxy.py: demo: tsproxy said no more: --max-connections: given 4;")
     assert done.stderr.count("\n") == 1
 
 
@@ -208,7 +208,7 @@ def test_a_child_that_is_killed_takes_tsproxy_along_and_the_demo_says_so(running
     (child,) = (pid for pid in marked(mark) if pid != process.pid and not is_tsproxy(pid))
     os.kill(child, signal.SIGKILL)
     _, err = process.communicate(timeout=30)
-    assert (process.returncode, err) == (1, b"tsproxy: demo: its child process ended without a word\n")
+    assert (process.returncode, err) == (1, b"tsproxy.py: demo: its child process ended without a word\n")
     wait_until(lambda: marked(mark) == [], "tsproxy is gone")
 
 

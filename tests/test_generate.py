@@ -76,7 +76,7 @@ def test_an_unknown_kind_is_refused_with_what_was_given_and_what_is_allowed() ->
     done = command_line("iptables", T)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        "tsproxy: KIND: given 'iptables'; allowed: nftables or netns or systemd or docker or kubernetes; "
+        "tsproxy.py: KIND: given 'iptables'; allowed: nftables or netns or systemd or docker or kubernetes; "
         f"{' or '.join(generate.ALONE)} alone\n"
     )
 

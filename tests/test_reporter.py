@@ -486,7 +486,7 @@ def test_a_full_disk_is_said_on_standard_error(capfd: pytest.CaptureFixture[str]
         for _ in range(50):
             desk.reporter.log("said")
         desk.reporter.close()
-    line = "tsproxy: standard output: No space left on device; trying again every 1 s; 4,096 lines are kept\n"
+    line = "tsproxy.py: standard output: No space left on device; trying again every 1 s; 4,096 lines are kept\n"
     assert capfd.readouterr() == ("", line)
 
 

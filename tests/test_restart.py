@@ -268,7 +268,7 @@ def test_reuse_port_and_an_inherited_listener_contradict() -> None:
         proxy = Proxy(words, env={**os.environ, "LISTEN_FDS": "1"}, pass_fds=(fd,))
     try:
         assert proxy.wait() == 2
-        assert proxy.stderr().startswith("tsproxy: --reuse-port: given with LISTEN_FDS")
+        assert proxy.stderr().startswith("tsproxy.py: --reuse-port: given with LISTEN_FDS")
     finally:
         proxy.close()
 

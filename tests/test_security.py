@@ -134,7 +134,7 @@ def refused(*options: str) -> str:
 
 def test_root_is_no_user_to_become() -> None:
     require_root()
-    assert refused("-p0", "--user=root") == "tsproxy: --user: given 'root'; allowed: a user that is not root\n"
+    assert refused("-p0", "--user=root") == "tsproxy.py: --user: given 'root'; allowed: a user that is not root\n"
 
 
 def test_a_user_who_may_not_read_python_gets_processes_not_a_traceback(bundle: Path, echoing: Exchange) -> None:

@@ -11,6 +11,7 @@ import difflib
 import re
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Set, Tuple
 
+from _tsproxy.cli import program
 from _tsproxy.cli.config import UsageError
 
 
@@ -144,7 +145,7 @@ def _command(manual: str, table: Dict[str, Known], words: List[str]) -> None:
     given = [word.partition("=")[0] for word in words if word.partition("=")[0] in table]
     for name in given:
         if name not in _taken(manual, table, usage):
-            raise UsageError(f"{name}: not an option of {plain[0] if plain else 'relaying'!r}; usage: {usage}")
+            raise UsageError(f"{name}: not an option of {plain[0] if plain else 'relaying'!r}; usage: {program.named(usage)}")
     if "--target" in usage and "--target" not in given:
         raise UsageError("--target: given nothing; allowed: at least one, e.g. --target=exchange.example:443")
 
@@ -170,4 +171,4 @@ def _usages(manual: str) -> List[str]:
 def unfit(manual: str, words: Sequence[str]) -> str:
     """The one line for what docopt refused all the same."""
     plain = [word for word in words if not word.startswith("--")]
-    return f"can't take {' '.join(plain) or 'these options'!r}; usage: {_usage(manual, plain)}"
+    return f"can't take {' '.join(plain) or 'these options'!r}; usage: {program.named(_usage(manual, plain))}"

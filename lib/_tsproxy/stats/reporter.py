@@ -14,6 +14,7 @@ import time
 from collections import deque
 from typing import Any, Callable, Deque, Dict, Optional, Sequence, Tuple
 
+from _tsproxy.cli import program
 from _tsproxy.linux import needs, wakeup
 from _tsproxy.stats import encoder, metrics
 from _tsproxy.stats.counters import REPORTER_ROW, Counter, SharedCounters
@@ -175,7 +176,7 @@ def _say_aside(problem: str) -> None:
         room = select.poll()
         room.register(sys.stderr, select.POLLOUT)
         if room.poll(0):
-            os.write(sys.stderr.fileno(), f"tsproxy: standard output: {problem}\n".encode())
+            os.write(sys.stderr.fileno(), f"{program.name()}: standard output: {problem}\n".encode())
 
 
 class Rates:

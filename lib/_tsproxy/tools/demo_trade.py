@@ -16,6 +16,7 @@ import sys
 import time
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
+from _tsproxy.cli import program
 from _tsproxy.linux import namespaces, sockets, systemd
 from _tsproxy.linux.addresses import Address, from_sockaddr
 from _tsproxy.linux.children import Child
@@ -166,7 +167,8 @@ class _Proxy:
     def _complaint(self) -> str:
         said = os.read(self._errors, 4096) if _readable(self._errors, 0) else b""
         lines = said.decode("utf-8", "replace").strip().splitlines()
-        return lines[0 if lines[0].startswith("tsproxy: ") else -1].replace("tsproxy: ", "", 1) if lines else "no reason given"
+        begin = f"{program.name(_script())}: "
+        return lines[0 if lines[0].startswith(begin) else -1].replace(begin, "", 1) if lines else "no reason given"
 
 
 @contextlib.contextmanager

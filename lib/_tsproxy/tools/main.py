@@ -9,7 +9,7 @@ import sys
 from typing import Any, Callable, Dict, List, Tuple, Union
 
 import _tsproxy
-from _tsproxy.cli import config, exits, parser
+from _tsproxy.cli import config, exits, parser, program
 from _tsproxy.cli.config import UsageError
 from _tsproxy.cli.exits import Exit
 from _tsproxy.linux import inherited
@@ -75,7 +75,7 @@ def _forget_output() -> None:
 
 def _dispatch(options: Dict[str, Any], manual: str) -> int:
     if options["--help"]:
-        print(manual.strip())
+        print(program.named(manual.strip()))
         return exits.DRAINED
     if options["--version"]:
         print(f"tsproxy {_tsproxy.__version__}")
@@ -121,5 +121,5 @@ def _for_targets(options: Dict[str, Any], settings: config.Config) -> int:
 
 def _fail(code: int, message: str) -> int:
     if sys.stderr is not None:  # print() would take standard output for a standard error that was closed
-        print(f"tsproxy: {printable(message, kept=chr(10))}", file=sys.stderr)
+        print(f"{program.name()}: {printable(message, kept=chr(10))}", file=sys.stderr)
     return code

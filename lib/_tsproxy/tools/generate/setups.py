@@ -12,7 +12,7 @@ import pwd
 import shlex
 from typing import Dict, List, Tuple
 
-from _tsproxy.cli import exits
+from _tsproxy.cli import exits, program
 from _tsproxy.cli.config import Config, usable_cpus
 from _tsproxy.cli.exits import Exit
 from _tsproxy.linux.limits import descriptors_for
@@ -49,7 +49,7 @@ _DOCKERFILE = "$(dockerfile | sed 's/^/        /')"  # compose.yaml stands in a 
 
 def _fill(name: str, kind: str, config: Config, **values: object) -> str:
     """The template with what each heading says, too: what was asked for, and the command that prints this again."""
-    again = shlex.join(["tsproxy.py", "generate", kind, *words(config)])
+    again = shlex.join([program.name(), "generate", kind, *words(config)])
     return templates.fill(name, COMMAND=again, TARGETS=", ".join(map(str, config.targets)), **values)
 
 

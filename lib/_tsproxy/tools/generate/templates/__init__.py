@@ -12,6 +12,7 @@ import re
 from typing import Any, Mapping
 
 import _tsproxy
+from _tsproxy.cli import program
 
 PLACE = re.compile(r'^([ \t]*)(?:#|//|--|\.\\") __([A-Z_]+)__\n|__([A-Z]+(?:_[A-Z]+)*)__', re.MULTILINE)
 
@@ -19,10 +20,11 @@ PLACE = re.compile(r'^([ \t]*)(?:#|//|--|\.\\") __([A-Z_]+)__\n|__([A-Z]+(?:_[A-
 def fill(name: str, **values: object) -> str:
     """The template of that name with a value in each place; KeyError for a place that has none.
 
-    What stands in a value is not looked into.
+    What stands in a value is not looked into. Templates call the program tsproxy.py; filled, they have the name by which it
+    was started.
     """
     values["VERSION"] = _tsproxy.__version__
-    return PLACE.sub(lambda place: _filled(place, values), read(name))
+    return PLACE.sub(lambda place: _filled(place, values), program.named(read(name)))
 
 
 def read(name: str) -> str:
