@@ -1,0 +1,103 @@
+"""`audit`: what captures, or an interface, show of TCP timestamps: a verdict for each flow, and one for all.
+
+It needs nothing of tsproxy and knows nothing of it, so that it is a second witness, also for hosts without tsproxy.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, List, Mapping, NamedTuple, Optional, Tuple
+
+from _tsproxy import config, exits
+from _tsproxy.capture import files
+from _tsproxy.capture.records import NoCapture, Notes
+from _tsproxy.commands.audit import objects, table, verdict
+from _tsproxy.commands.audit.flows import Flows
+from _tsproxy.commands.audit.report import Report, report
+from _tsproxy.commands.audit.scope import Scope, scope
+from _tsproxy.config import UsageError
+from _tsproxy.exits import Exit
+
+
+class Order(NamedTuple):
+    """What was asked for, checked."""
+
+    files: Tuple[str, ...]
+    interface: Optional[str]
+    seconds: Optional[float]
+    scope: Scope
+    lines: Optional[str]
+    json: bool
+    svg: Optional[str]
+
+
+def run(options: Mapping[str, Any]) -> int:
+    """Read, judge, show. 0 CLEAN or CONSTANT, 78 LEAK, 65 UNDECIDED, or where a file is no capture."""
+    order = _order(options)
+    found = _read(order)
+    _show(found, order)
+    return verdict.EXIT_CODES[found.verdict]
+
+
+def _order(options: Mapping[str, Any]) -> Order:
+    sources = [config.network("--from", given) for given in options["--from"]]
+    targets = [config.target("--target", given) for given in options["--target"]]
+    seconds = options["--seconds"]
+    return Order(
+        files=tuple(options["FILE"]),
+        interface=options["--interface"],
+        seconds=None if seconds is None else config.duration(0.001, 30 * 86400.0)("--seconds", seconds),
+        scope=scope(sources, targets, options["--from"], options["--target"]),
+        lines=options["--lines"],
+        json=options["--json"],
+        svg=options["--svg"],
+    )
+
+
+def _read(order: Order) -> Report:
+    """All files, one after the other."""
+    for path in order.files:
+        _refuse(path)
+    flows = Flows(lambda flow: order.scope.holds(flow.source, flow.destination, flow.destination_port))
+    drops, problems = 0, []
+    for path in order.files:
+        notes = Notes()
+        try:
+            flows.read(files.frames(path, notes), path)
+        except NoCapture as problem:
+            raise Exit(exits.NO_VERDICT, f"{_named(path)}: no capture: {problem}") from None
+        except OSError as problem:
+            raise Exit(exits.USAGE, _unreadable(path, problem.strerror or str(problem))) from None
+        drops += notes.drops
+        if notes.problem:
+            problems.append(f"{_named(path)}: {notes.problem}")
+            flows.unparsed["record"] += 1
+    return report(flows, order.scope, len(order.files), drops, problems)
+
+
+def _refuse(path: str) -> None:
+    """What can't be read is told before the first file is read, which may take long."""
+    if path != "-" and os.path.isdir(path):
+        raise UsageError(_unreadable(path, "it is a directory"))
+    if path != "-" and not os.access(path, os.R_OK):
+        raise UsageError(_unreadable(path, "it can't be read" if os.path.exists(path) else "no such file"))
+
+
+def _unreadable(path: str, why: str) -> str:
+    return f"FILE: given {path!r}: {why}; allowed: captures (pcap or pcapng, gzip too), or - for standard input"
+
+
+def _named(path: str) -> str:
+    return "standard input" if path == "-" else path
+
+
+def _show(found: Report, order: Order) -> None:
+    if order.json:
+        lines: List[bytes] = [
+            objects.line(objects.of_flow(flow, found.verdicts[flow], found.clocks.get(flow))) for flow in found.judged
+        ]
+        lines.append(objects.line(objects.of_end(found)))
+        sys.stdout.buffer.write(b"".join(lines))
+    else:
+        print(table.table(found, sys.stdout))

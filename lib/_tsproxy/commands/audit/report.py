@@ -1,0 +1,53 @@
+"""What was found, ready to be shown: the judged flows with their verdicts, and what is true of the whole capture.
+
+Knows flows and verdicts. Knows nothing of how they are shown.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Mapping
+
+from _tsproxy.commands.audit import verdict
+from _tsproxy.commands.audit.flows import Direction, Flows
+from _tsproxy.commands.audit.scope import Scope
+from _tsproxy.commands.audit.verdict import LEAK, Judge
+
+
+@dataclass
+class Report:
+    """`verdicts` and `clocks` are by flow; `problems` are what is wrong with which capture, for people."""
+
+    scope: Scope
+    files: int
+    frames: int
+    drops: int
+    unparsed: Mapping[str, int]
+    problems: List[str]
+    judged: List[Direction]
+    verdicts: Dict[Direction, str]
+    clocks: Mapping[Direction, Any] = field(default_factory=dict)
+    claims: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str:
+        """The worst of all flows."""
+        return verdict.overall(self.verdicts.values())
+
+    @property
+    def senders(self) -> List[str]:
+        """The addresses that sent what was judged, in the order of their first segment."""
+        return list(dict.fromkeys(flow.source for flow in self.judged))
+
+    @property
+    def leaking(self) -> List[Direction]:
+        """The flows that let a timestamp out."""
+        return [flow for flow in self.judged if self.verdicts[flow] == LEAK]
+
+
+def report(flows: Flows, scope: Scope, files: int, drops: int, problems: List[str]) -> Report:
+    """Judge each flow in the scope. `problems`: each stands for frames that are missing."""
+    judge = Judge(flows.directions, not drops and not problems, flows.blurred)
+    judged = [flow for flow in flows.directions if flow.is_judged]
+    verdicts = {flow: judge.verdict(flow) for flow in judged}
+    return Report(scope, files, flows.frames, drops, dict(flows.unparsed), problems, judged, verdicts)
