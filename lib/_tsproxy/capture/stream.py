@@ -69,7 +69,7 @@ class Stream:
     def _inflate(self) -> bytes:
         """At most a piece out of what is packed. A member may follow another one (RFC 1952, section 2.2)."""
         try:
-            data = self._unzip.decompress(self._packed, _PIECE)
+            data: bytes = self._unzip.decompress(self._packed, _PIECE)
         except zlib.error:
             self.broken = "the gzip file is damaged"
             return b""

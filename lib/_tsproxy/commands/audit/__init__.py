@@ -66,12 +66,12 @@ def _read(order: Order) -> Report:
         try:
             flows.read(files.frames(path, notes), path)
         except NoCapture as problem:
-            raise Exit(exits.NO_VERDICT, f"{_named(path)}: no capture: {problem}") from None
+            raise Exit(exits.NO_VERDICT, f"{verdict.named(path)}: no capture: {problem}") from None
         except OSError as problem:
             raise Exit(exits.USAGE, _unreadable(path, problem.strerror or str(problem))) from None
         drops += notes.drops
         if notes.problem:
-            problems.append(f"{_named(path)}: {notes.problem}")
+            problems.append(f"{verdict.named(path)}: {notes.problem}")
             flows.unparsed["record"] += 1
     return report(flows, order.scope, len(order.files), drops, problems)
 
@@ -88,14 +88,10 @@ def _unreadable(path: str, why: str) -> str:
     return f"FILE: given {path!r}: {why}; allowed: captures (pcap or pcapng, gzip too), or - for standard input"
 
 
-def _named(path: str) -> str:
-    return "standard input" if path == "-" else path
-
-
 def _show(found: Report, order: Order) -> None:
     if order.json:
         lines: List[bytes] = [
-            objects.line(objects.of_flow(flow, found.verdicts[flow], found.clocks.get(flow))) for flow in found.judged
+            objects.line(objects.of_flow(flow, found.judgements[flow].verdict, found.clocks.get(flow))) for flow in found.judged
         ]
         lines.append(objects.line(objects.of_end(found)))
         sys.stdout.buffer.write(b"".join(lines))

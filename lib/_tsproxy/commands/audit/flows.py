@@ -18,7 +18,6 @@ from _tsproxy.capture.layers import Dissector
 from _tsproxy.capture.records import ETHERNET, Frames
 
 _SYN, _RST, _ACK = 0x02, 0x04, 0x10
-_UNKNOWN_FLAGS = _RST  # of a header that is cut in front of them: neither an opening nor more than a reset
 _MOST_SAMPLES = 1024
 
 # Ethernet, IPv4 without options, TCP: EtherType, version and length, total length, flags and offset, protocol, addresses
@@ -35,6 +34,7 @@ class Direction:
         "_next_sample",
         "_stride",
         "_tsval",
+        "bare_resets",
         "destination",
         "destination_port",
         "first_leak_file",
@@ -44,7 +44,6 @@ class Direction:
         "is_one_tsval",
         "last_ns",
         "opened_ns",
-        "resets",
         "samples_ns",
         "samples_tsval",
         "segments",
@@ -60,7 +59,8 @@ class Direction:
         """`flow`: source and destination address, source and destination port, as they stand in the headers."""
         self.source, self.destination = _ends(flow[:-4])
         self.source_port, self.destination_port = struct.unpack("!HH", flow[-4:])
-        self.segments = self.segments_with_timestamps = self.segments_cut = self.resets = 0
+        self.segments = self.segments_with_timestamps = self.segments_cut = 0
+        self.bare_resets = 0  # without TSopt
         self.first_ns = self.last_ns = time_ns
         self.syn_seen = self.syn_ack_seen = False
         self.opened_ns: Optional[int] = None  # when its own first SYN or SYN-ACK was seen
@@ -105,9 +105,9 @@ class Direction:
             self.last_ns = time_ns
         elif time_ns < self.first_ns:
             self.first_ns = time_ns
-        if flags & _RST:
-            self.resets += 1
         if tsval == options.NONE:
+            if flags & _RST:
+                self.bare_resets += 1
             return
         if tsval == options.CUT:
             self.segments_cut += 1
@@ -191,7 +191,7 @@ class Flows:
             self._no_segment(answer)
             return
         data, at = frame.data, frame.at
-        flags = data[at + 13] if at + 13 < len(data) else _UNKNOWN_FLAGS
+        flags = data[at + 13] if at + 13 < len(data) else 0
         end = at + (data[at + 12] >> 2 & 0x3C) if at + 12 < len(data) else at + 60
         direction = self._current.get(frame.flow)
         if direction is None or flags & _SYN:

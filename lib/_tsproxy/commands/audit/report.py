@@ -1,4 +1,4 @@
-"""What was found, ready to be shown: the judged flows with their verdicts, and what is true of the whole capture.
+"""What was found, ready to be shown: the judged flows with their judgements, and what is true of the whole capture.
 
 Knows flows and verdicts. Knows nothing of how they are shown.
 """
@@ -11,12 +11,12 @@ from typing import Any, Dict, List, Mapping
 from _tsproxy.commands.audit import verdict
 from _tsproxy.commands.audit.flows import Direction, Flows
 from _tsproxy.commands.audit.scope import Scope
-from _tsproxy.commands.audit.verdict import LEAK, Judge
+from _tsproxy.commands.audit.verdict import LEAK, Judge, Judgement
 
 
 @dataclass
 class Report:
-    """`verdicts` and `clocks` are by flow; `problems` are what is wrong with which capture, for people."""
+    """`judgements` and `clocks` are by flow; `problems` are what is wrong with which capture, for people."""
 
     scope: Scope
     files: int
@@ -25,14 +25,14 @@ class Report:
     unparsed: Mapping[str, int]
     problems: List[str]
     judged: List[Direction]
-    verdicts: Dict[Direction, str]
+    judgements: Dict[Direction, Judgement]
     clocks: Mapping[Direction, Any] = field(default_factory=dict)
     claims: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
         """The worst of all flows."""
-        return verdict.overall(self.verdicts.values())
+        return verdict.overall(found.verdict for found in self.judgements.values())
 
     @property
     def senders(self) -> List[str]:
@@ -42,12 +42,12 @@ class Report:
     @property
     def leaking(self) -> List[Direction]:
         """The flows that let a timestamp out."""
-        return [flow for flow in self.judged if self.verdicts[flow] == LEAK]
+        return [flow for flow in self.judged if self.judgements[flow].verdict == LEAK]
 
 
 def report(flows: Flows, scope: Scope, files: int, drops: int, problems: List[str]) -> Report:
     """Judge each flow in the scope. `problems`: each stands for frames that are missing."""
     judge = Judge(flows.directions, not drops and not problems, flows.blurred)
     judged = [flow for flow in flows.directions if flow.is_judged]
-    verdicts = {flow: judge.verdict(flow) for flow in judged}
-    return Report(scope, files, flows.frames, drops, dict(flows.unparsed), problems, judged, verdicts)
+    judgements = {flow: judge.judge(flow) for flow in judged}
+    return Report(scope, files, flows.frames, drops, dict(flows.unparsed), problems, judged, judgements)

@@ -5,7 +5,7 @@ Knows what each verdict takes. Knows nothing of how the segments were read, or o
 
 from __future__ import annotations
 
-from typing import Dict, Iterable, Set, Tuple
+from typing import Dict, Iterable, NamedTuple, Set, Tuple
 
 from _tsproxy import exits
 from _tsproxy.commands.audit.flows import Direction
@@ -18,6 +18,13 @@ _CONSTANT_NS = 1_000_000_000  # over which a clock of any rate that RFC 7323, se
 End = Tuple[str, int]
 
 
+class Judgement(NamedTuple):
+    """The word for a flow, and for people why it is no better one, where the flow's own figures do not tell."""
+
+    verdict: str
+    why: str
+
+
 class Judge:
     """Knows what is true of all flows of a capture: whether frames are missing, and who began which connection."""
 
@@ -28,32 +35,43 @@ class Judge:
             ((one.source, one.source_port), (one.destination, one.destination_port)) for one in directions if one.syn_seen
         }
 
-    def verdict(self, flow: Direction) -> str:
+    def judge(self, flow: Direction) -> Judgement:
         """LEAK: a segment has TSopt. CONSTANT: each has, all with one TSval. CLEAN: none has.
 
         CONSTANT and CLEAN are only said of a flow that was seen from its first segment on, with the options of each.
         """
-        has_constant = self._has_constant(flow)
+        has_constant = _has_constant(flow)
         if flow.segments_with_timestamps and not has_constant:
-            return LEAK
-        if not self._is_whole or flow.segments_cut or not self._seen_from_its_beginning(flow):
-            return UNDECIDED
-        if (flow.source, flow.destination) in self._blurred:
-            return UNDECIDED
-        return CONSTANT if has_constant else CLEAN
-
-    def _has_constant(self, flow: Direction) -> bool:
-        stamped = flow.segments_with_timestamps
-        return (
-            stamped > 1 and stamped + flow.segments_cut == flow.segments and flow.is_one_tsval and flow.span_ns >= _CONSTANT_NS
-        )
+            return Judgement(LEAK, "")
+        if flow.segments_cut:
+            return Judgement(UNDECIDED, f"{flow.segments_cut:,} cut by the snap length before their options end")
+        if not self._seen_from_its_beginning(flow):
+            return Judgement(UNDECIDED, "what it sent first, its SYN or SYN-ACK, is not in the capture")
+        if not self._is_whole or (flow.source, flow.destination) in self._blurred:
+            return Judgement(UNDECIDED, "frames are missing, which may have been its own")
+        return Judgement(CONSTANT if has_constant else CLEAN, "")
 
     def _seen_from_its_beginning(self, flow: Direction) -> bool:
         """By its own SYN or SYN-ACK in front of all else; where it did nothing but refuse a SYN, by that one."""
         if flow.opened_ns is not None:
             return flow.opened_ns <= flow.first_ns
         asked = (flow.destination, flow.destination_port), (flow.source, flow.source_port)
-        return flow.resets == flow.segments and asked in self._begun
+        return flow.bare_resets == flow.segments and asked in self._begun
+
+
+def _has_constant(flow: Direction) -> bool:
+    """TSopt in each segment, and one TSval for longer than any clock stands still.
+
+    A reset may be without: one that answers for no socket has no options (tcp_v4_send_reset() in net/ipv4/tcp_ipv4.c).
+    """
+    stamped = flow.segments_with_timestamps
+    each = stamped > 1 and stamped + flow.segments_cut + flow.bare_resets == flow.segments
+    return each and flow.is_one_tsval and flow.span_ns >= _CONSTANT_NS
+
+
+def named(path: str) -> str:
+    """A capture, for people."""
+    return "standard input" if path == "-" else path
 
 
 def overall(verdicts: Iterable[str]) -> str:
