@@ -15,12 +15,12 @@ import time
 from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from _tsproxy import exits
+from _tsproxy.capture.outgoing import Capture, Seen
 from _tsproxy.commands import check_report
 from _tsproxy.commands.check_report import Connection, Report, Row
 from _tsproxy.config import Config
 from _tsproxy.host import facts, linux, netfilter, sockets, wakeup
 from _tsproxy.host.addresses import Address
-from _tsproxy.host.capture import Capture, Seen
 from _tsproxy.runtime.spec import tuning_of
 from _tsproxy.server.startup import look_twice, resolve, wanted_of
 from _tsproxy.timestamps import advice, syn, witness

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from _tsproxy import config, exits
 from _tsproxy.capture import files
 from _tsproxy.capture.records import NoCapture, Notes
 from _tsproxy.commands.audit import objects, table, verdict
 from _tsproxy.commands.audit.flows import Flows
+from _tsproxy.commands.audit.live import Watch
 from _tsproxy.commands.audit.report import Report, report
 from _tsproxy.commands.audit.scope import Scope, scope
 from _tsproxy.config import UsageError
 from _tsproxy.exits import Exit
+from _tsproxy.host.printable import printable
 
 
 class Order(NamedTuple):
@@ -56,24 +58,38 @@ def _order(options: Mapping[str, Any]) -> Order:
 
 
 def _read(order: Order) -> Report:
-    """All files, one after the other."""
-    for path in order.files:
-        _refuse(path)
+    """All files, one after the other, or the interface until the watch ends."""
     flows = Flows(lambda flow: order.scope.holds(flow.source, flow.destination, flow.destination_port))
-    drops, problems = 0, []
-    for path in order.files:
-        notes = Notes()
-        try:
-            flows.read(files.frames(path, notes), path)
-        except NoCapture as problem:
-            raise Exit(exits.NO_VERDICT, f"{verdict.named(path)}: no capture: {problem}") from None
-        except OSError as problem:
-            raise Exit(exits.USAGE, _unreadable(path, problem.strerror or str(problem))) from None
-        drops += notes.drops
-        if notes.problem:
-            problems.append(f"{verdict.named(path)}: {notes.problem}")
-            flows.unparsed["record"] += 1
-    return report(flows, order.scope, len(order.files), drops, problems)
+    notes = [_watch(order, order.interface, flows)] if order.interface is not None else _read_files(order.files, flows)
+    names = [verdict.named(path) for path in order.files] or [order.interface or ""]
+    problems = [f"{name}: {note.problem}" for name, note in zip(names, notes) if note.problem]
+    return report(flows, order.scope, len(order.files), sum(note.drops for note in notes), problems)
+
+
+def _watch(order: Order, interface: str, flows: Flows) -> Notes:
+    notes = Notes()
+    progress = lambda: f"{flows.frames:,} frames, {len(flows.directions):,} flows"  # noqa: E731
+    flows.read(Watch(interface, order.seconds, progress).frames(notes), interface)
+    return notes
+
+
+def _read_files(paths: Sequence[str], flows: Flows) -> List[Notes]:
+    for path in paths:
+        _refuse(path)
+    return [_read_file(path, flows) for path in paths]
+
+
+def _read_file(path: str, flows: Flows) -> Notes:
+    """What can't be read ends the command: a verdict on the rest would be one on something else than what was given."""
+    notes = Notes()
+    try:
+        flows.read(files.frames(path, notes), path)
+    except NoCapture as problem:
+        raise Exit(exits.NO_VERDICT, f"{verdict.named(path)}: no capture: {problem}") from None
+    except OSError as problem:
+        raise UsageError(_unreadable(path, problem.strerror or str(problem))) from None
+    flows.unparsed["record"] += bool(notes.problem)
+    return notes
 
 
 def _refuse(path: str) -> None:
@@ -90,6 +106,8 @@ def _unreadable(path: str, why: str) -> str:
 
 def _show(found: Report, order: Order) -> None:
     if order.json:
+        for problem in found.problems:
+            print(f"tsproxy: {printable(problem)}", file=sys.stderr)
         lines: List[bytes] = [
             objects.line(objects.of_flow(flow, found.judgements[flow].verdict, found.clocks.get(flow))) for flow in found.judged
         ]

@@ -37,7 +37,8 @@ def _head(report: Report, style: Style) -> List[str]:
     sources, targets = report.scope.judged_from, report.scope.judged_to
     what = f"what {', '.join(sources)} sends" if sources else "what each sender sends"
     where = f" to {' or '.join(targets)}" if targets else ""
-    title = f"tsproxy audit: {counted(report.files, 'capture')}, {counted(report.frames, 'frame')}; judged: {what}{where}"
+    given = counted(report.files, "capture") if report.files else "an interface"
+    title = f"tsproxy audit: {given}, {counted(report.frames, 'frame')}; judged: {what}{where}"
     return [style.paint(line, BOLD) for line in terminal.wrapped(title, WIDTH)]
 
 
