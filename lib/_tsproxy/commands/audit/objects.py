@@ -57,6 +57,7 @@ def of_end(report: Report) -> Fields:
         "reported_drops": report.drops,
         "unparsed": sum(unparsed.values()),
         **{f"unparsed_{kind}": count for kind, count in sorted(unparsed.items())},
+        **(report.agreement.counts if report.agreement else {}),
     }
 
 

@@ -6,9 +6,10 @@ Knows flows and verdicts. Knows nothing of how they are shown.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Dict, List, Mapping
+from typing import Dict, List, Mapping, Optional
 
 from _tsproxy.commands.audit import observer, verdict
+from _tsproxy.commands.audit.claims import Agreement
 from _tsproxy.commands.audit.flows import Direction, Flows
 from _tsproxy.commands.audit.observer import Learned
 from _tsproxy.commands.audit.scope import Scope
@@ -28,6 +29,7 @@ class Report:
     judged: List[Direction]
     judgements: Dict[Direction, Judgement]
     clocks: Mapping[Direction, Learned] = field(default_factory=dict)
+    agreement: Optional[Agreement] = None  # with the lines of a proxy, where those were given
 
     @property
     def verdict(self) -> str:
