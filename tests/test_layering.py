@@ -59,6 +59,8 @@ FORBIDDEN = [
     ("server/serve.py", "def later() -> None:\n    from _tsproxy.commands import main"),
     ("dataplane/half.py", "from _tsproxy.dataplane.relay import Relay"),
     ("dataplane/timers.py", "from _tsproxy.dataplane import poller"),
+    ("capture/options.py", "from _tsproxy.timestamps import syn"),
+    ("capture/layers.py", "from _tsproxy.capture import files"),
     ("commands/top/model.py", "from _tsproxy.commands.top import picture"),
 ]
 
@@ -78,7 +80,12 @@ def test_an_import_that_runs_the_other_way_breaks_a_contract(copy: Path, where: 
 
 @pytest.mark.parametrize(
     ("contract", "package"),
-    [("rooms", "_tsproxy"), ("dataplane", "_tsproxy.dataplane"), ("top", "_tsproxy.commands.top")],
+    [
+        ("rooms", "_tsproxy"),
+        ("dataplane", "_tsproxy.dataplane"),
+        ("top", "_tsproxy.commands.top"),
+        ("capture", "_tsproxy.capture"),
+    ],
 )
 def test_a_contract_leaves_no_module_out(contract: str, package: str) -> None:
     config = configparser.ConfigParser()

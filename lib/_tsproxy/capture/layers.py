@@ -37,10 +37,10 @@ _SNAP = b"\xaa\xaa\x03\0\0\0"  # IEEE 802.2 SNAP, and an EtherType behind it (RF
 _MORE_FRAGMENTS, _OFFSET = 0x2000, 0x1FFF
 _AF_INET, _AF_INET6 = 2, frozenset({10, 23, 24, 28, 30})  # Linux, Windows, NetBSD and OpenBSD, FreeBSD, Darwin
 
-_u16 = struct.Struct("!H").unpack_from
-_ipv4 = struct.Struct("!BxHxxHxB").unpack_from  # version and length, total length, flags and offset, protocol
-_ipv6 = struct.Struct("!BxxxHB").unpack_from  # version, payload length, next header
-_udp = struct.Struct("!HHH").unpack_from
+_U16 = struct.Struct("!H").unpack_from
+_IPV4_HEADER = struct.Struct("!BxHxxHxB").unpack_from  # version and length, total length, flags and offset, protocol
+_IPV6_HEADER = struct.Struct("!BxxxHB").unpack_from  # version, payload length, next header
+_UDP_HEADER = struct.Struct("!HHH").unpack_from
 
 
 class Dissector:
@@ -96,10 +96,10 @@ def _vlan(frame: Dissector) -> Following:
 
 
 def _tagged(frame: Dissector, offset: int) -> Following:
-    kind = _u16(frame.data, frame.at + offset)[0]
+    kind = _U16(frame.data, frame.at + offset)[0]
     frame.at += offset + 2
     if kind < _ETHER_TYPES and frame.data.startswith(_SNAP, frame.at):
-        kind = _u16(frame.data, frame.at + 6)[0]
+        kind = _U16(frame.data, frame.at + 6)[0]
         frame.at += 8
     return _ether_type(kind)
 
@@ -110,12 +110,12 @@ def _ether_type(kind: int) -> Following:
 
 def _linux_sll(frame: Dissector) -> Following:
     frame.at = 16
-    return _ether_type(_u16(frame.data, 14)[0])
+    return _ether_type(_U16(frame.data, 14)[0])
 
 
 def _linux_sll2(frame: Dissector) -> Following:
     frame.at = 20
-    return _ether_type(_u16(frame.data, 0)[0])
+    return _ether_type(_U16(frame.data, 0)[0])
 
 
 def _null(frame: Dissector) -> Following:
@@ -139,7 +139,7 @@ def _raw(frame: Dissector) -> Following:
 
 def _ip4(frame: Dissector) -> Following:
     """A total length of 0 is that of a segment which the network card was to cut (TSO), or of BIG TCP."""
-    version, total, offset, protocol = _ipv4(frame.data, frame.at)
+    version, total, offset, protocol = _IPV4_HEADER(frame.data, frame.at)
     size = (version & 15) * 4
     if version >> 4 != 4 or size < 20 or 0 < total < size:
         return MALFORMED
@@ -155,7 +155,7 @@ def _ip4(frame: Dissector) -> Following:
 
 def _ip6(frame: Dissector) -> Following:
     """A payload length of 0 is that of a jumbogram (RFC 2675), or of BIG TCP: the frame ends it."""
-    version, size, following = _ipv6(frame.data, frame.at)
+    version, size, following = _IPV6_HEADER(frame.data, frame.at)
     if version >> 4 != 6:
         return MALFORMED
     if size:
@@ -180,7 +180,7 @@ def _authentication(frame: Dissector) -> Following:
 
 
 def _fragment(frame: Dissector) -> Following:
-    offset, following = _u16(frame.data, frame.at + 2)[0], frame.data[frame.at]
+    offset, following = _U16(frame.data, frame.at + 2)[0], frame.data[frame.at]
     frame.at += 8
     if offset >> 3:
         return NO_TCP
@@ -204,7 +204,7 @@ def _tcp(frame: Dissector) -> Following:
 
 def _gre(frame: Dissector) -> Following:
     """RFC 2784 and 2890. Version 1 is PPTP's, whose PPP is not looked into; nor is source routing (RFC 1701)."""
-    flags, protocol = _u16(frame.data, frame.at)[0], _u16(frame.data, frame.at + 2)[0]
+    flags, protocol = _U16(frame.data, frame.at)[0], _U16(frame.data, frame.at + 2)[0]
     if flags & 0x4007:
         return ENCAPSULATION
     frame.at += 4 + 4 * sum(bool(flags & bit) for bit in (0x8000, 0x2000, 0x1000))  # checksum, key, sequence number
@@ -230,7 +230,7 @@ def _erspan(frame: Dissector) -> Following:
 
 def _datagram(frame: Dissector) -> Following:
     """UDP: a tunnel is known by either port, as Wireshark does."""
-    source, destination, size = _udp(frame.data, frame.at)
+    source, destination, size = _UDP_HEADER(frame.data, frame.at)
     if size >= 8:
         frame.end_at(frame.at + size)
     step = _PORTS.get(destination) or _PORTS.get(source)
@@ -248,7 +248,7 @@ def _vxlan(frame: Dissector) -> Following:
 
 def _geneve(frame: Dissector) -> Following:
     """RFC 8926, section 3.4."""
-    first, protocol = frame.data[frame.at], _u16(frame.data, frame.at + 2)[0]
+    first, protocol = frame.data[frame.at], _U16(frame.data, frame.at + 2)[0]
     if first >> 6:
         return NO_TCP
     frame.at += 8 + (first & 0x3F) * 4
@@ -264,9 +264,9 @@ def _mpls(frame: Dissector) -> Following:
     version = frame.data[frame.at] >> 4
     if version in (4, 6):
         return _raw(frame)
-    if version == 0 and _u16(frame.data, frame.at + 16)[0] in _STEPS:
+    if version == 0 and _U16(frame.data, frame.at + 16)[0] in _STEPS:
         frame.at += 4  # a control word
-    return _BRIDGED if version == 0 or _u16(frame.data, frame.at + 12)[0] in _STEPS else NO_TCP
+    return _BRIDGED if version == 0 or _U16(frame.data, frame.at + 12)[0] in _STEPS else NO_TCP
 
 
 Step = Callable[[Dissector], Following]

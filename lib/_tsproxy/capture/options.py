@@ -8,15 +8,15 @@ from __future__ import annotations
 import struct
 
 _EOL, _NOP, _TIMESTAMP, _LENGTH = 0, 1, 8, 10
-_USUAL = 0x0101080A  # two NOPs, kind 8, length 10: as RFC 7323, appendix A, recommends, and as almost all write it
+_TWO_NOPS = 0x0101080A  # two NOPs, kind 8, length 10: as RFC 7323, appendix A, recommends, and as almost all write it
 
 # What tsval_of() answers where it is no TSval
 NONE = -1  # no TSopt
 UNREADABLE = -2  # TSopt, but its TSval is not there, or its length is wrong
 CUT = -3  # none in what was captured; the list goes on behind it
 
-_usual = struct.Struct("!II").unpack_from
-_tsval = struct.Struct("!I").unpack_from
+_HEAD_AND_TSVAL = struct.Struct("!II").unpack_from
+_TSVAL = struct.Struct("!I").unpack_from
 
 
 def tsval_of(data: bytes, at: int, end: int) -> int:
@@ -26,8 +26,8 @@ def tsval_of(data: bytes, at: int, end: int) -> int:
     does this.
     """
     if at + 12 <= end <= len(data):
-        head, tsval = _usual(data, at)
-        if head == _USUAL:
+        head, tsval = _HEAD_AND_TSVAL(data, at)
+        if head == _TWO_NOPS:
             return int(tsval)
     return _search(data, at, end)
 
@@ -55,6 +55,6 @@ def _search(data: bytes, at: int, end: int) -> int:
 def _timestamp(data: bytes, at: int, end: int) -> int:
     """Where its kind is seen it is there, unless its length is one that ends the list."""
     if at + 6 <= len(data) and data[at + 1] == _LENGTH and at + _LENGTH <= end:
-        return int(_tsval(data, at + 2)[0])
+        return int(_TSVAL(data, at + 2)[0])
     is_option = at + 1 == len(data) or (data[at + 1] >= 2 and at + data[at + 1] <= end)
     return UNREADABLE if is_option else NONE

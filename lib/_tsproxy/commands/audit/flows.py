@@ -22,7 +22,7 @@ _MOST_SAMPLES = 1024
 
 # Ethernet, IPv4 without options, TCP: EtherType, version and length, total length, flags and offset, protocol, addresses
 # and ports, data offset, flags. Most segments are like that, and one look tells it all.
-_usual = struct.Struct("!12xHBxHxxHxB2x12s8xBB6x")
+_USUAL = struct.Struct("!12xHBxHxxHxB2x12s8xBB6x")
 _HERE, _IS_FRAGMENT = 34, 0x3FFF
 
 
@@ -158,11 +158,11 @@ class Flows:
 
     def read(self, frames: Frames, file: str) -> None:
         """All frames of one capture, to its end."""
-        number, directions, unpack, tsval_of = 0, self._current, _usual.unpack_from, options.tsval_of
+        number, directions, unpack, tsval_of = 0, self._current, _USUAL.unpack_from, options.tsval_of
         for time_ns, link, data, length in frames:
             number += 1
             self.frames += 1
-            if link == ETHERNET and len(data) >= _usual.size:
+            if link == ETHERNET and len(data) >= _USUAL.size:
                 kind, version, total, fragment, protocol, flow, offset, flags = unpack(data)
                 end = _HERE + (offset >> 2 & 0x3C)
                 if (
@@ -170,13 +170,13 @@ class Flows:
                     and version == 0x45
                     and protocol == 6
                     and not fragment & _IS_FRAGMENT
-                    and _usual.size <= end <= len(data)
+                    and _USUAL.size <= end <= len(data)
                     and end <= total + 14
                 ):
                     direction = directions.get(flow)
                     if direction is None or flags & _SYN:
                         direction = self._direction(flow, time_ns, flags, data, _HERE)
-                    tsval = tsval_of(data, _usual.size, end) if end > _usual.size else -1
+                    tsval = tsval_of(data, _USUAL.size, end) if end > _USUAL.size else -1
                     direction.add(time_ns, flags, tsval)
                     if tsval >= -2 and tsval != -1 and direction.first_leak_frame is None:
                         direction.first_leak_frame, direction.first_leak_file = number, file
