@@ -99,10 +99,18 @@ def test_people_read_whose_clock_it_is_how_fast_how_far_off_and_for_how_long(hos
     assert max(map(len, text.splitlines())) <= 80
 
 
+def test_long_addresses_do_not_make_a_line_of_more_than_80_columns(tmp_path: Path) -> None:
+    sources = [f"2001:db8:1111:2222:3333:4444:5555:{place}" for place in range(4000, 4005)]
+    segments = [segment for source in sources for segment in clocked(source, 1, "2001:db8:aaaa:bbbb:cccc:dddd:eeee:1", 1000, 0)]
+    text = run(str(write(tmp_path / "pcap", segments))).stdout
+    assert "and 2 more: they share one clock" in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= 80
+
+
 def test_an_uptime_is_told_only_where_one_offset_is_used_towards_two_hosts(hosts: Path) -> None:
     text = run(str(hosts)).stdout
     assert text.count("uptime") == 3
-    assert text.count("uptime  not told: its offset may be random (Linux: one for each pair of hosts)") == 2
+    assert text.count("uptime  not told: its offset may be random (Linux: by pair of hosts)") == 2
 
 
 def test_addresses_that_share_a_clock_are_named_together(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from typing import Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence
 
+from _tsproxy.commands import terminal
 from _tsproxy.commands.audit.clock import Clock, groups, measure
 from _tsproxy.commands.audit.flows import Direction
 
@@ -98,13 +99,19 @@ def _of_clock(number: int, flows: Sequence[Direction], learned: Mapping[Directio
         yield f"  clock {number}: {count}, each too short to tell its rate"
     else:
         yield f"  clock {number}: {best.name}, {count}"
-    yield f"    from    {_addresses(flow.source for flow in flows)}"
+    yield from _row("from", _addresses(flow.source for flow in flows))
     if best is None:
         return
-    yield f"    rate    {_interval(best)} Hz (95 %), over {_duration(best.span_s)}"
+    yield from _row("rate", f"{_interval(best)} Hz (95 %), over {_duration(best.span_s)}")
     if skew(best):
-        yield f"    skew    {skew(best)}"
-    yield f"    uptime  {_uptime(best, flows)}"
+        yield from _row("skew", skew(best))
+    yield from _row("uptime", _uptime(best, flows))
+
+
+def _row(name: str, text: str) -> Iterator[str]:
+    first, *more = terminal.wrapped(text, terminal.WIDTH - 12)
+    yield f"    {name:<8}{first}"
+    yield from (f"{'':<12}{line}" for line in more)
 
 
 def skew(clock: Clock) -> str:
@@ -136,7 +143,7 @@ def _interval(clock: Clock) -> str:
 def _uptime(clock: Clock, flows: Sequence[Direction]) -> str:
     """Only where one offset is used towards two hosts: it is no random one for each pair of hosts, let alone connection."""
     if len({flow.destination for flow in flows}) < 2:
-        return "not told: its offset may be random (Linux: one for each pair of hosts)"
+        return "not told: its offset may be random (Linux: by pair of hosts)"
     last_ns = max(flow.last_ns for flow in flows)
     ticks = (clock.value + clock.hz * (last_ns - clock.at_ns) / 1e9) % (1 << 32)
     turn = _duration((1 << 32) / clock.hz)
