@@ -110,7 +110,7 @@ def test_long_addresses_do_not_make_a_line_of_more_than_80_columns(tmp_path: Pat
 def test_an_uptime_is_told_only_where_one_offset_is_used_towards_two_hosts(hosts: Path) -> None:
     text = run(str(hosts)).stdout
     assert text.count("uptime") == 3
-    assert text.count("uptime  not told: its offset may be random (Linux: by pair of hosts)") == 2
+    assert text.count("uptime  not told: its offset may be random (Linux draws one)") == 2
 
 
 def test_addresses_that_share_a_clock_are_named_together(tmp_path: Path) -> None:

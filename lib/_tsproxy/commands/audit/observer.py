@@ -141,9 +141,9 @@ def _interval(clock: Clock) -> str:
 
 
 def _uptime(clock: Clock, flows: Sequence[Direction]) -> str:
-    """Only where one offset is used towards two hosts: it is no random one for each pair of hosts, let alone connection."""
+    """Only where one offset is used towards two hosts: Linux draws one for each pair of hosts, or for each connection."""
     if len({flow.destination for flow in flows}) < 2:
-        return "not told: its offset may be random (Linux: by pair of hosts)"
+        return "not told: its offset may be random (Linux draws one)"
     last_ns = max(flow.last_ns for flow in flows)
     ticks = (clock.value + clock.hz * (last_ns - clock.at_ns) / 1e9) % (1 << 32)
     turn = _duration((1 << 32) / clock.hz)
