@@ -98,9 +98,12 @@ def _vlan(frame: Dissector) -> Following:
 def _tagged(frame: Dissector, offset: int) -> Following:
     kind = _U16(frame.data, frame.at + offset)[0]
     frame.at += offset + 2
-    if kind < _ETHER_TYPES and frame.data.startswith(_SNAP, frame.at):
-        kind = _U16(frame.data, frame.at + 6)[0]
-        frame.at += 8
+    if kind >= _ETHER_TYPES:
+        return int(kind)
+    if not _SNAP.startswith(frame.data[frame.at : frame.at + 6]):
+        return NO_TCP
+    kind = _U16(frame.data, frame.at + 6)[0]
+    frame.at += 8
     return _ether_type(kind)
 
 
