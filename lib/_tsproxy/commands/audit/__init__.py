@@ -88,7 +88,8 @@ def _read_file(path: str, flows: Flows) -> Notes:
         raise Exit(exits.NO_VERDICT, f"{verdict.named(path)}: no capture: {problem}") from None
     except OSError as problem:
         raise UsageError(_unreadable(path, problem.strerror or str(problem))) from None
-    flows.unparsed["record"] += bool(notes.problem)
+    if notes.problem:
+        flows.unparsed["record"] += 1
     return notes
 
 
