@@ -5,9 +5,9 @@ Clients and far end talk in streams whose every byte follows from a seed and its
 bulk in each direction and in both, short connections in numbers, half-closes, slow readers, readers that pause for
 longer than the user timeout, visitors who say nothing, and resets by either side at a random moment. First comes a
 warm-up, after which all must be quiet: that is the starting level. Then the traffic runs; each second tsproxy's memory,
-descriptors and threads are looked at. In the end its own JSON lines must add up (received = sent + discarded, accepted =
-ended + active, a line for each connection, and not a byte more at one end than was sent at the other), and everything
-must be back at the starting level.
+descriptors and threads are looked at. In the end its own JSON lines must add up (received = acknowledged + discarded,
+accepted = ended + active, a line for each connection, and not a byte more at one end than was sent at the other), and
+everything must be back at the starting level.
 
 How to read it: "violations" is 0 and the exit code too, or each violation is told and the exit code is 1. The memory may
 end up to --memory-room above the starting level; sockets and threads may not differ at all, and pipes may by the few

@@ -12,9 +12,10 @@ from typing import Any, Deque, Iterator, List, Tuple
 
 import pytest
 from _tsproxy import config
+from _tsproxy.config import MOST_UPSTREAMS
 from _tsproxy.dataplane.acceptor import Acceptor
 from _tsproxy.dataplane.clients import Clients, slots_for
-from _tsproxy.dataplane.inbox import MOST_UPSTREAMS, Entry
+from _tsproxy.dataplane.inbox import _SLOT, Entry
 from _tsproxy.host.addresses import pack, without_port
 from _tsproxy.host.sockets import taker
 from _tsproxy.telemetry.counters import ACCEPTOR_ROW, Counter, Ledger, client_pair
@@ -185,7 +186,9 @@ def test_a_write_off_touches_the_dead_workers_row_alone() -> None:
 @given(st.integers(0, 2**32 - 1), st.integers(0, MOST_UPSTREAMS))
 def test_the_pair_goes_over_to_the_worker(pair: int, upstreams: int) -> None:
     entry = Entry(0, 5, 7, 9, four(1), bytes(24) * upstreams, pair)
-    assert Entry.decode(entry.encode()) == entry
+    encoded = entry.encode()
+    assert Entry.decode(encoded) == entry
+    assert len(encoded) <= _SLOT
 
 
 class FullCrew:

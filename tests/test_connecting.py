@@ -86,7 +86,7 @@ def test_a_client_that_resets_while_connecting_frees_its_place_at_once(void: Nam
         wait_until(lambda: proxy.metrics()["upstream_cx_active"] == 1)
         reset(client)
     line = proxy.line("connection")
-    assert (line["reason"], line["termination_state"]) == ("client_left", "CC")
+    assert (line["reason"], line["termination_state"]) == ("client_left", "CD")
     metrics = proxy.metrics()
     assert (metrics["downstream_cx_active"], metrics["upstream_cx_active"]) == (0, 0)
 

@@ -57,8 +57,8 @@ def test_no_two_rows_share_a_page_or_a_word(ledger: Ledger) -> None:
 def test_a_row_has_room_for_every_counter_and_both_histograms(ledger: Ledger) -> None:
     assert sorted(Counter) == list(range(len(Counter)))
     assert counters.RELAY == len(Counter)
-    assert counters.CONNECT == counters.RELAY + histogram.SLOTS
-    assert len(ledger.worker(0)) == counters.CONNECT + histogram.SLOTS
+    assert counters.CONNECT == counters.RELAY + histogram.SLOTS + 1
+    assert len(ledger.worker(0)) == counters.LOOP_LAG + histogram.SLOTS + 1
 
 
 def test_workers_come_after_the_acceptor_and_the_reporter(ledger: Ledger) -> None:
@@ -84,6 +84,18 @@ def test_histograms_are_those_of_the_workers_and_apart_from_each_other(ledger: L
     ledger.worker(1)[counters.CONNECT] = 4
     assert ledger.histogram(counters.RELAY) == [(0, 3), (histogram.SLOTS - 1, 3)]
     assert ledger.histogram(counters.CONNECT) == [(0, 4)]
+
+
+@pytest.mark.parametrize("start", [counters.RELAY, counters.CONNECT, counters.LOOP_LAG])
+def test_the_longest_time_of_all_workers_is_kept_as_it_was_measured(ledger: Ledger, start: int) -> None:
+    for worker, times in enumerate([(1,), (3_333_333, 5), (2_000_000,)]):
+        for took_ns in times:
+            counters.note(ledger.worker(worker), start, took_ns)
+    assert ledger.longest_ns(start) == 3_333_333
+    assert sum(count for _, count in ledger.histogram(start)) == 4
+    name = {counters.RELAY: "relay_us", counters.CONNECT: "connect_us", counters.LOOP_LAG: "loop_lag_us"}[start]
+    found = metrics.latencies(ledger)
+    assert (found[f"{name}_max"], found[f"{name}_p999"]) == (3333.333, 3333.333)
 
 
 def test_a_second_view_of_the_same_memory_sees_each_write_at_once(ledger: Ledger) -> None:
@@ -124,7 +136,7 @@ def test_workers_in_other_processes_count_in_their_own_rows_without_losing_any(l
     assert [worker.returncode for worker in workers] == [0] * 3
     assert [ledger.worker(index)[Counter.RECEIVED_UPSTREAM] for index in range(3)] == [20_000, 40_000, 60_000]
     assert ledger.histogram(counters.RELAY) == [(0, 7), (1, 7), (2, 7)]
-    assert ledger.histogram(counters.CONNECT) == [(histogram.SLOTS - 1, 3)]
+    assert ledger.longest_ns(counters.LOOP_LAG) == 1, "the last word of a row"
 
 
 def test_the_ledger_is_not_inherited_unless_it_is_passed_on(ledger: Ledger) -> None:
@@ -134,10 +146,10 @@ def test_the_ledger_is_not_inherited_unless_it_is_passed_on(ledger: Ledger) -> N
 # The metrics made of it
 
 
-def test_the_metrics_derive_what_was_sent_and_what_is_active(ledger: Ledger) -> None:
+def test_the_metrics_say_what_was_received_and_acknowledged_and_derive_what_is_active(ledger: Ledger) -> None:
     row = ledger.worker(0)
-    row[Counter.RECEIVED_DOWNSTREAM], row[Counter.WITHHELD_DOWNSTREAM] = 100, 7
-    row[Counter.RECEIVED_UPSTREAM], row[Counter.WITHHELD_UPSTREAM] = 1000, 70
+    row[Counter.RECEIVED_DOWNSTREAM], row[Counter.ACKNOWLEDGED_UPSTREAM] = 100, 93
+    row[Counter.RECEIVED_UPSTREAM], row[Counter.ACKNOWLEDGED_DOWNSTREAM] = 1000, 930
     row[Counter.CONNECTS], row[Counter.CONNECTS_ENDED], row[Counter.ENDED] = 9, 4, 3
     ledger.rows[ACCEPTOR_ROW][Counter.ACCEPTED] = 12
     fields = metrics.totals(ledger)
@@ -183,10 +195,10 @@ def a_connection_comes_and_goes(row: memoryview) -> None:
         row[counter] += 1
 
 
-def bytes_come_and_are_held(row: memoryview) -> None:
-    for counter in (Counter.WITHHELD_UPSTREAM, Counter.WITHHELD_DOWNSTREAM):  # withheld first, as a half does
-        row[counter] += 100
+def bytes_come_and_are_acknowledged(row: memoryview) -> None:
     for counter in (Counter.RECEIVED_UPSTREAM, Counter.RECEIVED_DOWNSTREAM):
+        row[counter] += 100
+    for counter in (Counter.ACKNOWLEDGED_UPSTREAM, Counter.ACKNOWLEDGED_DOWNSTREAM):
         row[counter] += 100
 
 
@@ -197,12 +209,12 @@ def test_no_gauge_is_negative_when_connections_come_and_go_between_two_looks(see
     assert fields["upstream_cx_active"] >= 0
 
 
-@pytest.mark.parametrize("seen", ["WITHHELD", "RECEIVED"])
-def test_bytes_that_are_held_between_two_looks_are_never_taken_for_sent_ones(seen: str) -> None:
+@pytest.mark.parametrize("seen", ["ACKNOWLEDGED", "RECEIVED"])
+def test_never_more_is_acknowledged_than_received_when_bytes_come_between_two_looks(seen: str) -> None:
     watched = [counter for counter in Counter if counter.name.startswith(seen)]
-    fields = totals_while(bytes_come_and_are_held, watched, times=1)
-    assert fields["downstream_cx_tx_bytes_total"] <= 0
-    assert fields["upstream_cx_tx_bytes_total"] <= 0
+    fields = totals_while(bytes_come_and_are_acknowledged, watched, times=100)
+    assert fields["downstream_cx_tx_bytes_total"] <= fields["upstream_cx_rx_bytes_total"]
+    assert fields["upstream_cx_tx_bytes_total"] <= fields["downstream_cx_rx_bytes_total"]
 
 
 def test_a_client_that_its_killed_worker_had_counted_but_not_begun_with_is_not_active_for_ever() -> None:

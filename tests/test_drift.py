@@ -104,7 +104,7 @@ def test_a_lever_that_goes_under_load_lets_no_byte_out_beside_a_timestamp(make_w
     assert [received for stamped, received in leaks.seen if stamped and received] == []
     refusals = [line for line in proxy.lines if line["event"] == "connection" and line["reason"] == "policy"]
     assert len(refusals) == metrics["upstream_cx_policy_refused_total"]
-    assert {(line["rx_bytes"], line["tx_bytes"], line["termination_state"]) for line in refusals} == {(0, 0, "PC")}
+    assert {(line["rx_bytes"], line["tx_bytes"], line["termination_state"]) for line in refusals} == {(0, 0, "PR")}
 
 
 def test_established_connections_stay_clean_under_strip_when_the_sysctl_is_switched_on(make_wire: Any) -> None:
@@ -134,9 +134,12 @@ def test_established_connections_are_reset_under_rewrite_when_the_rules_go(make_
     with pytest.raises(ConnectionResetError):
         client.recv(1)
     assert proxy.line("timestamps_drift")["level"] == "error"
-    assert proxy.line("connection")["reason"] == "policy"
+    line = proxy.line("connection")
+    assert (line["reason"], line["termination_state"], line["rx_bytes"]) == ("policy_drift", "PD", 8)
     with wire.client:
         proxy.expect_reset()
+    metrics = proxy.wait_metrics(lambda line: line["downstream_cx_total"] == 2 and not line["downstream_cx_active"])
+    assert (metrics["upstream_cx_policy_ended_total"], metrics["upstream_cx_policy_refused_total"]) == (1, 1)
     client.close()
 
 

@@ -141,6 +141,17 @@ def test_a_list_keeps_its_first_items_and_says_that_there_were_more() -> None:
     assert back["version"] == "1"
 
 
+def test_a_list_loses_no_more_than_there_is_no_room_for() -> None:
+    knobs = [f"knob_{number}={number}" for number in range(20)]
+    allow = "allow=" + ",".join(f"10.{number}.0.0/16" for number in range(256))
+    back = json.loads(line({"event": "start", "knobs": [*knobs[:10], allow, *knobs[10:]], "limits": knobs}))
+    assert [knob for knob in back["knobs"] if not knob.startswith("allow=")] == knobs
+    assert back["limits"] == knobs
+    made = line({"targets": [f"exchange-{number}.example:443" for number in range(200)], "limits": knobs})
+    assert 4096 - 64 <= len(made) <= 4096
+    assert 4096 - 16 <= len(line({"message": "m" * 5000})) <= 4096
+
+
 def test_numbers_stay_whole_beside_texts_that_are_cut() -> None:
     numbers = {f"counter_{number}": 2**63 - number for number in range(60)}
     back = json.loads(line({**numbers, "message": "x" * 5000}))

@@ -45,7 +45,7 @@ def test_an_idle_connection_is_ended_on_both_sides_and_a_busy_one_is_not(start: 
             with contextlib.suppress(socket.timeout):
                 idle.recv(1)
     line = proxy.line("connection")
-    assert (line["reason"], line["termination_state"], line["rx_bytes"]) == ("idle_timeout", "sD", 1)
+    assert (line["reason"], line["termination_state"], line["rx_bytes"]) == ("idle_timeout", "cD", 1)
     assert line["duration_us"] >= 300_000
     assert proxy.metrics()["downstream_cx_active"] == 1
     assert proxy.metrics()["idle_timeout_total"] == 1
@@ -205,6 +205,7 @@ def test_drain_while_connecting_ends_that_connection_too(start: Any) -> None:
             proxy.wait_metrics(lambda line: line["downstream_cx_total"] == 3)
             assert proxy.stop() == 0
             assert proxy.line("stop")["killed_connections"] == proxy.count("connection")
+            assert {line["termination_state"] for line in proxy.lines if line.get("reason") == "drain"} == {"KC"}
         finally:
             proxy.close()
             for sock in (*clients, full, filler):
@@ -239,7 +240,7 @@ def test_an_upstream_that_is_unplugged_is_dead_after_the_user_timeout(unplugged:
     with pytest.raises(ConnectionResetError):
         client.recv(1)
     line = proxy.line("connection")
-    assert (line["reason"], line["termination_state"]) == ("server_timeout", "sD")
+    assert (line["reason"], line["termination_state"]) == ("server_timeout", "SD")
     client.close()
 
 

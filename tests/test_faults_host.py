@@ -81,6 +81,30 @@ def test_a_client_for_whose_upstream_there_is_no_descriptor_is_reset(stand: Stan
     assert ends(proxy) == {("no_descriptors", "RC"): len(fates)}
 
 
+def test_a_client_whose_descriptor_finds_no_room_in_the_worker_has_a_line(forked: Stand) -> None:
+    """SCM_RIGHTS into a full table: the message comes, the descriptor does not (unix(7))."""
+    proxy = forked.start("--workers=2", "--max-connections-per-client=50")
+    proxy.line("start")
+    workers = wait_until(lambda: two if len(two := children(zygote_of(proxy))) == 2 else [], "both workers are there")
+    with forked.unharmed(proxy):
+        with contextlib.ExitStack() as tight:
+            for pid in workers:
+                tight.enter_context(descriptors_up_to(pid, lowest_free(pid)))
+            with forked.host:
+                clients = [proxy.connect() for _ in range(4)]
+            ports = {client.getsockname()[1] for client in clients}
+            fates = [client.recv(1) for client in clients]
+            for client in clients:
+                client.close()
+    assert fates == [b""] * 4
+    lines = [line for line in proxy.lines if line["event"] == "connection" and line["reason"] == "no_descriptors"]
+    assert {line["client_port"] for line in lines} == ports
+    assert len({line["connection_id"] for line in lines}) == 4
+    assert {(line["termination_state"], line["client_timestamps"], line["upstream_address"]) for line in lines} == {
+        ("RC", None, None)
+    }
+
+
 # The clock
 
 
@@ -210,7 +234,8 @@ def test_a_killed_worker_takes_its_connections_with_it_and_nothing_else(forked: 
             client.close()
     assert said == f"worker 0 died (killed by SIGKILL); {CROWD // 2} connections closed; a successor took its place"
     assert len(left) == CROWD // 2
-    assert conserved(proxy, CROWD // 2)["worker_restarts_total"] == 1
+    metrics = conserved(proxy, CROWD // 2)
+    assert (metrics["worker_restarts_total"], metrics["downstream_cx_lost_with_worker_total"]) == (1, CROWD // 2)
 
 
 def test_clients_that_find_the_workers_inbox_full_wait_and_are_served(forked: Stand) -> None:

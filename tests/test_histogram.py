@@ -97,17 +97,19 @@ def test_the_maximum_is_found_however_high_the_counts(counts: Counts) -> None:
 
 @given(st.lists(TIMES))
 def test_the_buckets_count_what_took_less_than_their_limit(times: List[int]) -> None:
-    fields = summary("relay_us", counts_of(times))
+    fields = summary("relay_us", counts_of(times), max(times, default=0))
     ordered = sorted(times)
     for limit in LIMITS_US:
         assert fields[f"relay_us_le_{limit}"] == bisect_left(ordered, limit * 1000)
     assert fields["relay_us_count"] == len(times)
+    assert fields["relay_us_max"] == (max(times) / 1000 if times else None)
+    assert not times or all(fields[f"relay_us_{part}"] <= max(times) / 1000 for part in ("p50", "p99", "p999"))  # type: ignore
 
 
 def test_the_summary_has_its_fields_in_order() -> None:
     buckets = [f"x_le_{2**power}" for power in range(21)]
-    assert list(summary("x", [])) == ["x_p50", "x_p99", "x_p999", "x_max", *buckets, "x_count"]
-    assert set(summary("x", []).values()) == {None, 0}
+    assert list(summary("x", [], 0)) == ["x_p50", "x_p99", "x_p999", "x_max", *buckets, "x_count"]
+    assert set(summary("x", [], 0).values()) == {None, 0}
 
 
 def test_each_limit_is_the_edge_of_a_slot() -> None:

@@ -238,4 +238,6 @@ def test_a_target_with_a_zone_is_followed_when_its_interface_is_made_again(space
             return False
 
         wait_until(is_back, "the new interface is found")
-        assert "fe80::1234" in proxy.line("resolve")["message"]
+        where = f"[fe80::1234%v0]:{far.port}"
+        assert proxy.line("start")["upstream_addresses"] == [where]
+        assert proxy.line("resolve")["message"] == f"upstream addresses are now {where}"

@@ -94,7 +94,9 @@ def test_an_icmp_error_on_an_established_connection_ends_it_as_gone(wire: Wire, 
     who = "client" if side == "client" else "server"
     proxy.wait_metrics(lambda _: proxy.count("connection") == len(pairs))
     lines = [line for line in proxy.lines if line["event"] == "connection"]
-    assert {(line["reason"], line["termination_state"]) for line in lines} == {(f"{who}_timeout", f"{who[0]}D")}
+    assert {(line["reason"], line["termination_state"]) for line in lines} == {
+        (f"{who}_timeout", "CD" if who == "client" else "SD")
+    }
     no_bug(proxy)
 
 
@@ -116,7 +118,7 @@ def test_a_route_or_interface_that_changes_ends_connections_as_gone(wire: Wire, 
     with pytest.raises(ConnectionResetError):
         client.recv(1)
     line = proxy.line("connection")
-    assert (line["reason"], line["termination_state"]) == ("server_timeout", "sD")
+    assert (line["reason"], line["termination_state"]) == ("server_timeout", "SD")
     with wire.client:
         proxy.expect_reset()
     wanted = {"connect_failed"} if change in CHANGES[:3] else {"connect_failed", "policy"}

@@ -56,7 +56,7 @@ def test_a_sysctl_switched_on_later_lets_no_syn_out(clean: Namespace, proxy: Pro
     with clean:
         proxy.expect_reset()
     line = proxy.line("connection", lambda line: line["reason"] == "policy")
-    assert (line["termination_state"], line["level"], line["upstream_timestamps"]) == ("PC", "error", None)
+    assert (line["termination_state"], line["level"], line["upstream_timestamps"]) == ("PR", "error", None)
     assert (line["rx_bytes"], line["tx_bytes"]) == (0, 0)
     metrics = proxy.metrics()
     assert (metrics["upstream_cx_policy_refused_total"], metrics["upstream_cx_total"]) == (1, 1)

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 unhurried = settings(deadline=None)
 HERE = pack(socket.AF_INET, ("192.0.2.1", 443))
+LOCAL = pack(socket.AF_INET, ("192.0.2.9", 40000))
 THERE = pack(socket.AF_INET6, ("2001:db8::1", 50000, 0, 0))
 FULL = Connection(
     worker=3,
@@ -30,11 +31,14 @@ FULL = Connection(
     closed_at_ns=1_700_000_000_123_456_789,
     client=THERE,
     upstream=HERE,
+    upstream_local=LOCAL,
     duration_us=1500,
     connect_us=120,
     rx_bytes=10,
     tx_bytes=20,
+    upstream_tx_bytes=7,
     discarded_bytes=5,
+    unacknowledged_bytes=1,
     client_timestamps=True,
     upstream_timestamps=False,
     client_syn_tsval=2**32 - 1,
@@ -45,6 +49,7 @@ FULL = Connection(
 )
 EMPTY = FULL._replace(
     upstream=None,
+    upstream_local=None,
     connect_us=None,
     client_timestamps=None,
     upstream_timestamps=None,
@@ -62,11 +67,14 @@ CONNECTIONS = st.builds(
     closed_at_ns=I63,
     client=PACKED,
     upstream=st.none() | PACKED,
+    upstream_local=st.none() | PACKED,
     duration_us=I63,
     connect_us=st.none() | I63,
     rx_bytes=U64,
     tx_bytes=U64,
+    upstream_tx_bytes=U64,
     discarded_bytes=U64,
+    unacknowledged_bytes=U64,
     client_timestamps=st.none() | st.booleans(),
     upstream_timestamps=st.none() | st.booleans(),
     client_syn_tsval=st.none() | U32,
@@ -181,11 +189,15 @@ def test_the_fields_of_a_connection_are_those_of_its_line_in_their_order() -> No
         "client_port": 50000,
         "upstream_address": "192.0.2.1",
         "upstream_port": 443,
+        "upstream_local_address": "192.0.2.9",
+        "upstream_local_port": 40000,
         "duration_us": 1500,
         "connect_us": 120,
         "rx_bytes": 10,
         "tx_bytes": 20,
+        "upstream_tx_bytes": 7,
         "discarded_bytes": 5,
+        "unacknowledged_bytes": 1,
         "client_timestamps": True,
         "client_syn_tsval": 2**32 - 1,
         "upstream_timestamps": False,
@@ -200,7 +212,15 @@ def test_the_fields_of_a_connection_are_those_of_its_line_in_their_order() -> No
 def test_what_was_not_there_to_see_is_null_and_not_zero() -> None:
     nothing = {name for name, value in EMPTY.fields().items() if value is None}
     assert nothing == {
-        *("upstream_address", "upstream_port", "connect_us", "client_timestamps", "client_syn_tsval"),
+        *(
+            "upstream_address",
+            "upstream_port",
+            "upstream_local_address",
+            "upstream_local_port",
+            "connect_us",
+            "client_timestamps",
+            "client_syn_tsval",
+        ),
         *("upstream_timestamps", "upstream_rtt_us", "upstream_retransmits"),
     }
     zeros = FULL._replace(connect_us=0, client_syn_tsval=0, upstream_rtt_us=0, upstream_retransmits=0, client_timestamps=False)
@@ -212,7 +232,7 @@ def test_every_ending_has_its_words() -> None:
     for ending, words in WORDS.items():
         assert words.reason.isidentifier(), ending
         assert words.level in NOTICE_LEVELS, ending
-    assert {words.termination_state for words in WORDS.values()} == set("-- CD SD cD sD SC sC CC RC KD PC ID".split())
+    assert {words.termination_state for words in WORDS.values()} == set("-- CD SD cD sD SC sC RC KC KD PR PD IC ID".split())
 
 
 # The pipe

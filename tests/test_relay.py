@@ -12,8 +12,9 @@ from harness import Exchange, receive_all, receive_exactly, reset, wait_until
 
 LINE_FIELDS = {
     "start": "version listen_address listen_port targets timestamps witness workers runtime python json_encoder knobs limits",
-    "connection": "connection_id worker client_address client_port upstream_address upstream_port duration_us connect_us "
-    "rx_bytes tx_bytes discarded_bytes client_timestamps client_syn_tsval upstream_timestamps witness upstream_rtt_us "
+    "connection": "connection_id worker client_address client_port upstream_address upstream_port "
+    "upstream_local_address upstream_local_port duration_us connect_us rx_bytes tx_bytes upstream_tx_bytes discarded_bytes "
+    "unacknowledged_bytes client_timestamps client_syn_tsval upstream_timestamps witness upstream_rtt_us "
     "upstream_retransmits reason termination_state",
     "metrics": "start_time uptime_s interval_s downstream_cx_total downstream_cx_overflow downstream_cx_denied "
     "downstream_cx_rx_bytes_total downstream_cx_tx_bytes_total upstream_cx_total upstream_cx_rx_bytes_total "

@@ -91,6 +91,25 @@ def test_all_workers_serve_and_the_start_line_names_the_runtime(begin: Any, echo
     assert proxy.stderr() == ""
 
 
+def loops(proxy: Proxy) -> int:
+    """How many event loops (epoll(7)) there are in all its processes."""
+    found = 0
+    for fd in [fd for pid in proxy.family() for fd in Path(f"/proc/{pid}/fd").iterdir()]:
+        with contextlib.suppress(FileNotFoundError):  # a connection's, closed meanwhile
+            found += os.readlink(fd) == "anon_inode:[eventpoll]"
+    return found
+
+
+def test_the_start_line_comes_when_the_workers_are_there(begin: Any, echoing: Exchange) -> None:
+    """An interpreter needs half a second to be; a client that came before it waited for that."""
+    proxy = begin(echoing, "--workers=3")
+    proxy.line("start")
+    at_start = loops(proxy)
+    for _ in range(6):
+        ask(proxy)
+    assert at_start == loops(proxy) >= 3
+
+
 @pytest.mark.parametrize("workers", ["--workers=1", "--workers=2"])
 def test_held_connections_of_all_workers_drain(begin: Any, echoing: Exchange, workers: str) -> None:
     proxy = begin(echoing, workers)

@@ -42,6 +42,7 @@ class Packet(NamedTuple):
     payload: int
     tsval: Optional[int]
     tsecr: Optional[int]
+    acknowledges: int  # up to this sequence number
 
     @property
     def is_syn(self) -> bool:
@@ -60,11 +61,11 @@ def dissect(raw: bytes) -> Optional[Packet]:
             return None
         start, end = 40, 40 + (struct.unpack_from("!H", raw, 4)[0] or len(raw) - 40)
         ips = [socket.inet_ntop(socket.AF_INET6, raw[at : at + 16]) for at in (8, 24)]
-    sport, dport, sequence, _, offset, flags, window = struct.unpack_from("!HHIIBBH", raw, start)
+    sport, dport, sequence, acknowledges, offset, flags, window = struct.unpack_from("!HHIIBBH", raw, start)
     options = raw[start + 20 : start + (offset >> 4) * 4]
     stamps = _timestamps(options)
     payload = end - start - (offset >> 4) * 4
-    return Packet((ips[0], sport), (ips[1], dport), flags, sequence, window, payload, *stamps)
+    return Packet((ips[0], sport), (ips[1], dport), flags, sequence, window, payload, *stamps, acknowledges)
 
 
 def _timestamps(options: bytes) -> Tuple[Optional[int], Optional[int]]:

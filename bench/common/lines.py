@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
 _PIECE = 1 << 20
-_SUMMED = ("rx_bytes", "tx_bytes", "discarded_bytes")
+_SUMMED = ("rx_bytes", "tx_bytes", "upstream_tx_bytes", "discarded_bytes", "unacknowledged_bytes")
 _PATIENCE_S = 30.0
 
 Line = Dict[str, Any]
@@ -101,16 +101,18 @@ def balance(lines: Lines, ends: Dict[str, int]) -> Iterator[str]:
     if not dropped:
         sums = lines.sums
         equal["rx_bytes of all lines, and received from clients"] = (sums["rx_bytes"], received[0])
-        equal["tx_bytes of all lines, and sent to clients"] = (sums["tx_bytes"], sent[1])
-        equal["received, and sent or discarded"] = (sum(received), sum(sent) + sums["discarded_bytes"])
+        equal["tx_bytes of all lines, and acknowledged by clients"] = (sums["tx_bytes"], sent[1])
+        equal["upstream_tx_bytes of all lines, and acknowledged by the far end"] = (sums["upstream_tx_bytes"], sent[0])
+        lost = sums["discarded_bytes"] + sums["unacknowledged_bytes"]
+        equal["received, and acknowledged or not"] = (sum(received), sum(sent) + lost)
     for what, (one, other) in equal.items():
         if one != other:
             yield f"{what}: {one}, {other}"
     for what, less, more in (
         ("from clients", received[0], ends["client_sent"]),
         ("from the far end", received[1], ends["far_sent"]),
-        ("by clients", ends["client_received"], sent[1]),
-        ("by the far end", ends["far_received"], sent[0]),
+        ("by clients", ends["client_received"], received[1]),  # not sent[1]: an ACK may be lost where its bytes were not
+        ("by the far end", ends["far_received"], received[0]),
     ):
         if less > more:
             yield f"more bytes received {what} than sent: {less}, {more}"

@@ -263,6 +263,7 @@ class _Option(NamedTuple):
 
 
 _DAY = 86400.0
+MOST_UPSTREAMS = 64  # addresses to try for one connection; also how many --target may be given
 OPTIONS: Mapping[str, _Option] = {
     "--port": _Option("port", whole(0, 65535, "a port")),
     "--bind": _Option("bind", address),
@@ -321,6 +322,8 @@ def _contradictions(options: Mapping[str, Any], fields: Dict[str, Any]) -> None:
             f"--workers={fields['workers']} contradicts --cpus={options['--cpus']}: "
             f"--cpus sets one worker a CPU ({len(cpus)}); give one of the two"
         )
+    if len(fields["targets"]) > MOST_UPSTREAMS:
+        raise UsageError(f"--target: given {len(fields['targets'])} times; allowed: up to {MOST_UPSTREAMS} times")
     _reachable_sources(fields)
 
 

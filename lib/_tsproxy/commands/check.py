@@ -65,6 +65,7 @@ def look(config: Config) -> Report:
         witnesses=[*rows, *wires],
         connections=[attempt.connection for attempt in attempts],
         unresolved=[f"{target}: {reason}" for target, reason in resolver.failures],
+        left_out=resolver.left_out,
         missing=missing,
         fixes=_fixes(config, wanted, finding, missing),
     )

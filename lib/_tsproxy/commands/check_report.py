@@ -49,6 +49,7 @@ class Report:
     witnesses: List[Row]
     connections: List[Connection]
     unresolved: List[str]
+    left_out: int  # addresses of the targets, beyond those that are tried
     missing: List[str]
     fixes: List[str]
 
@@ -70,6 +71,7 @@ def as_json(report: Report) -> bytes:
         "witness": report.lever.word if report.lever is not None else None,
         "targets": [str(target) for target in config.targets],
         "unresolved": report.unresolved,
+        "left_out": report.left_out,
         "host": report.host,
         "levers": [row._asdict() for row in report.levers],
         "witnesses": [row._asdict() for row in report.witnesses],
@@ -141,6 +143,8 @@ def _targets(report: Report, style: Style) -> List[str]:
     for one in report.connections:
         took = f" in {one.connect_us / 1000:.3f} ms" if one.connect_us is not None else ""
         lines += _columns(one.address, _NAME, f"{one.outcome}{took}: {one.note}")
+    if report.left_out:
+        lines.append(f"  and {report.left_out} addresses more, which would not be tried")
     for text in report.unresolved:
         lines += [f"  {line}" for line in terminal.wrapped(f"can't be resolved: {text}", WIDTH - 2)]
     return lines

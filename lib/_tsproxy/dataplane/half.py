@@ -18,7 +18,7 @@ from _tsproxy.dataplane.states import DRAINING, EOF, FLUSHED, OPEN, SHUT, flow_a
 from _tsproxy.dataplane.stream import Stream
 from _tsproxy.dataplane.workbench import Workbench
 from _tsproxy.host import linux
-from _tsproxy.telemetry.counters import RELAY, Counter
+from _tsproxy.telemetry.counters import RELAY, Counter, note
 from _tsproxy.telemetry.histogram import LINEAR_NS, STEP_NS, slot
 
 
@@ -26,15 +26,15 @@ class Tally(NamedTuple):
     """Which counters a direction adds to."""
 
     received: int
-    withheld: int
+    acknowledged: int
     paused: int
 
 
 _STREAM_AFTER = 4  # full buffers in a row
 _REST_NS = 100_000_000
 
-FROM_DOWNSTREAM = Tally(Counter.RECEIVED_DOWNSTREAM, Counter.WITHHELD_DOWNSTREAM, Counter.PAUSED_DOWNSTREAM)
-FROM_UPSTREAM = Tally(Counter.RECEIVED_UPSTREAM, Counter.WITHHELD_UPSTREAM, Counter.PAUSED_UPSTREAM)
+FROM_DOWNSTREAM = Tally(Counter.RECEIVED_DOWNSTREAM, Counter.ACKNOWLEDGED_UPSTREAM, Counter.PAUSED_DOWNSTREAM)
+FROM_UPSTREAM = Tally(Counter.RECEIVED_UPSTREAM, Counter.ACKNOWLEDGED_DOWNSTREAM, Counter.PAUSED_UPSTREAM)
 
 
 class Owner(Protocol):
@@ -62,6 +62,8 @@ class Half:
     """
 
     __slots__ = (
+        "acknowledged",
+        "acknowledged_before",
         "bench",
         "doubt",
         "fd",
@@ -95,7 +97,9 @@ class Half:
         self.flow = OPEN
         self.lane = NEW  # when its events are handled; NOW once it relays
         self.received = 0
-        self.withheld = 0  # received but not sent: held now, or discarded in the end
+        self.withheld = 0  # received and not given to the sink's kernel: held now, or discarded in the end
+        self.acknowledged = 0  # by the sink's peer, as of the last look
+        self.acknowledged_before = 0  # what tcpi_bytes_acked of the sink said before any byte: 1 if the SYN was ours
         self.held: Optional[Held] = None
         self.stream: Optional[Stream] = None
         self.fills = self.filled_at = 0  # full buffers in a row, and `received` as of the last one
@@ -127,6 +131,8 @@ class Half:
         counters[self.received_slot] += received
         self.moved_at = now = monotonic_ns()
         took = now - bench.woke
+        if took > bench.longest_ns:
+            bench.relay_took_longest(took)
         if took < LINEAR_NS:
             counters[RELAY + took // STEP_NS] += 1
         else:
@@ -209,9 +215,8 @@ class Half:
         return self.stream or self
 
     def account(self, received: int, sent: int) -> None:
-        """Count what came and what of it is withheld. Withheld first: a reader of the counters never sees too much sent."""
+        """Count what came and what of it is withheld."""
         self.withheld += received - sent
-        self.bench.counters[self.tally.withheld] += received - sent
         self.received += received
         self.bench.counters[self.tally.received] += received
 
@@ -234,7 +239,7 @@ class Half:
             if not self.is_full(error):
                 self.owner.on_broken_sink(self, error)
             return
-        self._withheld_less(sent)
+        self.withheld -= sent
         if held.left:
             self.moved_at = monotonic_ns()
         else:
@@ -245,7 +250,7 @@ class Half:
     def delivered(self, since_ns: int) -> None:
         """All that was received at `since_ns` is sent now."""
         self.moved_at = now = monotonic_ns()
-        self.bench.counters[RELAY + slot(now - since_ns)] += 1
+        note(self.bench.counters, RELAY, now - since_ns)
 
     def deliver_last_words(self) -> None:
         """The source is broken: send on what it had said before, as far as the sink takes it now. No FIN: it sent none."""
@@ -254,15 +259,22 @@ class Half:
             while self.is_reading and (received := self.source.recv_into(buffer)):
                 self.account(received, 0)
                 sent = self.sink.send(buffer[:received])
-                self._withheld_less(sent)
+                self.withheld -= sent
                 if sent < received:
                     return  # what comes behind the rest must not be sent without it
         except OSError:
             pass  # nothing more was said, or it can't be sent: what is left over has been counted as withheld
 
-    def _withheld_less(self, sent: int) -> None:
-        self.withheld -= sent
-        self.bench.counters[self.tally.withheld] -= sent
+    @property
+    def unacknowledged(self) -> int:
+        """What the sink's kernel was given and its peer had not acknowledged at the last look."""
+        return self.received - self.withheld - self.acknowledged
+
+    def count_acknowledged(self, total: int) -> None:
+        """`total` is tcpi_bytes_acked of the sink, which counts our SYN and our FIN, too; a FIN comes behind all bytes."""
+        more = min(total - self.acknowledged_before - self.acknowledged, self.unacknowledged)
+        self.acknowledged += more
+        self.bench.counters[self.tally.acknowledged] += more
 
     def release(self) -> None:
         """Give the room of what was held back; it is sent, or lost for good."""
@@ -277,7 +289,7 @@ class Half:
         self._shut_if_drained()
 
     def _shut_if_drained(self) -> None:
-        """Half-close: FIN goes on only after the bytes before it. The second one is left to the close() that follows."""
+        """Half-close: FIN goes on only after the bytes before it. The second one is left to the owner's end."""
         if self.flow is DRAINING:
             try:
                 if self.twin.flow is not SHUT:

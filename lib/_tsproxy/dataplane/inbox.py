@@ -24,9 +24,8 @@ from _tsproxy.host.wakeup import Wakeup
 from _tsproxy.telemetry.counters import Counter
 
 CAPACITY = 1024
-_SLOT = 512
+_SLOT = 2048  # room for config.MOST_UPSTREAMS addresses
 _ENTRY = struct.Struct(f"=BiQqHI{PACKED_SIZE}s")
-MOST_UPSTREAMS = (_SLOT - _ENTRY.size) // PACKED_SIZE
 _RIGHT = struct.Struct("i")  # the one descriptor in a message (SCM_RIGHTS, unix(7))
 _ROOM = socket.CMSG_LEN(_RIGHT.size)
 _FULL = linux.RETRY | linux.CAPACITY | {errno.EPIPE, errno.ECONNRESET, errno.ETOOMANYREFS}
@@ -42,7 +41,7 @@ class Entry(NamedTuple):
     connection_id: int = 0
     accepted_ns: int = 0  # CLOCK_MONOTONIC
     client: bytes = bytes(PACKED_SIZE)
-    upstreams: bytes = b""  # packed addresses, one after the other, at most MOST_UPSTREAMS
+    upstreams: bytes = b""  # packed addresses, one after the other, at most config.MOST_UPSTREAMS
     pair: int = 0  # where in the worker's row this client's connections are counted; 0: they are not
 
     def encode(self) -> bytes:

@@ -27,14 +27,14 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from typing import Any, Dict, List, Optional, Protocol
+from typing import Any, Dict, Optional, Protocol
 
+from _tsproxy.dataplane.rounds import Rounds
 from _tsproxy.dataplane.timers import Timers
 from _tsproxy.host import linux, sockets
 
 _LOOKS = 3  # in a timeout
 _SHORTEST_NS = 100_000_000  # between looks: a shorter timeout is noticed later
-_SLICE = 32  # connections at a time: 0.1 ms if all of them have moved (1.4 us a look), 0.01 ms if none has
 _STALL_MS = 5000  # for so long the loop may stand still before the kernel ends a peer whose timeout it should move on
 _JIFFY_MS = 10  # what the kernel's milliseconds may be short of, at most (HZ=100)
 
@@ -61,31 +61,14 @@ class Liveness:
 
     def __init__(self, timers: Timers, relays: Dict[int, Any], timeout_ms: int) -> None:
         """`relays` are all that there are, kept by their owner; `timeout_ms` of 0 is off."""
-        self._timers, self._relays, self._timeout_ms = timers, relays, timeout_ms
+        self._timeout_ms = timeout_ms
         self._step_ns = max(-(-timeout_ms * 1_000_000 // _LOOKS), _SHORTEST_NS)
-        self._gap_ns = 0
-        self._round: List[Any] = []  # not asked yet in this one
-        self.owner: Any = None  # who is asked just now: a bug in that is a bug of this connection
-        self._runs = False
+        self._rounds = Rounds(timers, relays, self._step_ns, lambda relay, now_ns: relay.look(now_ns))
 
     def begin(self, now_ns: int) -> None:
-        """There is a connection. While there is none nothing wakes the loop."""
-        if self._timeout_ms and not self._runs:
-            self._runs = True
-            self._timers.arm(self, now_ns + self._step_ns)
-
-    def on_deadline(self, now_ns: int) -> None:
-        """Ask one slice of them; when all were asked, begin anew."""
-        if not self._round:
-            self._round = list(self._relays.values())
-            self._gap_ns = self._step_ns // max(1, -(-len(self._round) // _SLICE))
-        self._runs = bool(self._round)
-        if self._runs:
-            self._timers.arm(self, now_ns + self._gap_ns)  # first: a bug in a look must not be the last one
-        for _ in range(min(_SLICE, len(self._round))):
-            self.owner = self._round.pop()
-            self.owner.look(now_ns)
-        self.owner = None
+        """There is a connection."""
+        if self._timeout_ms:
+            self._rounds.begin(now_ns)
 
     def is_gone(self, way: Direction, now_ns: int) -> bool:
         """Look at one sink. It is settled when it leaves no doubt."""

@@ -6,6 +6,7 @@ the gate checks. The file reads in the order of a connection's life.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 import time
@@ -19,12 +20,13 @@ from _tsproxy.dataplane.states import CLOSED, CONNECTED, CONNECTING, ENDED, OPEN
 from _tsproxy.dataplane.timers import TICK_NS
 from _tsproxy.dataplane.workbench import Workbench
 from _tsproxy.host import linux, namespaces, sockets
-from _tsproxy.host.addresses import PACKED_SIZE, Address, family_of, unpack
+from _tsproxy.host.addresses import PACKED_SIZE, Address, family_of, pack, unpack
 from _tsproxy.host.sockets import TcpInfo
-from _tsproxy.telemetry.counters import CONNECT, Counter
-from _tsproxy.telemetry.endings import Ending
-from _tsproxy.telemetry.histogram import slot
+from _tsproxy.telemetry.counters import CONNECT, Counter, note
+from _tsproxy.telemetry.endings import WHILE_CONNECTING, Ending
 from _tsproxy.telemetry.records import Connection, Notice
+
+Peers = Tuple[TcpInfo, ...]  # of the upstream one, and of the client
 
 
 class Relay:
@@ -33,6 +35,7 @@ class Relay:
     Upstream addresses are tried in order, each with the connect timeout. Nothing is read from the client before the
     upstream connection is established and the gate has let it pass. Either side's FIN is passed on as FIN, either
     side's reset as a reset; any other end than two FINs resets both sides, so that a cut stream never looks complete.
+    After two FINs nothing is cut: what the kernel still has is waited for, and not taken back whatever happens.
     """
 
     __slots__ = (
@@ -250,7 +253,7 @@ class Relay:
     def on_drift(self) -> None:
         """End; but one that connects may have addresses of another family left, for which the policy holds."""
         if self._phase is not CONNECTING:
-            self.end(Ending.POLICY)
+            self.end(Ending.POLICY_DRIFT)
             return
         self._take_back()
         self._connect()
@@ -262,11 +265,12 @@ class Relay:
         up, down = self._halves
         now = time.monotonic_ns()
         self._connect_us = (now - self._started_ns) // 1000
-        self._bench.counters[CONNECT + slot(now - self._started_ns)] += 1
+        note(self._bench.counters, CONNECT, now - self._started_ns)
         self._phase = phase_after(self._phase, CONNECTED)
         up.twin, up.sink, up.moved_at = down, down.source, now
         down.twin, down.sink, down.moved_at = up, up.source, now
         up.lane = down.lane = NOW
+        up.acknowledged_before = info.acknowledged
         self._upstream_timestamps = info.timestamps
         self._bench.count(Counter.UPSTREAM_TIMESTAMPS, int(info.timestamps))
         if not self._bench.gate.may_relay(down.source, info):
@@ -274,7 +278,7 @@ class Relay:
             return
         for half in (up, down):
             sockets.acknowledge_at_once(half.source)
-        self._bench.liveness.begin(now)
+        self._bench.begin_rounds(now)
         up.readable()  # what the client has said meanwhile need not wait, not even until the descriptors are watched
         self.on_flow()
 
@@ -293,19 +297,20 @@ class Relay:
             self._on_hang_up(half)
 
     def _on_hang_up(self, half: Half) -> None:
-        """A reset of a side that is not being read now is passed on all the same, at once."""
+        """A reset of a side that is not being read now is passed on all the same, at once. Or it is its last ACK."""
         code = half.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code:
+        if self._is_complete:
+            self._end_if_acknowledged()
+        if code and self._phase is RELAYING:
             self.on_broken_source(half, OSError(code, "hang-up"))
 
     def on_flow(self) -> None:
-        """Derive anew what each descriptor and the clock are waited for; both halves shut: the end."""
+        """Derive anew what each descriptor and the clock are waited for; both halves shut and acknowledged: the end."""
+        if self._is_complete:
+            self._end_if_acknowledged()
         if self._phase is not RELAYING:
             return
         up, down = self._halves
-        if up.flow is SHUT and down.flow is SHUT:
-            self.end(Ending.CLOSED)
-            return
         self._bench.watch(up.fd, up.interest, up.reader)
         self._bench.watch(down.fd, down.interest, down.reader)
         self._set_timer()
@@ -316,6 +321,28 @@ class Relay:
             timers.arm(self, self._moved_at + limit, limit // _GRAINS_NS or 1)
         else:
             timers.disarm(self)
+
+    def _end_if_acknowledged(self) -> None:
+        """Both FINs are here, so close(2) would send the second one. If bytes still wait for their ACK, it is sent now.
+
+        Then the hang-up that follows the last ACK comes here again, and the record can say of each byte whether it arrived.
+        """
+        peers = self._look_at_peers()
+        if self._awaits_acknowledgement(peers):
+            for half in self._halves:
+                with contextlib.suppress(OSError):  # reset just now: the hang-up tells
+                    half.sink.shutdown(socket.SHUT_WR)
+            peers = self._look_at_peers()
+        if not self._awaits_acknowledgement(peers):
+            self.end(Ending.CLOSED, peers)
+
+    def _awaits_acknowledgement(self, peers: Peers) -> bool:
+        return any(half.unacknowledged and (peer.outstanding or peer.closed) for half, peer in zip(self._halves, peers))
+
+    @property
+    def _is_complete(self) -> bool:
+        """Whether both sides' FINs were passed on, each behind all bytes before it."""
+        return self._phase is RELAYING and all(half.flow is SHUT for half in self._halves)
 
     @property
     def _is_half_closed(self) -> bool:
@@ -356,6 +383,20 @@ class Relay:
             if seen.any and not seen.retransmits:
                 half.moved_at = max(half.moved_at, now_ns - seen.sent_ms * 1_000_000)
 
+    def count_acknowledged(self) -> None:
+        """Count what the peers have acknowledged, for the metrics. It costs a comparison where there is nothing new."""
+        if self._phase is RELAYING and any(half.unacknowledged for half in self._halves):
+            self._look_at_peers()
+
+    def _look_at_peers(self) -> Peers:
+        """TCP_INFO of each half's sink, counted; nothing while there are no two sides."""
+        if self._connect_us is None:
+            return ()
+        peers = tuple([sockets.tcp_info(half.sink) for half in self._halves])
+        for half, peer in zip(self._halves, peers):
+            half.count_acknowledged(peer.acknowledged)
+        return peers
+
     def look(self, now_ns: int) -> None:
         """Whether both peers still live. One that has acknowledged all is not looked at before something moves again."""
         if self._phase is not RELAYING or self._settled_at == self._moved_at:
@@ -371,20 +412,20 @@ class Relay:
     def _end_silent(self) -> None:
         rules = self._bench.rules
         server = self._waits_for_server()
-        if self._is_half_closed and not 0 < rules.idle_timeout_ns <= rules.half_close_timeout_ns:
+        if self._is_complete:
+            self.end(Ending.CLOSED)
+        elif self._is_half_closed and not 0 < rules.idle_timeout_ns <= rules.half_close_timeout_ns:
             self.end(Ending.SERVER_HALF_CLOSED if server else Ending.CLIENT_HALF_CLOSED)
         else:
             self._bench.count(Counter.IDLE_TIMEOUT)
             self.end(Ending.SERVER_IDLE if server else Ending.CLIENT_IDLE)
 
     def _waits_for_server(self) -> bool:
-        """Whose turn it is: the side that does not take its bytes, has not closed yet, or has not answered."""
+        """Whose turn it is: the side that does not take its bytes, or has not closed yet; else, as in HAProxy, the client's."""
         up, down = self._halves
         if up.held is not None or down.held is not None:
             return up.held is not None
-        if self._is_half_closed:
-            return down.flow is OPEN
-        return up.moved_at > down.moved_at
+        return self._is_half_closed and down.flow is OPEN
 
     # Ending
 
@@ -407,57 +448,72 @@ class Relay:
             return Ending.CLIENT_TIMEOUT if client else Ending.SERVER_TIMEOUT
         raise error
 
-    def end(self, ending: Ending) -> None:
-        """Close both sides, give everything back, write the record. What is held is lost, and counted. Idempotent."""
+    def end(self, ending: Ending, peers: Peers = ()) -> None:
+        """Close both sides, give everything back, write the record. What is held is lost, and counted. Idempotent.
+
+        `peers` is what a look at them has found just now. A reset takes back what is not acknowledged: that is lost, too.
+        """
         if self._phase is CLOSED:
             return
+        if self._phase is CONNECTING:
+            ending = WHILE_CONNECTING.get(ending, ending)
+        bench, cut = self._bench, ending in _CUTTING or not self._is_complete
+        if not cut and ending is Ending.DRAIN:
+            ending = Ending.CLOSED
         self._phase = phase_after(self._phase, ENDED)
-        bench = self._bench
+        peers = peers or self._look_at_peers()
+        going_on = [half for half, peer in zip(self._halves, peers) if peer.outstanding and not peer.closed and not cut]
+        left = sum([half.unacknowledged for half in going_on])
         for half in self._halves:
-            if ending is not Ending.CLOSED:
+            if cut:
                 sockets.reset_on_close(half.source)
             bench.bury(half.source)
             half.detach()
         bench.timers.disarm(self)
         bench.waiting.discard(self)
-        if ending is Ending.POLICY:
-            bench.count(Counter.POLICY_REFUSED)
+        if ending in _BY_POLICY:
+            bench.count(_BY_POLICY[ending])
         bench.count(Counter.CONNECTS_ENDED, len(self._halves) - 1)
         bench.count_client(self._entry.pair, ended=True)
         bench.count(Counter.ENDED)
         del bench.relays[self._entry.connection_id]
         if bench.rules.log_connections:
-            bench.records.put(self._record(ending))  # last: who reads the line finds the counters up to date
+            bench.record(self._record(ending, peers, left))  # who reads the line finds the counters up to date
 
-    def _record(self, ending: Ending) -> Connection:
+    def _record(self, ending: Ending, peers: Peers, left: int) -> Connection:
         up, entry = self._halves[0], self._entry
-        down = self._halves[1] if self._connect_us is not None else None
-        info = sockets.tcp_info(down.source) if down else None
+        down = self._halves[1] if peers else None
+        info = peers[0] if peers else None
         return Connection(
             worker=self._bench.index,
             connection_id=entry.connection_id,
             closed_at_ns=time.time_ns(),
             client=entry.client,
             upstream=self._upstream,
+            upstream_local=pack(down.source.family, down.source.getsockname()) if down else None,
             duration_us=(time.monotonic_ns() - entry.accepted_ns) // 1000,
             connect_us=self._connect_us,
             rx_bytes=up.received,
-            tx_bytes=down.received - down.withheld if down else 0,
-            discarded_bytes=up.withheld + (down.withheld if down else 0),
+            tx_bytes=down.acknowledged if down else 0,
+            upstream_tx_bytes=up.acknowledged,
+            discarded_bytes=sum([half.received - half.acknowledged for half in self._halves]) - left,
+            unacknowledged_bytes=left,
             client_timestamps=self._client_timestamps,
             upstream_timestamps=self._upstream_timestamps,
             client_syn_tsval=self._bench.tsval_of(sockets.saved_syn(up.source)),  # the kernel kept it until now
-            upstream_rtt_us=info.rtt_us if info else None,
+            upstream_rtt_us=(info.rtt_us or None) if info else None,  # 0: nothing was measured
             upstream_retransmits=info.retransmits if info else None,
             ending=ending,
             witness=self._bench.gate.witness,
         )
 
 
+_CUTTING = frozenset({Ending.POLICY, Ending.BUG})  # what is under way must not be sent, or can't be told to be whole
 _SYN_ONCE_NS = 900_000_000  # Linux sends a SYN again after 1 s (TCP_TIMEOUT_INIT, include/net/tcp.h; RFC 6298, section 2)
 _ASK_AGAIN_NS = 250_000_000  # a worker is told when there is an answer; this is for when it could not be
 _GRAINS_NS = 256 * TICK_NS  # a silence may last 1/256 longer than its limit, or one tick
 
+_BY_POLICY = {Ending.POLICY: Counter.POLICY_REFUSED, Ending.POLICY_DRIFT: Counter.POLICY_ENDED}
 _ADVICE = {
     Ending.NO_DESCRIPTORS: "out of file descriptors or memory: raise LimitNOFILE (ulimit -n) or lower --max-connections",
     Ending.NO_PORTS: "no local port is left: widen net.ipv4.ip_local_port_range or add --source addresses",

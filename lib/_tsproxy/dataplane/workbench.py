@@ -17,14 +17,16 @@ from _tsproxy.dataplane.liveness import Liveness
 from _tsproxy.dataplane.pipes import Pipes
 from _tsproxy.dataplane.poller import Poller
 from _tsproxy.dataplane.posted import Posted
+from _tsproxy.dataplane.rounds import Rounds
 from _tsproxy.dataplane.timers import Timers
 from _tsproxy.host.addresses import Address
 from _tsproxy.host.limits import PIPES_A_WORKER
 from _tsproxy.host.sockets import Tuning
-from _tsproxy.telemetry.counters import Counter
-from _tsproxy.telemetry.records import Notice, RecordWriter
+from _tsproxy.telemetry.counters import LONGEST_RELAY, Counter
+from _tsproxy.telemetry.records import Connection, Notice, RecordWriter
 
 _COMPLAINT_NS = 1_000_000_000
+_COUNT_NS = 1_000_000_000  # how late the metrics may be about what peers have acknowledged
 
 
 TsvalOf = Callable[[bytes], Optional[int]]  # the TSval in a client's saved SYN, if it offered one
@@ -74,10 +76,18 @@ class Workbench:
         self.relays: Dict[int, Any] = {}  # connection id -> relay, all that are alive
         self.waiting: Set[Any] = set()  # those of them that wait for the gate to know
         self.liveness = Liveness(self.timers, self.relays, rules.tuning.user_timeout_ms)
+        self._counts = Rounds(self.timers, self.relays, _COUNT_NS, lambda relay, _: relay.count_acknowledged())
         self.woke = time.monotonic_ns()
+        self.longest_ns = counters[LONGEST_RELAY]  # as far as the hot path knows: an attribute is read faster
         self._sources = _by_family(sources)
         self.buried: List[socket.SocketType] = []
+        self._closing: List[Connection] = []  # whose they were
         self._complained: Dict[str, int] = defaultdict(lambda: -_COMPLAINT_NS)
+
+    def begin_rounds(self, now_ns: int) -> None:
+        """There is a connection that relays."""
+        self.liveness.begin(now_ns)
+        self._counts.begin(now_ns)
 
     def watch(self, fd: int, events: int, handler: Any) -> None:
         """Hand these events of the descriptor to `handler` from now on."""
@@ -92,11 +102,18 @@ class Workbench:
         self.posted.drop(fd)
         self.buried.append(sock)
 
+    def record(self, ended: Connection) -> None:
+        """Put its record once its sockets, which are buried, are closed: nothing is acknowledged any more behind the line."""
+        self._closing.append(ended)
+
     def close_buried(self) -> None:
-        """Close what was buried in this turn."""
+        """Close what was buried in this turn, then tell of it: to write to a pipe is to let its reader run first."""
         for sock in self.buried:
             sock.close()
         self.buried.clear()
+        for ended in self._closing:
+            self.records.put(ended)
+        self._closing.clear()
 
     def swap_buffer(self) -> memoryview:
         """The buffer with the bytes just received, for a half to keep; the worker goes on with another."""
@@ -115,6 +132,11 @@ class Workbench:
     def count(self, counter: Counter, by: int = 1) -> None:
         """Add to one of this worker's counters."""
         self.counters[counter] += by
+
+    def relay_took_longest(self, took_ns: int) -> None:
+        """Note a time to relay that is longer than any before."""
+        self.longest_ns = max(took_ns, self.counters[LONGEST_RELAY])
+        self.counters[LONGEST_RELAY] = self.longest_ns
 
     def count_client(self, pair: int, ended: bool = False) -> None:
         """One more connection of a client has begun or ended; `pair` is where that is counted, 0 if it is not."""

@@ -25,13 +25,31 @@ from _tsproxy.dataplane.inbox import (
 from _tsproxy.dataplane.poller import ENDED, READ, READABLE
 from _tsproxy.dataplane.posted import BULK, ENDING, NEW
 from _tsproxy.dataplane.relay import Relay
+from _tsproxy.dataplane.timers import Timers
 from _tsproxy.dataplane.workbench import Workbench
-from _tsproxy.telemetry.counters import Counter
+from _tsproxy.telemetry.counters import LOOP_LAG, Counter, note
 from _tsproxy.telemetry.endings import Ending
+from _tsproxy.telemetry.records import Connection
 
 _BATCH = 256
+_SAMPLE_NS = 100_000_000
 _RETRIES = 16  # of those that wait for evidence, at a time: each may cost a connect(2)
 _LONGEST_S = 86400.0  # epoll_wait(2) takes milliseconds as an int: 24.8 days would be too long
+
+
+class _Sample:
+    """A timer that does nothing but be late, once in 100 ms while there are events: an idle loop need not wake for it."""
+
+    is_armed = False
+
+    def arm(self, timers: Timers, now_ns: int) -> None:
+        """Events come."""
+        self.is_armed = True
+        timers.arm(self, now_ns + _SAMPLE_NS)
+
+    def on_deadline(self, now_ns: int) -> None:
+        """The next event arms it again."""
+        self.is_armed = False
 
 
 class Worker:
@@ -44,6 +62,7 @@ class Worker:
         self.bench, self._inbox = bench, inbox
         self._spin_ns = busy_poll_us * 1000
         self._draining = False
+        self._sample = _Sample()
         self._retries: List[Relay] = []  # those that wait to connect and have not been told that there is an answer
         self.doors: List[Door] = []
         self.upstreams = b""  # where clients that come in by a door are to go
@@ -54,7 +73,7 @@ class Worker:
         bench = self.bench
         wait, handlers, clock = bench.poller.wait, bench.handlers, time.monotonic_ns
         posted, waiting = bench.posted, bench.posted.masks
-        last_event = clock()
+        last_event, sample = clock(), self._sample
         while waiting or not (self._draining and not bench.relays):
             due = bench.timers.next_ns()
             spinning = bool(waiting) or bench.woke - last_event < self._spin_ns
@@ -62,6 +81,8 @@ class Worker:
             woke = bench.woke = clock()
             if events:
                 last_event = woke
+                if not sample.is_armed:
+                    sample.arm(bench.timers, woke)
             for fd, mask in events:
                 try:
                     handler = handlers[fd]
@@ -81,7 +102,7 @@ class Worker:
                 posted.serve(self._handle, now, now - woke)
                 bench.woke = woke
             if due is not None and due <= woke:
-                self._expire()
+                self._expire(due)
             if bench.buried:
                 bench.close_buried()
 
@@ -106,7 +127,9 @@ class Worker:
         """How long to sleep at most; -1 is for ever."""
         return -1 if due is None else min(max(0, due - self.bench.woke) / 1e9, _LONGEST_S)
 
-    def _expire(self) -> None:
+    def _expire(self, due: int) -> None:
+        """What was due; how late that is shows how long the loop was kept from it, by its own work or for want of a CPU."""
+        note(self.bench.counters, LOOP_LAG, time.monotonic_ns() - due)
         for relay in self.bench.timers.due(self.bench.woke):
             self._expire_one(relay)
 
@@ -151,9 +174,7 @@ class Worker:
         self.bench.count_client(entry.pair)
         self.bench.count(Counter.BEGUN)
         if entry.fd < 0:
-            self.bench.count_client(entry.pair, ended=True)
-            self.bench.count(Counter.ENDED)
-            self.bench.complain("error", "no fd", "a client was lost: out of file descriptors: raise LimitNOFILE (ulimit -n)")
+            self._lose(entry)
             return True
         relay = Relay(self.bench, entry)
         try:
@@ -161,6 +182,38 @@ class Worker:
         except Exception as bug:
             self._contain(relay, bug)
         return True
+
+    def _lose(self, entry: Entry) -> None:
+        """The kernel could not give us the client's descriptor (SCM_RIGHTS, EMFILE), and has closed it with a FIN."""
+        bench = self.bench
+        bench.count_client(entry.pair, ended=True)
+        bench.count(Counter.ENDED)
+        bench.complain("error", "no fd", "a client was lost: out of file descriptors: raise LimitNOFILE (ulimit -n)")
+        if bench.rules.log_connections:
+            bench.records.put(
+                Connection(
+                    worker=bench.index,
+                    connection_id=entry.connection_id,
+                    closed_at_ns=time.time_ns(),
+                    client=entry.client,
+                    upstream=None,
+                    upstream_local=None,
+                    duration_us=(time.monotonic_ns() - entry.accepted_ns) // 1000,
+                    connect_us=None,
+                    rx_bytes=0,
+                    tx_bytes=0,
+                    upstream_tx_bytes=0,
+                    discarded_bytes=0,
+                    unacknowledged_bytes=0,
+                    client_timestamps=None,
+                    upstream_timestamps=None,
+                    client_syn_tsval=None,
+                    upstream_rtt_us=None,
+                    upstream_retransmits=None,
+                    ending=Ending.NO_DESCRIPTORS,
+                    witness=bench.gate.witness,
+                )
+            )
 
     def _obey(self, order: int) -> None:
         """LEAVE: accept no more. DRAIN: and go when the last connection has ended. KILL: end them all now.

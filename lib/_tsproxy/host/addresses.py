@@ -31,8 +31,20 @@ class Address(NamedTuple):
             return (self.ip, self.port, 0, self.scope)
         return (self.ip, self.port)
 
+    @property
+    def zone(self) -> str:
+        """The interface that a link-local address is of: its name, or its number where it has none here; else empty."""
+        if not self.scope:
+            return ""
+        try:
+            return socket.if_indextoname(self.scope)
+        except OSError:
+            return str(self.scope)
+
     def __str__(self) -> str:
-        return f"[{self.ip}]:{self.port}" if self.family == socket.AF_INET6 else f"{self.ip}:{self.port}"
+        """As --target takes it."""
+        zone = f"%{self.zone}" if self.scope else ""
+        return f"[{self.ip}{zone}]:{self.port}" if self.family == socket.AF_INET6 else f"{self.ip}:{self.port}"
 
 
 def from_sockaddr(family: int, sockaddr: SockAddr) -> Address:

@@ -35,16 +35,24 @@ class TcpInfo(NamedTuple):
     timestamps: bool  # TSopt was negotiated; says nothing of what the SYN offered
     rtt_us: int
     retransmits: int  # the SYN's, too
+    acknowledged: int  # bytes, since the beginning; our SYN counts as one, and our FIN as another
+    outstanding: bool  # bytes, or a FIN; after a reset, which empties the queue, it says nothing
+    closed: bool  # the connection is no more
 
 
 def tcp_info(sock: SocketType) -> TcpInfo:
-    """TCP_INFO of an established (or since closed) connection. While SYN_SENT the options read 0."""
-    return _tcp_info(sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, 104))
+    """TCP_INFO of an established (or since closed) connection. While SYN_SENT the options read 0.
+
+    After a reset, by either side, it still says what had been acknowledged until then.
+    """
+    return _tcp_info(sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, linux.TCPI_SUMMARY.size))
 
 
 def _tcp_info(raw: bytes) -> TcpInfo:
-    raw = raw.ljust(104, b"\0")  # an older kernel's is shorter
-    return TcpInfo(bool(raw[5] & linux.TCPI_OPT_TIMESTAMPS), *struct.unpack_from("=I28xI", raw, 68))
+    raw = raw.ljust(linux.TCPI_SUMMARY.size, b"\0")  # an older kernel's is shorter
+    state, options, unacked, rtt_us, retransmits, acknowledged, not_sent = linux.TCPI_SUMMARY.unpack(raw)
+    ends = bool(unacked or not_sent), state == linux.TCP_CLOSE
+    return TcpInfo(bool(options & linux.TCPI_OPT_TIMESTAMPS), rtt_us, retransmits, acknowledged, *ends)
 
 
 def segments_received(sock: SocketType) -> int:
@@ -60,7 +68,7 @@ def has_timestamps(sock: SocketType) -> bool:
 
 def connected(sock: SocketType) -> Optional[TcpInfo]:
     """After connect(): what TCP_INFO says of the connection; None if there is none (any more)."""
-    raw = sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, 104)
+    raw = sock.getsockopt(socket.IPPROTO_TCP, linux.TCP_INFO, linux.TCPI_SUMMARY.size)
     return _tcp_info(raw) if raw[0] in linux.TCP_CONNECTED else None
 
 

@@ -163,6 +163,7 @@ class Crew:
 
     def _replace(self, number: int, seat: Seat) -> Death:
         fate, lost = seat.fate, self._ledger.write_off(number)
+        self._ledger.rows[ACCEPTOR_ROW][Counter.LOST_WITH_WORKER] += lost
         now = time.monotonic()
         self._quick[number] = self._quick[number] + 1 if now - self._started[number] < _QUICK_S else 0
         return Death(number, fate, lost, *self._fill(number, seat))

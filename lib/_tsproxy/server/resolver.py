@@ -15,8 +15,7 @@ import threading
 import time
 from typing import Callable, Dict, List, Sequence, Tuple
 
-from _tsproxy.config import Target
-from _tsproxy.dataplane.inbox import MOST_UPSTREAMS
+from _tsproxy.config import MOST_UPSTREAMS, Target
 from _tsproxy.host import children, namespaces, needs
 from _tsproxy.host.addresses import Address, from_sockaddr, pack
 from _tsproxy.server.signals import Signals
@@ -37,6 +36,7 @@ class Resolver:
         self._failures: Dict[Target, str] = {}
         self.addresses: List[Address] = []
         self.packed = b""
+        self.left_out = 0  # addresses of the targets that are beyond what can be tried
 
     def resolve(self) -> None:
         """Ask for all targets now; blocks as long as the resolver does."""
@@ -107,9 +107,20 @@ class Resolver:
         return usable
 
     def _publish(self) -> None:
-        found = [address for target in self._targets for address in self._answers.get(target, ())]
-        self.addresses = list(dict.fromkeys(found))[:MOST_UPSTREAMS]
+        found = [list(dict.fromkeys(self._answers.get(target, ()))) for target in self._targets]
+        distinct = len({address for answer in found for address in answer})
+        kept = _distinct(found)
+        while len(kept) > MOST_UPSTREAMS:
+            max(found, key=len).pop()  # of the longest answer: no target pushes another one out
+            kept = _distinct(found)
+        self.addresses, self.left_out = kept, distinct - len(kept)
         self.packed = b"".join(pack(address.family, address.sockaddr) for address in self.addresses)
+
+    @property
+    def excess(self) -> str:
+        """What is left out, for people; empty if nothing is."""
+        tried = f"the targets have {self.left_out + len(self.addresses)} addresses, and {MOST_UPSTREAMS} can be tried"
+        return f"{tried}: {self.left_out} are left out, the last ones of the longest answers" if self.left_out else ""
 
     @property
     def failures(self) -> List[Tuple[Target, str]]:
@@ -133,7 +144,7 @@ class Resolver:
 
     def _refresh(self, say: Say) -> None:
         """Ask again, and say what is different."""
-        before, failures = self.addresses, dict(self._failures)
+        before, failures, excess = self.addresses, dict(self._failures), self.excess
         self.resolve()
         for target, reason in self.failures:
             if failures.get(target) != reason:
@@ -142,6 +153,12 @@ class Resolver:
             say("resolve", "info", f"{target} can be resolved again")
         if self.addresses != before:
             say("resolve", "info", f"upstream addresses are now {', '.join(map(str, self.addresses))}")
+        if self.excess and self.excess != excess:
+            say("warning", "warning", self.excess)
+
+
+def _distinct(answers: List[List[Address]]) -> List[Address]:
+    return list(dict.fromkeys(address for answer in answers for address in answer))
 
 
 def _comes_before_the_end(fd: int, signals: Signals) -> bool:

@@ -43,6 +43,7 @@ _ORDER_AGAIN_S = 0.005
 _LEAVE_S = 3.0  # a client whose handshake takes longer is given up
 _LEAVE_PACE_S = 0.005
 _MOST_DOORS = linux.SCM_MAX_FD - 3  # the other three: what it is told, its inbox, its lifeline
+_BEGIN_S, _BEGIN_PACE_S = 5.0, 0.002
 _ANSWER_S = 1.0  # a worker that does not answer by then is stuck
 _STDOUT = 1  # by number: sys.stdout is None when it was closed at the start
 
@@ -113,12 +114,15 @@ class Server:
     def run(self) -> int:
         """Start everything, accept until told to end, drain, say the last words; the exit code."""
         self._begin()
+        self._await_workers()
         with needing("getsockname(2)", "to tell what address it listens on"):
             fields = start_line.fields(self._ready, self._has_news.kind)
         self._reporter.say("start", **fields)
         exposed = listening.unbounded(self._config, self._ready.listeners)
         if exposed:
             self._say("warning", "warning", exposed)
+        if self._ready.resolver.excess:
+            self._say("warning", "warning", self._ready.resolver.excess)
         for target, reason in self._ready.resolver.failures:
             self._say("warning", "warning", f"can't resolve {target}: {reason}; the other targets are in use")
         children.reap_others(self._crew.children)
@@ -142,6 +146,13 @@ class Server:
             self._kill()
             self._reporter.close()
             raise
+
+    def _await_workers(self) -> None:
+        """The `start` line says that clients are served: an interpreter takes half a second to be there."""
+        self._crew.ping()
+        until = time.monotonic() + _BEGIN_S
+        while not self._crew.all_answered() and time.monotonic() < until and not self._signals.ask_for_the_end:
+            time.sleep(_BEGIN_PACE_S)
 
     def _accept_until_told(self) -> None:
         """Accept, or let the worker accept, until a signal or a worker's death."""

@@ -17,7 +17,7 @@ from _tsproxy.telemetry import histogram
 
 
 class Counter(IntEnum):
-    """The slots of a row. Byte counts are by direction; what was sent is what was received less what was withheld."""
+    """The slots of a row. Each only ever grows."""
 
     ACCEPTED = 0
     OVERFLOW = auto()
@@ -26,15 +26,16 @@ class Counter(IntEnum):
     ENDED = auto()
     RECEIVED_DOWNSTREAM = auto()
     RECEIVED_UPSTREAM = auto()
-    WITHHELD_DOWNSTREAM = auto()  # received from the client and held or discarded
-    WITHHELD_UPSTREAM = auto()
+    ACKNOWLEDGED_DOWNSTREAM = auto()  # by the client's kernel, as of the last look
+    ACKNOWLEDGED_UPSTREAM = auto()
     CONNECTS = auto()
     CONNECTS_ENDED = auto()
     CONNECT_FAIL = auto()
     CONNECT_TIMEOUT = auto()
     DOWNSTREAM_TIMESTAMPS = auto()
     UPSTREAM_TIMESTAMPS = auto()
-    POLICY_REFUSED = auto()
+    POLICY_REFUSED = auto()  # before a byte was relayed
+    POLICY_ENDED = auto()  # later
     PAUSED_DOWNSTREAM = auto()
     PAUSED_UPSTREAM = auto()
     RESET_BY_PEER = auto()
@@ -44,13 +45,17 @@ class Counter(IntEnum):
     BEGUN = auto()  # connections that the worker has begun
     LINES_DROPPED = auto()
     WORKER_RESTARTS = auto()
+    LOST_WITH_WORKER = auto()  # connections whose worker died: nobody wrote a line for them
 
 
-RELAY = len(Counter)  # where the relay_us histogram starts in a row
-CONNECT = RELAY + histogram.SLOTS
+# Where the histograms start in a row; behind each stands the longest time itself, in nanoseconds.
+RELAY = len(Counter)
+CONNECT = RELAY + histogram.SLOTS + 1
+LOOP_LAG = CONNECT + histogram.SLOTS + 1
+LONGEST_RELAY = RELAY + histogram.SLOTS
 # Where a worker's pairs start, one for a client address: its connections begun, and ended. The acceptor has none; in
 # their place stands how many there are, for who attaches.
-_CLIENTS = CONNECT + histogram.SLOTS
+_CLIENTS = LOOP_LAG + histogram.SLOTS + 1
 
 ACCEPTOR_ROW, REPORTER_ROW, FIRST_WORKER_ROW = 0, 1, 2
 
@@ -101,8 +106,18 @@ class Ledger:
         return lost
 
     def histogram(self, start: int) -> histogram.Counts:
-        """The histogram that starts at RELAY or CONNECT, over all workers."""
+        """The histogram that starts at RELAY, CONNECT or LOOP_LAG, over all workers."""
         return histogram.add(row[start : start + histogram.SLOTS] for row in self.rows[FIRST_WORKER_ROW:])
+
+    def longest_ns(self, start: int) -> int:
+        """The longest time in that histogram, over all workers."""
+        return max(row[start + histogram.SLOTS] for row in self.rows[FIRST_WORKER_ROW:])
+
+
+def note(row: memoryview, start: int, took_ns: int) -> None:
+    """Count a time in one of the histograms of the caller's own row."""
+    row[start + histogram.SLOTS] = max(row[start + histogram.SLOTS], took_ns)
+    row[start + histogram.slot(took_ns)] += 1
 
 
 def bytes_for(workers: int, client_slots: int) -> int:

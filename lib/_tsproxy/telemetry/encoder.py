@@ -75,7 +75,7 @@ def _fitted(fields: Fields) -> bytes:
     fields = {name: _sound(value) for name, value in fields.items()}
     encoded = _dumps(fields)
     while len(encoded) >= MOST:
-        fields = _shorter(fields)
+        fields = _shorter(fields, len(encoded) - MOST + 1)
         encoded = _dumps(fields)
     return encoded + b"\n"
 
@@ -87,11 +87,14 @@ def _sound(value: Any) -> Any:
     return [_sound(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _shorter(fields: Fields) -> Fields:
-    """The same fields with the longest text or list cut to half, and a mark at the cut; one field less if all are short."""
+def _shorter(fields: Fields, excess: int) -> Fields:
+    """The same fields with the longest text or list cut, and a mark at the cut; one field less if all are short.
+
+    It is cut by the `excess` of bytes, but to half at most: then there may be a longer one.
+    """
     longest = max(fields, key=lambda name: _to_cut(fields[name]))
     if _to_cut(fields[longest]):
-        return {**fields, longest: _cut(fields[longest])}
+        return {**fields, longest: _cut(fields[longest], excess)}
     return dict(list(fields.items())[:-1])
 
 
@@ -104,10 +107,21 @@ def _to_cut(value: Any) -> int:
     return 0
 
 
-def _cut(value: Any) -> Any:
-    """Half of a text; half of a list's items, or shorter ones where there are two at most."""
+def _cut(value: Any, excess: int) -> Any:
+    """A text without its end; a list without its last items, or with its longest one cut where that is half of it."""
     if isinstance(value, str):
-        return value[: len(value) // 2] + _MARK
-    if len(value) > 2:
-        return [*value[: len(value) // 2], _MARK]
-    return [_cut(item) if _to_cut(item) else item for item in value]
+        return value[: max(len(value) // 2, len(value) - excess - len(_MARK))] + _MARK
+    sizes = [_to_cut(item) for item in value]
+    if len(value) <= 2 or 2 * max(sizes) > len(_dumps({"": value})):
+        at = sizes.index(max(sizes))
+        return [*value[:at], _cut(value[at], excess), *value[at + 1 :]]
+    keep, freed = len(value), -_in_list(_MARK)
+    while keep > len(value) // 2 and freed < excess:
+        keep -= 1
+        freed += _in_list(value[keep])
+    return [*value[:keep], _MARK]
+
+
+def _in_list(item: Any) -> int:
+    """How many bytes an item takes, its comma included."""
+    return len(_dumps({"": item})) - len(b'{"":}') + 1

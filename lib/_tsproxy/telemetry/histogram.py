@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from itertools import accumulate, compress
-from typing import Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 STEP_NS = 250
 LINEAR = 4096
@@ -20,6 +20,7 @@ SLOTS = LINEAR + (_DOUBLINGS << _SUB_BITS)
 _STRETCH = 64
 _NOTHING = bytes(8 * _STRETCH)
 LIMITS_US = tuple(2**power for power in range(21))  # 1 us to 1.05 s: the "le" fields of the metrics line
+COARSE_US = LIMITS_US[::4]  # for what is no latency of the wire: a line has 4,096 bytes in all
 
 
 def slot(took_ns: int) -> int:
@@ -32,7 +33,7 @@ def slot(took_ns: int) -> int:
     return min(LINEAR + (doubling << _SUB_BITS) + sub - (1 << _SUB_BITS), SLOTS - 1)
 
 
-_EDGES = tuple(slot(limit * 1000) for limit in LIMITS_US)  # each limit is the lower edge of a slot
+_EDGES = {limit: slot(limit * 1000) for limit in LIMITS_US}  # each limit is the lower edge of a slot
 
 
 def upper_ns(index: int) -> int:
@@ -82,13 +83,19 @@ def _reached(slots: List[int], running: List[int], share: float) -> Optional[flo
     return upper_ns(slots[bisect_left(running, -(-part * running[-1] // whole))]) / 1000
 
 
-def summary(name: str, counts: Counts) -> Dict[str, object]:
-    """The fields of one histogram in the metrics line: percentiles, maximum, and cumulative counts below each limit."""
+def summary(name: str, counts: Counts, longest_ns: int, limits_us: Sequence[int] = LIMITS_US) -> Dict[str, object]:
+    """The fields of one histogram in the metrics line: percentiles, maximum, and cumulative counts below each limit.
+
+    A percentile is the upper edge of its slot, but never more than the maximum, which is what was measured.
+    """
     slots, running = [index for index, _ in counts], [0, *_running(counts)]
     fields: Dict[str, object] = {}
-    for label, share in (("p50", 0.5), ("p99", 0.99), ("p999", 0.999), ("max", 1.0)):
-        fields[f"{name}_{label}"] = _reached(slots, running[1:], share)
-    for limit, edge in zip(LIMITS_US, _EDGES):
-        fields[f"{name}_le_{limit}"] = running[bisect_left(slots, edge)]
+    longest_us = longest_ns / 1000 if counts else None
+    for label, share in (("p50", 0.5), ("p99", 0.99), ("p999", 0.999)):
+        edge_us = _reached(slots, running[1:], share)
+        fields[f"{name}_{label}"] = edge_us and longest_us and min(edge_us, longest_us)
+    fields[f"{name}_max"] = longest_us
+    for limit in limits_us:
+        fields[f"{name}_le_{limit}"] = running[bisect_left(slots, _EDGES[limit])]
     fields[f"{name}_count"] = running[-1]
     return fields

@@ -1,4 +1,4 @@
-"""The `metrics` line: the ledger's rows under Envoy's names. Only reads; whoever writes the line keeps the interval."""
+"""The `metrics` line: the ledger's rows, named in Envoy's style. Only reads; whoever writes the line keeps the interval."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ _PLAIN = {
     "downstream_cx_overflow": Counter.OVERFLOW,
     "downstream_cx_denied": Counter.DENIED,
     "downstream_client_cx_overflow": Counter.CLIENT_OVERFLOW,
+    # What was acknowledged before what was received: a look in between must not find more of it.
+    "downstream_cx_tx_bytes_total": Counter.ACKNOWLEDGED_DOWNSTREAM,
+    "upstream_cx_tx_bytes_total": Counter.ACKNOWLEDGED_UPSTREAM,
     "downstream_cx_rx_bytes_total": Counter.RECEIVED_DOWNSTREAM,
     "upstream_cx_total": Counter.CONNECTS,
     "upstream_cx_rx_bytes_total": Counter.RECEIVED_UPSTREAM,
@@ -20,6 +23,7 @@ _PLAIN = {
     "downstream_cx_timestamps_total": Counter.DOWNSTREAM_TIMESTAMPS,
     "upstream_cx_timestamps_total": Counter.UPSTREAM_TIMESTAMPS,
     "upstream_cx_policy_refused_total": Counter.POLICY_REFUSED,
+    "upstream_cx_policy_ended_total": Counter.POLICY_ENDED,
     "downstream_flow_control_paused_reading_total": Counter.PAUSED_DOWNSTREAM,
     "upstream_flow_control_paused_reading_total": Counter.PAUSED_UPSTREAM,
     "cx_reset_by_peer_total": Counter.RESET_BY_PEER,
@@ -27,16 +31,21 @@ _PLAIN = {
     "internal_errors_total": Counter.BUGS,
     "log_lines_dropped_total": Counter.LINES_DROPPED,
     "worker_restarts_total": Counter.WORKER_RESTARTS,
+    "downstream_cx_lost_with_worker_total": Counter.LOST_WITH_WORKER,
 }
+
+HISTOGRAMS = {
+    "connect_us": (counters.CONNECT, histogram.LIMITS_US),
+    "relay_us": (counters.RELAY, histogram.LIMITS_US),
+    "loop_lag_us": (counters.LOOP_LAG, histogram.COARSE_US),
+}
+"""Where the counts of each begin in a worker's row, and the limits of its `le` fields."""
 
 
 def totals(ledger: Ledger) -> Dict[str, int]:
     """Each counter since the start, and the two gauges derived from pairs of them."""
     total = ledger.total
     fields = {name: total(counter) for name, counter in _PLAIN.items()}
-    # Received was read before withheld, which is counted first: what is only held never looks sent.
-    fields["downstream_cx_tx_bytes_total"] = fields["upstream_cx_rx_bytes_total"] - total(Counter.WITHHELD_UPSTREAM)
-    fields["upstream_cx_tx_bytes_total"] = fields["downstream_cx_rx_bytes_total"] - total(Counter.WITHHELD_DOWNSTREAM)
     fields["downstream_cx_active"] = active(ledger)
     ended = total(Counter.CONNECTS_ENDED)  # before what has begun, or a gauge could be negative
     fields["upstream_cx_active"] = total(Counter.CONNECTS) - ended
@@ -50,8 +59,9 @@ def active(ledger: Ledger) -> int:
 
 
 def latencies(ledger: Ledger) -> Dict[str, object]:
-    """Both histograms' fields."""
-    return {
-        **histogram.summary("connect_us", ledger.histogram(counters.CONNECT)),
-        **histogram.summary("relay_us", ledger.histogram(counters.RELAY)),
-    }
+    """The fields of all histograms."""
+    fields: Dict[str, object] = {}
+    for name, (start, limits_us) in HISTOGRAMS.items():
+        counts = ledger.histogram(start)  # before the longest one, which a worker notes first
+        fields.update(histogram.summary(name, counts, ledger.longest_ns(start), limits_us))
+    return fields

@@ -22,7 +22,7 @@ from _tsproxy.telemetry.endings import WORDS, Ending
 
 _HEAD = struct.Struct("=HB")  # size of the whole frame, kind
 _CONNECTION, _NOTICE = 1, 2
-_BODY = struct.Struct(f"=HQq{PACKED_SIZE}s{PACKED_SIZE}sqqQQQbbqqqB B")
+_BODY = struct.Struct(f"=HQq{PACKED_SIZE}s{PACKED_SIZE}s{PACKED_SIZE}sqqQQQQQbbqqqB B")
 _NOTICE_BODY = struct.Struct("=HqB")
 _MOST = 4096
 _PIPE_BYTES = 1 << 20  # fs.pipe-max-size, what an unprivileged process may ask for
@@ -42,11 +42,14 @@ class Connection(NamedTuple):
     closed_at_ns: int  # CLOCK_REALTIME
     client: bytes
     upstream: Optional[bytes]
+    upstream_local: Optional[bytes]
     duration_us: int
     connect_us: Optional[int]
     rx_bytes: int
-    tx_bytes: int
-    discarded_bytes: int
+    tx_bytes: int  # acknowledged by the client's kernel
+    upstream_tx_bytes: int  # acknowledged by the upstream one's
+    discarded_bytes: int  # received, not acknowledged by the other side, and given up
+    unacknowledged_bytes: int  # received, not acknowledged by the other side, and left to the kernel to deliver
     client_timestamps: Optional[bool]
     upstream_timestamps: Optional[bool]
     client_syn_tsval: Optional[int]
@@ -59,6 +62,7 @@ class Connection(NamedTuple):
         """The fields of its JSON line, in their order, without the witness's word."""
         client, words = unpack(self.client), WORDS[self.ending]
         upstream = unpack(self.upstream) if self.upstream else None
+        local = unpack(self.upstream_local) if self.upstream_local else None
         return {
             "connection_id": self.connection_id,
             "worker": self.worker,
@@ -66,11 +70,15 @@ class Connection(NamedTuple):
             "client_port": client.port,
             "upstream_address": upstream and upstream.ip,
             "upstream_port": upstream and upstream.port,
+            "upstream_local_address": local and local.ip,
+            "upstream_local_port": local and local.port,
             "duration_us": self.duration_us,
             "connect_us": self.connect_us,
             "rx_bytes": self.rx_bytes,
             "tx_bytes": self.tx_bytes,
+            "upstream_tx_bytes": self.upstream_tx_bytes,
             "discarded_bytes": self.discarded_bytes,
+            "unacknowledged_bytes": self.unacknowledged_bytes,
             "client_timestamps": self.client_timestamps,
             "client_syn_tsval": self.client_syn_tsval,
             "upstream_timestamps": self.upstream_timestamps,
@@ -92,6 +100,7 @@ class Notice(NamedTuple):
 
 Record = Union[Connection, Notice]
 _AT = {name: position for position, name in enumerate(Connection._fields)}
+_UPSTREAMS = (_AT["upstream"], _AT["upstream_local"])
 _VERDICTS = (_AT["client_timestamps"], _AT["upstream_timestamps"])
 # What may be missing, and the most that it can be: -1 stands for None in a frame.
 _NUMBERS = {
@@ -103,7 +112,8 @@ _NUMBERS = {
 
 def _without_none(record: Connection) -> List[Any]:
     values: List[Any] = list(record)
-    values[_AT["upstream"]] = record.upstream or _NOWHERE
+    for position in _UPSTREAMS:
+        values[position] = values[position] or _NOWHERE
     for position in _NUMBERS:
         if values[position] is None:
             values[position] = -1
@@ -161,8 +171,10 @@ def _notice(body: bytes) -> Notice:
 def _connection(kind: int, body: bytes) -> Connection:
     """The record in a frame. ValueError for what no worker can have meant: the memory of one that went wrong is anything."""
     values = list(_BODY.unpack(body))
-    client, upstream = values[_AT["client"]], values[_AT["upstream"]]
-    if kind != _CONNECTION or not is_packed(client) or not (upstream == _NOWHERE or is_packed(upstream)):
+    for position in _UPSTREAMS:
+        values[position] = None if values[position] == _NOWHERE else values[position]
+    addresses = [values[position] for position in (_AT["client"], *_UPSTREAMS) if values[position] is not None]
+    if kind != _CONNECTION or not all(map(is_packed, addresses)):
         raise ValueError
     if values[_AT["closed_at_ns"]] < 0 or values[_AT["duration_us"]] < 0:
         raise ValueError
@@ -173,7 +185,6 @@ def _connection(kind: int, body: bytes) -> Connection:
             raise ValueError
         elif position in _VERDICTS:
             values[position] = bool(values[position])
-    values[_AT["upstream"]] = None if upstream == _NOWHERE else upstream
     values[_AT["ending"]] = Ending(values[_AT["ending"]])
     return Connection(*values)
 

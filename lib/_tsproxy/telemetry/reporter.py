@@ -24,8 +24,6 @@ from _tsproxy.telemetry.records import NOTICE_LEVELS, Connection, Record, Record
 Fields = Dict[str, Any]
 _PACE_MS = 10.0
 _LONGEST_MS = 60_000.0
-# Received less withheld, which a worker counts one after the other: a look between the two must not take any back.
-_DERIVED = ("downstream_cx_tx_bytes_total", "upstream_cx_tx_bytes_total")
 _LINGER_S = 1.0  # how long the last lines may wait for a reader that has stalled
 
 
@@ -192,8 +190,6 @@ class Rates:
     def fields(self) -> Fields:
         """The head and the counters of a metrics line."""
         now, totals, before = self._clock(), metrics.totals(self._ledger), self._totals
-        for name in _DERIVED:
-            totals[name] = max(totals[name], before[name])
         interval = max(now - self._last, 1e-6)
         fields: Fields = {
             "start_time": self._start_time,

@@ -12,8 +12,9 @@ from typing import Any, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 from _tsproxy import config, exits
 from _tsproxy.capture import files
 from _tsproxy.capture.records import NoCapture, Notes
-from _tsproxy.commands.audit import objects, table, verdict
+from _tsproxy.commands.audit import claims, objects, picture, table, verdict
 from _tsproxy.commands.audit.flows import Flows
+from _tsproxy.commands.audit.lines import Lines
 from _tsproxy.commands.audit.live import Watch
 from _tsproxy.commands.audit.report import Report, report
 from _tsproxy.commands.audit.scope import Scope, scope
@@ -59,11 +60,25 @@ def _order(options: Mapping[str, Any]) -> Order:
 
 def _read(order: Order) -> Report:
     """All files, one after the other, or the interface until the watch ends."""
+    _refuse_places(order)
     flows = Flows(lambda flow: order.scope.holds(flow.source, flow.destination, flow.destination_port))
     notes = [_watch(order, order.interface, flows)] if order.interface is not None else _read_files(order.files, flows)
     names = [verdict.named(path) for path in order.files] or [order.interface or ""]
     problems = [f"{name}: {note.problem}" for name, note in zip(names, notes) if note.problem]
-    return report(flows, order.scope, len(order.files), sum(note.drops for note in notes), problems)
+    found = report(flows, order.scope, len(order.files), sum(note.drops for note in notes), problems)
+    if order.lines is not None:
+        found.agreement = claims.agreement(Lines(order.lines), flows.directions, found.judgements, order.scope)
+    return found
+
+
+def _refuse_places(order: Order) -> None:
+    """What can't be read or written is told before the first capture is read, which may take long."""
+    if order.lines is not None:
+        if order.lines == "-" and "-" in order.files:
+            raise UsageError("--lines: given '-', and so is FILE; allowed: one of them from standard input")
+        Lines(order.lines).refuse()
+    if order.svg is not None:
+        picture.refuse(order.svg)
 
 
 def _watch(order: Order, interface: str, flows: Flows) -> Notes:
@@ -116,3 +131,5 @@ def _show(found: Report, order: Order) -> None:
         sys.stdout.buffer.write(b"".join(lines))
     else:
         print(table.table(found, sys.stdout))
+    if order.svg is not None:
+        picture.write(order.svg, found)

@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import Any, Dict, Optional
 
 from _tsproxy.commands.audit.flows import Direction
+from _tsproxy.commands.audit.observer import Learned
 from _tsproxy.commands.audit.report import Report
 from _tsproxy.telemetry import encoder
 
 Fields = Dict[str, Any]
 
 
-def of_flow(flow: Direction, verdict: str, clock: Optional[Any]) -> Fields:
+def of_flow(flow: Direction, verdict: str, clock: Optional[Learned]) -> Fields:
     """A judged flow; what its clock tells is null where nothing can be told."""
     return {
         "event": "flow",
@@ -56,7 +57,7 @@ def of_end(report: Report) -> Fields:
         "reported_drops": report.drops,
         "unparsed": sum(unparsed.values()),
         **{f"unparsed_{kind}": count for kind, count in sorted(unparsed.items())},
-        **report.claims,
+        **(report.agreement.counts if report.agreement else {}),
     }
 
 

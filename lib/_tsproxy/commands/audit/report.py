@@ -6,10 +6,12 @@ Knows flows and verdicts. Knows nothing of how they are shown.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Mapping
+from typing import Dict, List, Mapping, Optional
 
-from _tsproxy.commands.audit import verdict
+from _tsproxy.commands.audit import observer, verdict
+from _tsproxy.commands.audit.claims import Agreement
 from _tsproxy.commands.audit.flows import Direction, Flows
+from _tsproxy.commands.audit.observer import Learned
 from _tsproxy.commands.audit.scope import Scope
 from _tsproxy.commands.audit.verdict import LEAK, Judge, Judgement
 
@@ -26,8 +28,8 @@ class Report:
     problems: List[str]
     judged: List[Direction]
     judgements: Dict[Direction, Judgement]
-    clocks: Mapping[Direction, Any] = field(default_factory=dict)
-    claims: Mapping[str, int] = field(default_factory=dict)
+    clocks: Mapping[Direction, Learned] = field(default_factory=dict)
+    agreement: Optional[Agreement] = None  # with the lines of a proxy, where those were given
 
     @property
     def verdict(self) -> str:
@@ -50,4 +52,4 @@ def report(flows: Flows, scope: Scope, files: int, drops: int, problems: List[st
     judge = Judge(flows.directions, not drops and not problems, flows.blurred)
     judged = [flow for flow in flows.directions if flow.is_judged]
     judgements = {flow: judge.judge(flow) for flow in judged}
-    return Report(scope, files, flows.frames, drops, dict(flows.unparsed), problems, judged, judgements)
+    return Report(scope, files, flows.frames, drops, dict(flows.unparsed), problems, judged, judgements, observer.learn(judged))

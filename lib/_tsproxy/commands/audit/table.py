@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Dict, Iterator, List, Sequence, TextIO
 
 from _tsproxy.commands import terminal
+from _tsproxy.commands.audit import claims, observer
 from _tsproxy.commands.audit.flows import Direction
 from _tsproxy.commands.audit.report import Report
 from _tsproxy.commands.audit.verdict import CLEAN, CONSTANT, LEAK, UNDECIDED, named
@@ -29,7 +30,9 @@ _SENTENCES = {
 def table(report: Report, stream: TextIO) -> str:
     """All of it; no newline behind the last line."""
     style = terminal.style_of(stream)
-    sections = [_head(report, style), _flows(report, style), _rest(report), _verdict(report, style)]
+    beside = claims.words(report.agreement) if report.agreement else []
+    learned = observer.words(report.clocks)
+    sections = [_head(report, style), _flows(report, style), learned, beside, _rest(report), _verdict(report, style)]
     return style.fit("\n\n".join("\n".join(section) for section in sections if section))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Dict, Iterator, List, Mapping, NamedTuple, Tuple
 
-from _tsproxy.telemetry.histogram import LIMITS_US
+from _tsproxy.telemetry.metrics import HISTOGRAMS
 
 ECS_VERSION = "8.11.0"
 SEVERITIES = {"debug": 5, "info": 9, "warning": 13, "error": 17}  # OpenTelemetry's SeverityNumber
@@ -44,7 +44,14 @@ STANDARD: Mapping[str, Names] = {
 }
 """The fields that have a name of their own there."""
 
-_HISTOGRAM = ("p50", "p99", "p999", "max", *(f"le_{limit}" for limit in LIMITS_US), "count")
+
+def _histograms() -> Iterator[str]:
+    for name, (_, limits_us) in HISTOGRAMS.items():
+        yield from (
+            f"{name}_{part}" for part in ("p50", "p99", "p999", "max", *(f"le_{limit}" for limit in limits_us), "count")
+        )
+
+
 EVENTS: Mapping[str, Tuple[str, ...]] = {
     "every line": ("timestamp", "level", "event", "pid"),
     "start": (
@@ -53,7 +60,8 @@ EVENTS: Mapping[str, Tuple[str, ...]] = {
     ),
     "connection": (
         *("connection_id", "worker", "client_address", "client_port", "upstream_address", "upstream_port"),
-        *("duration_us", "connect_us", "rx_bytes", "tx_bytes", "discarded_bytes", "client_timestamps"),
+        *("upstream_local_address", "upstream_local_port", "duration_us", "connect_us", "rx_bytes", "tx_bytes"),
+        *("upstream_tx_bytes", "discarded_bytes", "unacknowledged_bytes", "client_timestamps"),
         *("client_syn_tsval", "upstream_timestamps", "upstream_rtt_us", "upstream_retransmits", "reason"),
         *("termination_state", "witness"),
     ),
@@ -62,12 +70,13 @@ EVENTS: Mapping[str, Tuple[str, ...]] = {
         *("downstream_client_cx_overflow", "downstream_cx_denied", "downstream_cx_rx_bytes_total"),
         *("upstream_cx_total", "upstream_cx_rx_bytes_total"),
         *("upstream_cx_connect_fail", "upstream_cx_connect_timeout", "downstream_cx_timestamps_total"),
-        *("upstream_cx_timestamps_total", "upstream_cx_policy_refused_total"),
+        *("upstream_cx_timestamps_total", "upstream_cx_policy_refused_total", "upstream_cx_policy_ended_total"),
         *("downstream_flow_control_paused_reading_total", "upstream_flow_control_paused_reading_total"),
         *("cx_reset_by_peer_total", "idle_timeout_total", "internal_errors_total", "log_lines_dropped_total"),
-        *("worker_restarts_total", "downstream_cx_tx_bytes_total", "upstream_cx_tx_bytes_total"),
+        *("worker_restarts_total", "downstream_cx_lost_with_worker_total"),
+        *("downstream_cx_tx_bytes_total", "upstream_cx_tx_bytes_total"),
         *("downstream_cx_active", "upstream_cx_active", "rx_bytes_per_s", "tx_bytes_per_s"),
-        *(f"{name}_{part}" for name in ("connect_us", "relay_us") for part in _HISTOGRAM),
+        *_histograms(),
     ),
     "warning": ("message", "worker"),
     "error": ("message", "worker"),

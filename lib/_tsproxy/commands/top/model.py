@@ -80,6 +80,8 @@ class Process:
         if interval.seconds >= _SHORTEST_S:
             self.intervals.append(interval)
             self._base = metrics
+        elif self._base is None:
+            self._base = metrics  # lines that come faster than that: several make an interval
 
     def forget_totals(self) -> None:
         """Lines are missing here: what was counted before is no base for a rate."""

@@ -30,7 +30,9 @@ _QUIET = 2.5  # intervals without a line before it is said
 _TROUBLES = (
     ("internal_errors_total", "internal errors", RED),
     ("worker_restarts_total", "workers died", RED),
+    ("downstream_cx_lost_with_worker_total", "lost with them", RED),
     ("upstream_cx_policy_refused_total", "refused by policy", RED),
+    ("upstream_cx_policy_ended_total", "ended by policy", RED),
     ("log_lines_dropped_total", "lines dropped", YELLOW),
     ("upstream_cx_connect_fail", "connects failed", YELLOW),
     ("upstream_cx_connect_timeout", "of them timed out", YELLOW),

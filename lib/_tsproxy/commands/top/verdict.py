@@ -89,7 +89,7 @@ def _stripped(process: Process) -> Verdict:
 
 def _rewritten(process: Process) -> Verdict:
     basis, tsval = _basis(process, "rewrite"), process.start.static_timestamp if process.start else 0
-    if process.drifts or refused(process):
+    if process.drifts or refused(process) or process.count("upstream_cx_policy_ended_total"):
         return Verdict(Grade.NOTE, f"TSval {tsval} is what leaves now; the policy did not hold at times", basis)
     if process.witness == "trusted":
         return Verdict(Grade.NOTE, f"That TSval {tsval} is all that leaves is the user's word", basis)

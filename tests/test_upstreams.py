@@ -1,0 +1,84 @@
+"""How many upstream addresses are tried: all of them up to a limit, and what is beyond it is said."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any, List
+
+import pytest
+from _tsproxy.config import MOST_UPSTREAMS, Target
+from _tsproxy.host.addresses import Address
+from _tsproxy.server.resolver import Resolver
+from conftest import CHECKOUT
+from harness import Exchange, Proxy, echo, receive_exactly
+from namespaces import require_root
+
+BEYOND = 6
+
+
+@pytest.mark.parametrize("workers", ["--workers=1", "--workers=2", "--runtime=threads"])
+def test_the_last_of_as_many_targets_as_may_be_given_is_tried(start: Any, workers: str) -> None:
+    far = Exchange(echo, host=f"127.1.0.{MOST_UPSTREAMS}")
+    others = [f"--target=127.1.0.{number}:{far.port}" for number in range(1, MOST_UPSTREAMS)]
+    proxy = start(f"127.1.0.1:{far.port}", *others[1:], f"--target={far.target}", workers)
+    with proxy.connect() as client:
+        client.sendall(b"the last")
+        assert receive_exactly(client, 8) == b"the last"
+    assert proxy.line("connection")["upstream_address"] == far.host
+    assert proxy.metrics()["upstream_cx_total"] == MOST_UPSTREAMS
+    far.close()
+
+
+def test_one_target_more_is_refused(start: Any) -> None:
+    proxy = start("127.0.0.1:9", *(f"-t127.0.0.1:{number + 10}" for number in range(MOST_UPSTREAMS)))
+    assert proxy.wait() == 2
+    assert f"--target: given {MOST_UPSTREAMS + 1} times; allowed: up to {MOST_UPSTREAMS} times" in proxy.stderr()
+
+
+def many(tmp_path: Path, *command: str) -> List[str]:
+    """The command where the name many.test has too many addresses, the first of which is 127.2.0.1."""
+    require_root()
+    (tmp_path / "nsswitch.conf").write_text("hosts: files\n")
+    (tmp_path / "host.conf").write_text("multi on\n")
+    lines = [f"127.2.0.{number} many.test\n" for number in range(1, MOST_UPSTREAMS + BEYOND)]
+    (tmp_path / "hosts").write_text("".join(lines))
+    binds = " && ".join(f"mount --bind {tmp_path}/{name} /etc/{name}" for name in ("hosts", "nsswitch.conf", "host.conf"))
+    return ["unshare", "--mount", "sh", "-c", f'{binds} && exec "$@"', "sh", *CHECKOUT, *command]
+
+
+def test_addresses_beyond_the_limit_are_left_out_with_a_warning_and_every_target_keeps_one(tmp_path: Path) -> None:
+    far = Exchange(echo, host="127.0.0.1")
+    words = ("-t", f"many.test:{far.port}", "-t", far.target, "-p0", "--timestamps=preserve", "--metrics-interval=0")
+    proxy = Proxy(many(tmp_path, *words))
+    said = proxy.line("warning")["message"]
+    assert said.startswith(
+        f"the targets have {MOST_UPSTREAMS + BEYOND} addresses, and {MOST_UPSTREAMS} can be tried: {BEYOND} "
+    )
+    with proxy.connect() as client:
+        client.sendall(b"backup")
+        assert receive_exactly(client, 6) == b"backup"
+    assert proxy.line("connection")["upstream_address"] == "127.0.0.1"
+    assert proxy.metrics()["upstream_cx_total"] == MOST_UPSTREAMS
+    proxy.close()
+    far.close()
+
+
+def test_check_says_how_many_addresses_it_leaves_out(tmp_path: Path) -> None:
+    words = ("check", "-t", "many.test:9", "--timestamps=preserve", "--json")
+    done = subprocess.run(many(tmp_path, *words), capture_output=True, check=False)
+    found = json.loads(done.stdout)
+    assert (found["left_out"], len(found["connections"])) == (BEYOND - 1, MOST_UPSTREAMS)
+    table = subprocess.run(many(tmp_path, *words[:-1]), capture_output=True, check=False, text=True).stdout
+    assert f"  and {BEYOND - 1} addresses more, which would not be tried" in table
+
+
+def test_the_longest_answer_gives_way() -> None:
+    targets = [Target(name, 1) for name in ("long", "short", "other")]
+    resolver = Resolver(targets)
+    of = lambda block, count: [Address(2, f"127.{block}.0.{number}", 1) for number in range(count)]  # noqa: E731
+    resolver._answers = {targets[0]: of(1, 100), targets[1]: of(2, 3), targets[2]: [*of(3, 2), *of(1, 2)]}
+    resolver._publish()
+    assert resolver.addresses == [*of(1, MOST_UPSTREAMS - 5), *of(2, 3), *of(3, 2)]
+    assert resolver.left_out == 100 + 3 + 2 - MOST_UPSTREAMS
