@@ -61,6 +61,7 @@ FORBIDDEN = [
     ("dataplane/timers.py", "from _tsproxy.dataplane import poller"),
     ("capture/options.py", "from _tsproxy.timestamps import syn"),
     ("capture/layers.py", "from _tsproxy.capture import files"),
+    ("commands/audit/flows.py", "from _tsproxy.commands.audit import verdict"),
     ("commands/top/model.py", "from _tsproxy.commands.top import picture"),
 ]
 
@@ -85,6 +86,7 @@ def test_an_import_that_runs_the_other_way_breaks_a_contract(copy: Path, where: 
         ("dataplane", "_tsproxy.dataplane"),
         ("top", "_tsproxy.commands.top"),
         ("capture", "_tsproxy.capture"),
+        ("audit", "_tsproxy.commands.audit"),
     ],
 )
 def test_a_contract_leaves_no_module_out(contract: str, package: str) -> None:

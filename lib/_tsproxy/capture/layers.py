@@ -80,9 +80,7 @@ class Dissector:
 
 
 def _otherwise(link: int) -> Following:
-    """An EtherType that the kernel has told, or what is no link type that is known here."""
-    if link & records.COOKED:
-        return _ether_type(link & 0xFFFF)
+    """Why there is nothing to read."""
     return {records.NO_INTERFACE: INTERFACE, records.NO_PACKET: NO_PACKET}.get(link, LINK_TYPE)
 
 

@@ -17,7 +17,6 @@ NULL, ETHERNET, RAW, LOOP, LINUX_SLL, IPV4, IPV6, LINUX_SLL2 = 0, 1, 101, 108, 1
 RAW_BY_OTHERS = (12, 14)  # DLT_RAW of BSD and OpenBSD, which old programs wrote to files
 NO_PACKET = -1  # a record that Wireshark numbers among the frames, e.g. a line of the systemd journal
 NO_INTERFACE = -2  # a frame of an interface that the capture does not describe
-COOKED = 1 << 16  # and an EtherType: nothing in front of the network header, as a packet socket of type SOCK_DGRAM gives it
 
 LONGEST = 1 << 18  # tcpdump's and Wireshark's greatest snap length; a longer one is no frame but damage
 LATEST = (1 << 63) - 1

@@ -1,4 +1,7 @@
-"""A packet socket (packet(7)): what an interface receives and sends, without its link-layer header, and what was dropped.
+"""A packet socket (packet(7)): what an interface receives and sends, and what was dropped.
+
+An Ethernet's frames come whole: where the kernel takes the link-layer header away, it leaves some tags and not others, and
+kernels differ in what they say follows. Of any other interface, and of all at once, packets begin with their IP header.
 
 Knows the kernel's interface. Knows nothing of what is in a packet. Needs CAP_NET_RAW in the network namespace's user
 namespace.
@@ -12,7 +15,7 @@ import time
 from contextlib import suppress
 from typing import Any, NamedTuple, Optional, Sequence, Tuple
 
-from _tsproxy.capture.records import COOKED, RAW
+from _tsproxy.capture.records import ETHERNET, RAW
 from _tsproxy.host import bpf, linux
 from _tsproxy.host.bpf import Instruction
 
@@ -20,6 +23,7 @@ _HEADERS = 512  # enough for TCP in two tunnels, one in the other; what is longe
 _BUFFER = 64 << 20
 _STAMP = struct.Struct("@ll")  # struct timespec
 _CONTROL = socket.CMSG_SPACE(_STAMP.size)
+_MEMBERSHIP = struct.Struct("=iH10x")  # struct packet_mreq
 _STATISTICS = struct.Struct("=II")  # packets, drops: since the last time that was asked
 
 
@@ -41,15 +45,18 @@ class Tap:
     def __init__(self, program: Sequence[Instruction], interface: Optional[str] = None) -> None:
         """One interface, or all. OSError: EPERM without the right to, ENODEV if there is no such interface."""
         self._drops = 0
+        self._link = ETHERNET if interface and _is_ethernet(interface) else RAW
+        kind = socket.SOCK_RAW if self._link == ETHERNET else socket.SOCK_DGRAM
         nothing_yet = 0  # before bind(2), which Python does not let name all interfaces
         protocol = nothing_yet if interface else socket.htons(linux.ETH_P_ALL)
-        self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK, protocol)
+        self._socket = socket.socket(socket.AF_PACKET, kind | socket.SOCK_NONBLOCK, protocol)
         try:
             bpf.attach(self._socket, program)
             self._socket.setsockopt(socket.SOL_SOCKET, linux.SO_TIMESTAMPNS, 1)
             self._enlarge()
             if interface:
                 self._socket.bind((interface, linux.ETH_P_ALL))
+                self._see_what_is_for_others(socket.if_nametoindex(interface))
         except BaseException:
             self._socket.close()
             raise
@@ -59,6 +66,12 @@ class Tap:
         for option in (socket.SO_RCVBUF, linux.SO_RCVBUFFORCE):
             with suppress(OSError):
                 self._socket.setsockopt(socket.SOL_SOCKET, option, _BUFFER)
+
+    def _see_what_is_for_others(self, index: int) -> None:
+        """A mirror port's frames are: promiscuous mode, until this socket is closed. Where it can't be had, do without."""
+        with suppress(OSError):
+            wanted = _MEMBERSHIP.pack(index, linux.PACKET_MR_PROMISC)
+            self._socket.setsockopt(linux.SOL_PACKET, linux.PACKET_ADD_MEMBERSHIP, wanted)
 
     def fileno(self) -> int:
         """For poll(2)."""
@@ -73,10 +86,10 @@ class Tap:
             return None
         except UnicodeDecodeError:  # Python's own, of a name that is no UTF-8; the packet is in the buffer
             unnamed = "an interface whose name is no UTF-8"
-            return Packet(time.time_ns(), RAW, bytes(buffer), _HEADERS, unnamed, socket.PACKET_OUTGOING, 0)
-        interface, protocol, kind, hardware, _ = address
+            return Packet(time.time_ns(), self._link, bytes(buffer), _HEADERS, unnamed, socket.PACKET_OUTGOING, 0)
+        interface, _, kind, hardware, _ = address
         length = _HEADERS + 1 if flags & socket.MSG_TRUNC else size
-        return Packet(_stamp(control), COOKED | protocol, bytes(buffer[:size]), length, interface, kind, hardware)
+        return Packet(_stamp(control), self._link, bytes(buffer[:size]), length, interface, kind, hardware)
 
     def drops(self) -> int:
         """How many packets were dropped so far because they came faster than they were read (PACKET_STATISTICS)."""
@@ -87,6 +100,13 @@ class Tap:
     def close(self) -> None:
         """Stop watching."""
         self._socket.close()
+
+
+def _is_ethernet(interface: str) -> bool:
+    """Whether its frames have an Ethernet header; OSError if there is no such interface."""
+    with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0) as asking:
+        asking.bind((interface, 0))
+        return asking.getsockname()[3] in (linux.ARPHRD_ETHER, linux.ARPHRD_LOOPBACK)
 
 
 def _stamp(control: Sequence[Tuple[int, int, Any]]) -> int:

@@ -48,8 +48,10 @@ ETH_P_ALL = 0x0003
 
 # include/linux/socket.h, include/uapi/linux/if_packet.h, include/uapi/linux/if_arp.h
 SOL_PACKET = 263
+PACKET_ADD_MEMBERSHIP = 1
 PACKET_STATISTICS = 6
-ARPHRD_LOOPBACK = 772
+PACKET_MR_PROMISC = 1
+ARPHRD_ETHER, ARPHRD_LOOPBACK = 1, 772
 
 # include/net/scm.h: the most descriptors in one message
 SCM_MAX_FD = 253

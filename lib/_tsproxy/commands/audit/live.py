@@ -64,7 +64,7 @@ class Watch:
             try:
                 packet = self._tap.receive()
             except OSError as problem:
-                notes.problem = f"the interface went away while it was watched ({problem.strerror})"
+                notes.problem = f"the interface was down, or went away, while it was watched ({problem.strerror})"
                 return
             if packet is None:
                 return
