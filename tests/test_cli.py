@@ -15,9 +15,8 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import _tsproxy
 import pytest
 from _tsproxy import tools
-from _tsproxy.cli import config, parser
+from _tsproxy.cli import config, normalize, parser
 from _tsproxy.cli.config import UsageError
-from _tsproxy.cli.parser import normalize
 from _tsproxy.tools import generate, main
 from docopt import docopt
 from harness import ROOT
@@ -27,6 +26,7 @@ from hypothesis import strategies as st
 MANUAL = ast.get_docstring(ast.parse((ROOT / "tsproxy.py").read_text()), clean=False) or ""
 KNOWN = {known.name: known for known in parser.options_of(MANUAL).values()}
 SWITCHES = {"--reuse-port", "--spoof-timestamps", "--trust-host", "--json", "--help", "--version"}
+AUDIT = {"--from", "--interface", "--seconds", "--lines", "--svg"}  # audit's own, of which relaying knows nothing
 T = "--target=a:1"
 unhurried = settings(deadline=None)
 
@@ -35,12 +35,12 @@ unhurried = settings(deadline=None)
 
 
 def test_each_option_of_the_manual_is_parsed_by_something_and_the_other_way_round() -> None:
-    assert KNOWN.keys() == config.OPTIONS.keys() | config.REPEATED.keys() | SWITCHES
+    assert KNOWN.keys() == config.OPTIONS.keys() | config.REPEATED.keys() | SWITCHES | AUDIT
 
 
 def test_the_manual_says_which_options_take_a_value_and_which_repeat() -> None:
     assert {name for name, known in KNOWN.items() if not known.argument} == SWITCHES
-    assert {name for name, known in KNOWN.items() if known.repeats} == config.REPEATED.keys()
+    assert {name for name, known in KNOWN.items() if known.repeats} == config.REPEATED.keys() | {"--from"}
 
 
 def test_the_table_of_options_is_the_one_that_docopt_reads() -> None:
@@ -91,6 +91,9 @@ CONSUMED = [
     ([T, "--reuse-port"], [T, "--reuse-port"]),
     ([T, "--"], [T]),
     (["bundle", "out"], ["bundle", "out"]),
+    (["audit", "x", "-", "--json"], ["audit", "x", "-", "--json"]),
+    (["audit", "x", "-t", "a:1", "--from=::1"], ["audit", "x", T, "--from=::1"]),
+    (["audit", "--interface", "lo"], ["audit", "--interface=lo"]),
     (["bundle", "-"], ["bundle", "-"]),
     (["bundle", "--", "out"], ["bundle", "out"]),
     (["-h"], ["--help"]),
@@ -111,6 +114,7 @@ def test_each_spelling_becomes_the_canonical_one_and_docopt_takes_it(words: List
 
 USAGES = re.findall(r"^  (tsproxy\.py .*)$", MANUAL, re.M)
 USAGE = {line.split()[1].partition("=")[0]: line for line in reversed(USAGES)}
+LIVE = next(line for line in USAGES if "audit --interface" in line)
 SHIPPING = next(line for line in USAGES if "rsyslog" in line)
 REFUSED = [
     ([T, "--max=5"], "unknown option '--max'; did you mean --max-connections or --max-connections-per-client?"),
@@ -146,6 +150,9 @@ REFUSED = [
     (["demo", "--port=1"], "--port: not an option of 'demo'; usage: tsproxy.py demo"),
     ([T, "--json"], f"--json: not an option of 'relaying'; usage: {USAGE['--target']}"),
     (["generate", "netns", T, "--json"], f"--json: not an option of 'generate'; usage: {USAGE['generate']}"),
+    (["audit", "x", "--port=1"], f"--port: not an option of 'audit'; usage: {USAGE['audit']}"),
+    (["audit", "--interface=lo", "--lines=x"], f"--lines: not an option of 'audit'; usage: {LIVE}"),
+    ([T, "--from=10.0.0.0/8"], f"--from: not an option of 'relaying'; usage: {USAGE['--target']}"),
     (["generate", "rsyslog", T], f"--target: not an option of 'generate'; usage: {SHIPPING}"),
     (["-p1", "generate", "syslog-ng"], f"--port: not an option of 'generate'; usage: {SHIPPING}"),
     (["generate", "netns"], "--target: given nothing; allowed: at least one, e.g. --target=exchange.example:443"),
@@ -162,6 +169,8 @@ LEFT_TO_DOCOPT = [
     (["demo", "x"], "can't take 'demo x'; usage: tsproxy.py demo"),
     (["generate", T], f"can't take 'generate'; usage: {USAGE['generate']}"),
     (["generate", "rsyslog", "vector"], f"can't take 'generate rsyslog vector'; usage: {SHIPPING}"),
+    (["audit"], f"can't take 'audit'; usage: {USAGE['audit']}"),
+    (["audit", "x", "--seconds=1"], f"can't take 'audit x'; usage: {LIVE}"),
     (["check", "x", T], f"can't take 'check x'; usage: {USAGE['check']}"),
     (["bundle", "a", "b"], "can't take 'bundle a b'; usage: tsproxy.py bundle OUT"),
     (["bundle", "a\nb", "c"], "can't take 'bundle a\\nb c'; usage: tsproxy.py bundle OUT"),

@@ -57,6 +57,11 @@ def legs(picture: str) -> Tuple[List[str], List[str]]:
     return [line[:at].strip() for line in block], [line[at:].strip() for line in block]
 
 
+def audited(picture: str) -> List[Tuple[str, str]]:
+    """Each leg that was captured, and its verdict."""
+    return re.findall(r"^  ((?:client|tsproxy) -> \w+) +([A-Z]+) +[0-9]+ of [0-9]+ segments have", picture, re.MULTILINE)
+
+
 def assert_strips(done: subprocess.CompletedProcess[str]) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     client, upstream = legs(done.stdout)
@@ -67,6 +72,8 @@ def assert_strips(done: subprocess.CompletedProcess[str]) -> None:
     assert not any(line.startswith("TS ") for line in upstream)
     assert any(line.startswith("mss ") for line in upstream)
     assert "TCP_INFO: timestamps not negotiated" in upstream
+    assert audited(done.stdout) == [("client -> tsproxy", "LEAK"), ("tsproxy -> exchange", "CLEAN")]
+    assert re.search(r"CLEAN +0 of [1-9][0-9]* segments have a timestamp$", done.stdout, re.MULTILINE)
     assert "The client offered timestamps; the exchange got none." in done.stdout
     assert all(len(line) <= 80 for line in done.stdout.splitlines())
 
@@ -130,6 +137,10 @@ def test_where_namespaces_are_forbidden_it_says_so_and_shows_preserve() -> None:
     before = in_a_user_namespace("echo 0 > /proc/sys/user/max_user_namespaces")
     done = demo([*before, *CHECKOUT])
     assert_preserves(done, "No space left on device", "sysctl -w user.max_user_namespaces=")
+    assert audited(done.stdout) == []
+    words = " ".join(done.stdout.split())
+    assert "no audit of the wire: a packet socket can't be had by uid 0 here (Operation not permitted); as root:" in words
+    assert "what the kernel says of both legs, above, needs no such right" in words
 
 
 def test_where_the_sysctl_can_not_be_written_it_says_so_and_shows_preserve() -> None:
@@ -137,6 +148,7 @@ def test_where_the_sysctl_can_not_be_written_it_says_so_and_shows_preserve() -> 
     mount = "mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys"
     done = demo(["unshare", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh", *CHECKOUT])
     assert_preserves(done, "Read-only file system", "mount /proc/sys writable")
+    assert audited(done.stdout) == [("client -> tsproxy", "LEAK"), ("tsproxy -> exchange", "LEAK")]
 
 
 def test_no_namespaces_and_no_loopback_is_one_clear_line() -> None:

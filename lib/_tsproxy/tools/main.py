@@ -96,7 +96,11 @@ def _command(options: Dict[str, Any], manual: str) -> int:
     if options["top"]:
         from _tsproxy.tools import top
 
-        return top.run(options["FILE"])
+        return top.run(next(iter(options["FILE"]), None))
+    if options["audit"]:
+        from _tsproxy.tools import audit
+
+        return audit.run(options)
     if options["generate"] and options["KIND"] is None:
         from _tsproxy.tools import generate
 
