@@ -80,7 +80,7 @@ class Model:
             self.rows[worker][self.begun[worker].popleft()[1] + 1] += 1
 
     def die(self, worker: int) -> None:
-        """What it had begun is closed; what waits in its inbox is its successor's."""
+        """What it had begun is closed; what waits in its inbox is its replacement's."""
         self.shared_counters.write_off(worker)
         self.begun[worker].clear()
 

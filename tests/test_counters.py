@@ -218,7 +218,7 @@ def test_never_more_is_acknowledged_than_received_when_bytes_come_between_two_lo
 
 
 def test_a_client_that_its_killed_worker_had_counted_but_not_begun_with_is_not_active_for_ever() -> None:
-    """The worker accepted it by itself. Its successor's row goes on, and may be written off again."""
+    """The worker accepted it by itself. Its replacement's row goes on, and may be written off again."""
     with ledger_for(1) as shared_counters:
         row = shared_counters.worker(0)
         row[Counter.ACCEPTED], row[Counter.BEGUN], row[Counter.ENDED] = 7, 6, 4

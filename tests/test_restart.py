@@ -356,9 +356,9 @@ def left(stack: contextlib.ExitStack, leaving: ReuseportHandoff, peer: socket.so
         come(stack, peer, 2)
         with contextlib.suppress(BlockingIOError):
             while True:
-                os.close(leaving.take()[0])
+                os.close(leaving.accept4()[0])
         if not leaving.has_left:
-            leaving.look()
+            leaving.check()
         return leaving.has_left
 
     wait_until(has_left, "it has left")

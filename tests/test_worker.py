@@ -116,7 +116,7 @@ def test_a_bug_costs_the_connection_it_happened_in(stand: Stand, echoing: Exchan
 
 
 def test_a_bug_in_accepting_ends_the_worker(stand: Stand) -> None:
-    """It is outside any connection: a successor begins anew, and one that dies at once again and again is the end."""
+    """It is outside any connection: a replacement starts anew, and one that dies at once again and again is the end."""
     broken: Any = BrokenAcceptor()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         stand.worker.listen(broken, [Listener(stand.worker.context.loop, broken, listener.dup())])
