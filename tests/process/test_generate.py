@@ -278,7 +278,7 @@ def test_no_state_is_needed_to_strip(namespace: Namespace) -> None:
     assert "nop*11" in syn_of(namespace)
 
 
-@pytest.mark.parametrize("wanted", [Policy("strip"), Policy("rewrite", TSVAL)], ids=["strip", "rewrite"])
+@pytest.mark.parametrize("policy", [Policy("strip"), Policy("rewrite", TSVAL)], ids=["strip", "rewrite"])
 def test_the_witness_finds_the_rules_for_both_families(namespace: Namespace, policy: Policy) -> None:
     policy = policy._replace(families=(socket.AF_INET, socket.AF_INET6))
     load(namespace, *(REWRITE if policy.mode == "rewrite" else ()))
