@@ -41,7 +41,7 @@ class Words(NamedTuple):
 
 
 # termination_state: HAProxy's configuration manual, 8.5 "Session state at disconnection", first two letters; where the
-# manual leaves it open, what HAProxy 2.6 logs in TCP mode for the same event (tests/test_termination_codes.py).
+# manual leaves it open, what HAProxy 2.6 logs in TCP mode for the same event (tests/root/test_termination_codes.py).
 WORDS = {
     Ending.CLOSED: Words("closed", "--"),
     Ending.CLIENT_RESET: Words("client_reset", "CD"),

@@ -1,6 +1,6 @@
 """Standard output that stalls, closes or is full: it costs no client, no CPU, no memory; and the lines come back with it.
 
-What the outlet does with each line is in test_outlet.py, how much is dropped under load in test_output.py.
+What the writer does with each line is in test_line_writer.py, how much is dropped under load in test_stdout.py.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
-ROOT = Path(__file__).resolve().parent.parent
+SUPPORT = Path(__file__).resolve().parent
+ROOT = SUPPORT.parent.parent
 PATIENCE = 20.0
 Line = Dict[str, Any]
 

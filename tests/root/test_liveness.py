@@ -18,14 +18,14 @@ from typing import Callable, Iterator, List, Tuple
 import pytest
 from _tsproxy.linux import sockets, uapi
 from _tsproxy.proxy.liveness import Liveness
-from harness import ROOT, Proxy, receive_all, receive_exactly, wait_until
+from harness import ROOT, SUPPORT, Proxy, receive_all, receive_exactly, wait_until
 from wire import DOWNSTREAM, UPSTREAM, Wire
 
 TIMEOUT_S = 0.6
 MARGIN_S = 3.0  # for a third of the timeout, the second that TCP_RTO_MAX_MS has at least, and a busy machine
 MUCH = os.urandom(1 << 20) * 12  # more than all buffers on the way hold
 OLDER = "setsockopt:1=6:2=44:ENOPROTOOPT"  # TCP_RTO_MAX_MS, before Linux 6.15
-REFUSING = str(Path(__file__).with_name("refusing_launcher.py"))
+REFUSING = str(SUPPORT / "refusing_launcher.py")
 SIDES = pytest.mark.parametrize("side", ["client", "exchange"])
 
 

@@ -372,7 +372,7 @@ def test_tshark_finds_the_same_behind_each_link_type(tmp_path: Path) -> None:
     assert dict(zip(LINKED, by_us(path))) == dict(zip(LINKED, by_tshark(path)))
 
 
-PUBLIC = ROOT / "tests" / "captures-of-tcpdump"
+PUBLIC = ROOT / "tests/support/captures-of-tcpdump"
 EXPECTED: Dict[str, List[int]] = {
     name: [int(count) for count in counts]
     for name, *counts in (line.split("\t") for line in (PUBLIC / "EXPECTED.tsv").read_text().splitlines()[1:])

@@ -6,14 +6,13 @@ import os
 import socket
 import sys
 import threading
-from pathlib import Path
 from typing import Any, Iterator, List
 
 import pytest
 from conftest import CHECKOUT
-from harness import Exchange, Line, Proxy, receive_all, receive_exactly, wait_until
+from harness import SUPPORT, Exchange, Line, Proxy, receive_all, receive_exactly, wait_until
 
-REFUSING = str(Path(__file__).with_name("refusing_launcher.py"))
+REFUSING = str(SUPPORT / "refusing_launcher.py")
 DATA = os.urandom(1 << 20) * 12
 FILL = "splice:4=1048576"  # by its length: from the source into the pipe
 SEND = "splice:4!=1048576"  # and from the pipe to the sink

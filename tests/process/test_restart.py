@@ -17,12 +17,12 @@ import pytest
 from _tsproxy.linux import reuseport
 from _tsproxy.supervisor.handoff import ReuseportHandoff
 from conftest import CHECKOUT, Start
-from harness import Exchange, Proxy, pythons, receive_exactly, wait_until
+from harness import SUPPORT, Exchange, Proxy, pythons, receive_exactly, wait_until
 from namespaces import Namespace
 from test_systemd import HAND_OVER, listeners
 from wire import ADDRESSES, DOWNSTREAM, join
 
-STORM = [sys.executable, str(Path(__file__).parent / "storm.py")]
+STORM = [sys.executable, str(SUPPORT / "storm.py")]
 PYTHON = dict(pythons())
 KINDS = ["threads", "processes", *(["interpreters"] if "3.13" in PYTHON else [])]
 RESTARTS = 3

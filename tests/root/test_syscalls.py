@@ -19,12 +19,12 @@ from typing import Any, FrozenSet, Iterator, List, Sequence
 
 import pytest
 from conftest import CHECKOUT
-from harness import PATIENCE, ROOT, Exchange, Proxy, echo, pythons, receive_all, receive_exactly, reset
+from harness import PATIENCE, ROOT, SUPPORT, Exchange, Proxy, echo, pythons, receive_all, receive_exactly, reset
 from namespaces import Namespace, require_root
 from test_security import for_everybody, statuses
 
 PYTHON = dict(pythons())
-LAUNCHER = str(Path(__file__).with_name("seccomp_launcher.py"))
+LAUNCHER = str(SUPPORT / "seccomp_launcher.py")
 TEXT = (ROOT / "SECURITY.md").read_text()
 
 
