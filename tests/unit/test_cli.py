@@ -15,7 +15,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import _tsproxy
 import pytest
 from _tsproxy import tools
-from _tsproxy.cli import config, normalize, parser
+from _tsproxy.cli import config, parser
 from _tsproxy.cli.config import UsageError
 from _tsproxy.tools import generate, main
 from docopt import docopt
@@ -106,7 +106,7 @@ CONSUMED = [
 
 @pytest.mark.parametrize(("words", "canonical"), CONSUMED, ids=[" ".join(words) for words, _ in CONSUMED])
 def test_each_spelling_becomes_the_canonical_one_and_docopt_takes_it(words: List[str], canonical: List[str]) -> None:
-    assert normalize(MANUAL, words) == canonical
+    assert parser.normalize(MANUAL, words) == canonical
     docopt(MANUAL, canonical, default_help=False)  # SystemExit if it does not
 
 
@@ -180,7 +180,7 @@ LEFT_TO_DOCOPT = [
 @pytest.mark.parametrize(("words", "line"), REFUSED, ids=[ascii(" ".join(words)) for words, _ in REFUSED])
 def test_a_mistake_is_answered_with_its_own_line(words: List[str], line: str) -> None:
     with pytest.raises(UsageError) as caught:
-        normalize(MANUAL, words)
+        parser.normalize(MANUAL, words)
     assert str(caught.value) == line
 
 
@@ -304,7 +304,7 @@ def test_docopt_gets_canonical_names_only_and_adds_nothing_of_its_own(words: Lis
             return
         finally:
             assert (out.getvalue(), err.getvalue()) == ("", "")
-    said = canonical_values(normalize(MANUAL, words))
+    said = canonical_values(parser.normalize(MANUAL, words))
     assert said.keys() <= KNOWN.keys() | {""}
     bare = docopt(MANUAL, [T], default_help=False)
     for name, known in KNOWN.items():
