@@ -17,11 +17,11 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 
 SUPPORT = Path(__file__).resolve().parent
 ROOT = SUPPORT.parent.parent
-PATIENCE = 20.0
+PATIENCE = float(os.environ.get("TSPROXY_TEST_PATIENCE", "20"))  # seconds; an emulated CPU needs more
 Line = Dict[str, Any]
 
 
-def wait_until(predicate: Callable[[], Any], what: str = "", deadline: float = PATIENCE) -> Any:
+def wait_until(predicate: Callable[[], Any], what: str = "", deadline: float = PATIENCE, pace: float = 0.005) -> Any:
     """The predicate's first true value; AssertionError when it does not come in time."""
     end = time.monotonic() + deadline
     while True:
@@ -30,7 +30,7 @@ def wait_until(predicate: Callable[[], Any], what: str = "", deadline: float = P
             return value
         if time.monotonic() > end:
             raise AssertionError(f"did not happen within {deadline:g} s: {what or predicate}")
-        time.sleep(0.005)  # the pace of looking, not a guess at how long it takes
+        time.sleep(pace)  # the pace of looking, not a guess at how long it takes
 
 
 class Proxy:
