@@ -1,4 +1,4 @@
-"""The ledger: rows in shared memory, one writer each, seen by every process that has the descriptor."""
+"""Shared counters: rows in shared memory, one writer each, seen by every process that has the descriptor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 @contextlib.contextmanager
 def ledger_for(workers: int) -> Iterator[SharedCounters]:
-    """A new ledger; at the end its descriptor is closed and its memory unmapped."""
+    """New counters; at the end its descriptor is closed and its memory unmapped."""
     shared_counters = SharedCounters.create(workers)
     fd = shared_counters.fd
     try:
@@ -168,7 +168,7 @@ def test_each_counter_shows_in_the_metrics_but_those_of_the_inbox(shared_counter
 
 
 class MovingLedger(SharedCounters):
-    """A ledger on which something happens right after some looks at it, so many times at most."""
+    """Counters on which something happens right after some looks at it, so many times at most."""
 
     watched: FrozenSet[Counter]
     happen: Callable[[memoryview], None]
@@ -183,7 +183,7 @@ class MovingLedger(SharedCounters):
 
 
 def totals_while(happen: Callable[[memoryview], None], watched: Iterable[Counter], times: int) -> Dict[str, int]:
-    """The metrics of an empty ledger on which that happens meanwhile."""
+    """The metrics of empty counters on which that happens meanwhile."""
     with ledger_for(1) as still:
         shared_counters = MovingLedger(still.fd)
         shared_counters.happen, shared_counters.watched, shared_counters.times = happen, frozenset(watched), times

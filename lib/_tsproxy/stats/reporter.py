@@ -109,7 +109,7 @@ class Reporter:
             self._poller.unregister(fd)
 
     def _patience_ms(self) -> float:
-        """How long to sleep: to the next metrics line, or a look at a stalled outlet."""
+        """How long to sleep: to the next metrics line, or a look at a stalled writer."""
         wait = self._next_metrics - time.monotonic()
         if not self._outlet.is_empty:
             wait = min(wait, 0.25)
