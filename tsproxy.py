@@ -6,7 +6,7 @@ Usage:
   tsproxy.py check --target=<host:port>... [--source=<address>]... [--allow=<cidr>]... [--json] [options]
   tsproxy.py generate KIND --target=<host:port>... [--source=<address>]... [--allow=<cidr>]... [options]
   tsproxy.py generate (rsyslog|syslog-ng|vector|fluent-bit|filebeat|promtail|alloy|journald|logrotate|fields)
-  tsproxy.py generate (prometheus|grafana|man)
+  tsproxy.py generate (prometheus|grafana|man|completion)
   tsproxy.py demo
   tsproxy.py top [FILE]
   tsproxy.py bundle OUT
@@ -17,7 +17,8 @@ Without a command it relays: clients connect to it, it connects to the target.
 check     would the timestamp policy hold here? Each lever, each witness, what is missing, the fix. Exit 0 only if so.
 generate  print the one-time set-up, with its undo: nftables, netns, systemd, docker or kubernetes; or what ships the
           lines: a log shipper's configuration, or fields, their names in ECS and OpenTelemetry; or prometheus, which makes
-          metrics of them, with alerts, and grafana, a dashboard; or man, this as a man page. Those need no option.
+          metrics of them, with alerts, and grafana, a dashboard; or man, this as a man page, and completion, for bash and
+          zsh. Those need no option.
 demo      show it: a private namespace, an embedded exchange, a client, and the SYN options of both legs. No root.
 top       watch it: a live screen of the JSON lines from standard input, or from FILE, which is followed; q quits.
           Where standard output is no terminal, each line becomes one that people can read.
