@@ -22,7 +22,7 @@ YAML = """{extends: default, rules: {
     document-start: disable,  # of one document
     line-length: {max: %s},
     commas: {max-spaces-before: 1}, braces: {max-spaces-inside: 1},  # {level: , event: }
-    comments-indentation: disable,  # the places for lines are comments
+    comments-indentation: disable,  # a placeholder for lines is one
 }}"""
 OPTIONS = ("--target=[fe80::1%eth0]:9", "--user=nobody", "--reuse-port", "--keepalive=7")
 
