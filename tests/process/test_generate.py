@@ -116,7 +116,7 @@ def test_each_kind_is_filled_in_and_names_what_it_is_for_how_to_make_it_and_its_
     assert "Asked for: exchange.example:443." in done.stdout
     assert re.search(r"^# (Load|Make): ", done.stdout, re.M)
     assert re.search(r"^# Undo: ", done.stdout, re.M)
-    assert not templates.PLACE.findall(done.stdout)
+    assert not templates.PLACEHOLDER.findall(done.stdout)
     assert not re.search(r"[ \t]$", done.stdout, re.M)
 
 
@@ -137,7 +137,7 @@ def test_the_command_in_the_text_prints_the_text_again(kind: str) -> None:
     assert command_line(*again[1:]).stdout == printed
 
 
-def test_a_value_that_looks_like_a_place_in_a_template_stays_as_it_was_given() -> None:
+def test_a_value_that_looks_like_a_placeholder_stays_as_it_was_given() -> None:
     assert 'meta skuid { 0, "__TARGETS__" }' in text("nftables", "--user=__TARGETS__")
     assert "User=__VERSION__\n" in text("systemd", "--user=__VERSION__")
 

@@ -177,7 +177,7 @@ def test_no_field_of_a_real_line_is_unmapped() -> None:
 @pytest.mark.parametrize("kind", generate.ALONE)
 def test_each_kind_is_filled_in_and_needs_no_option(kind: str) -> None:
     text = generated(kind)
-    assert not templates.PLACE.findall(text)
+    assert not templates.PLACEHOLDER.findall(text)
     assert not re.search(r"[ \t]$", text, re.M)
     assert text.endswith("\n")
 

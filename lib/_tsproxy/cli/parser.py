@@ -144,7 +144,7 @@ def _command(manual: str, table: Dict[str, Known], words: List[str]) -> None:
     given = [word.partition("=")[0] for word in words if word.partition("=")[0] in table]
     usage = _usage(manual, plain, given)
     for name in given:
-        if name not in _taken(manual, table, usage):
+        if name not in taken(manual, table, usage):
             raise UsageError(f"{name}: not an option of {plain[0] if plain else 'relaying'!r}; usage: {program.named(usage)}")
     if " --target" in usage and "--target" not in given:
         raise UsageError("--target: given nothing; allowed: at least one, e.g. --target=exchange.example:443")
@@ -152,20 +152,20 @@ def _command(manual: str, table: Dict[str, Known], words: List[str]) -> None:
 
 def _usage(manual: str, plain: Sequence[str], given: Sequence[str] = ()) -> str:
     """The usage line that is meant: the command's, or the one of those that names its second word or its first option."""
-    lines = [line for line in _usages(manual) if (plain[0] if plain else "--target") in line.split()[1]]
+    lines = [line for line in usages(manual) if (plain[0] if plain else "--target") in line.split()[1]]
     by_word = (line for line in lines if plain[1:] and plain[1] in re.findall(r"[(|]([a-z-]+)", line))
     return next(by_word, max(lines, key=lambda line: [f"{name}=" in line for name in given]))
 
 
-def _taken(manual: str, table: Dict[str, Known], usage: str) -> Set[str]:
+def taken(manual: str, table: Dict[str, Known], usage: str) -> Set[str]:
     """The options that a usage line takes: those it names and, for [options], those that no usage line names."""
     named = set(re.findall(r"--[a-z-]+", usage))
     if "[options]" not in usage:
         return named
-    return named | (table.keys() - set(re.findall(r"--[a-z-]+", "".join(_usages(manual)))))
+    return named | (table.keys() - set(re.findall(r"--[a-z-]+", "".join(usages(manual)))))
 
 
-def _usages(manual: str) -> List[str]:
+def usages(manual: str) -> List[str]:
     return re.findall(r"^  (tsproxy\.py .*)$", manual, re.M)
 
 
