@@ -20,5 +20,5 @@ def name(path: Optional[str] = None) -> str:
 
 
 def named(text: str) -> str:
-    """A text that calls the program tsproxy.py, as this file and the manual do, with its name of now."""
+    """A text that calls the program tsproxy.py, as the manual and the templates do, with the name it was started by."""
     return text.replace("tsproxy.py", name())
