@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 from _tsproxy.supervisor import fork_server
+from handover import hand_over, listeners
 from harness import Exchange, children, receive_exactly, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
-from test_systemd import hand_over, listeners
 
 
 @given(st.integers(1, 64), st.booleans())

@@ -9,8 +9,7 @@ import threading
 from typing import Any, Iterator, List
 
 import pytest
-from conftest import CHECKOUT
-from harness import SUPPORT, Exchange, Line, Proxy, receive_all, receive_exactly, wait_until
+from harness import CHECKOUT, SUPPORT, Exchange, Line, Proxy, receive_all, receive_exactly, wait_until
 
 REFUSING = str(SUPPORT / "refusing_launcher.py")
 DATA = os.urandom(1 << 20) * 12

@@ -16,15 +16,13 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 import pytest
 from _tsproxy.linux import reuseport
 from _tsproxy.supervisor.handoff import ReuseportHandoff
-from conftest import CHECKOUT, Start
-from harness import SUPPORT, Exchange, Proxy, pythons, receive_exactly, wait_until
+from handover import HAND_OVER, listeners
+from harness import CHECKOUT, SUPPORT, Exchange, Proxy, receive_exactly, wait_until
 from namespaces import Namespace
-from test_systemd import HAND_OVER, listeners
+from program import RUNTIME, RUNTIMES, Start, python_for, slow_but
 from wire import ADDRESSES, DOWNSTREAM, join
 
 STORM = [sys.executable, str(SUPPORT / "storm.py")]
-PYTHON = dict(pythons())
-KINDS = ["threads", "processes", *(["interpreters"] if "3.13" in PYTHON else [])]
 RESTARTS = 3
 
 
@@ -83,12 +81,13 @@ def stormed(proxy: Proxy) -> None:
     wait_until(lambda: served(proxy) >= 50, "the storm has come")
 
 
-@pytest.fixture(params=[f"{kind} {workers}" for kind in KINDS for workers in (1, 2)])
+@pytest.fixture(
+    params=slow_but([f"{RUNTIME} 1", f"{RUNTIME} 2"], [f"{kind} {workers}" for kind in RUNTIMES for workers in (1, 2)])
+)
 def command(request: pytest.FixtureRequest, bundle: Path) -> List[str]:
     """tsproxy under one runtime, on a Python that has it. One worker accepts by itself."""
     kind, workers = request.param.split()
-    python = PYTHON["3.13"] if kind == "interpreters" else next(iter(PYTHON.values()))
-    return [python, "-I", "-S", str(bundle), f"--runtime={kind}", f"--workers={workers}"]
+    return [python_for(kind), "-I", "-S", str(bundle), f"--runtime={kind}", f"--workers={workers}"]
 
 
 def options(target: str) -> List[str]:
@@ -182,6 +181,7 @@ def wan() -> Iterator[Wan]:
         yield Wan(stack)
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("workers", ["--workers=1", "--workers=2"])
 def test_a_slow_wire_loses_no_client_of_a_storm(wan: Wan, run: Any, workers: str) -> None:
     for namespace in (wan.clients, wan.host):
@@ -210,6 +210,7 @@ def manager(tmp_path: Path) -> Iterator[socket.socket]:
         yield sock
 
 
+@pytest.mark.root
 def test_clients_whose_last_step_of_the_handshake_is_late_are_still_served(wan: Wan, run: Any, tmp_path: Path) -> None:
     with far_end(enter=wan.host.enter) as target, manager(tmp_path) as notify, contextlib.ExitStack() as stack:
         begin = functools.partial(run, wan.words, *options(target), "--reuse-port", f"--bind={wan.ip}")
@@ -397,6 +398,7 @@ def test_nobody_is_sent_away_by_a_listener_that_may_not_share(group: Any) -> Non
         assert 0 not in counted(stack, two, 60)
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("family, host", [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
 def test_both_ways_to_see_who_is_in_the_handshake_agree(family: int, host: str) -> None:
     with contextlib.closing(Namespace()) as namespace, contextlib.ExitStack() as stack:

@@ -26,13 +26,12 @@ from _tsproxy.tools.top.model import Model
 from _tsproxy.tools.top.picture import View
 from _tsproxy.tools.top.source import Cutter, Follower
 from _tsproxy.tools.top.verdict import Grade
-from conftest import CHECKOUT
-from harness import Exchange, Proxy, children, receive_exactly, wait_until
+from harness import CHECKOUT, Exchange, Proxy, children, receive_exactly, wait_until
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from namespaces import Namespace
 from pty_session import PtySession
-from test_histogram import row_of
+from samples import row_of
 from wcwidth import wcwidth
 
 Line = Dict[str, Any]
@@ -1078,6 +1077,7 @@ def test_each_line_of_a_real_tsproxy_is_understood(start: Any, echoing: Exchange
     assert process.start and process.start.max_connections == 1000
 
 
+@pytest.mark.root
 def test_a_drift_raises_the_alarm_and_its_end_is_told() -> None:
     clean_one = Namespace(tcp_timestamps="0")
     try:

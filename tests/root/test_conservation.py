@@ -10,11 +10,12 @@ import socket
 from typing import Dict, Iterator, List, Tuple
 
 import pytest
-from conftest import CHECKOUT
-from harness import Exchange, Line, Proxy, reset, wait_until
+from harness import CHECKOUT, Exchange, Line, Proxy, reset, wait_until
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from namespaces import Namespace
+
+pytestmark = pytest.mark.root
 
 SIDES = ("client", "server")
 Step = Tuple[str, str, int]

@@ -12,6 +12,8 @@ import pytest
 from faults import ANSWER, CROWD, EACH, RESET, Stand, are_kept_at_rest, ends, fate_of, make_stand, sleeps
 from harness import Exchange, receive_exactly, wait_until
 
+pytestmark = pytest.mark.root
+
 
 @pytest.fixture(params=EACH)
 def stand(request: pytest.FixtureRequest, bundle: Path) -> Iterator[Stand]:

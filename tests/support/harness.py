@@ -13,12 +13,22 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional, Sequence, Tuple
+
+import pytest
 
 SUPPORT = Path(__file__).resolve().parent
 ROOT = SUPPORT.parent.parent
+CHECKOUT = [sys.executable, str(ROOT / "tsproxy.py")]
 PATIENCE = 20.0
 Line = Dict[str, Any]
+
+
+def leave_out(message: str) -> NoReturn:
+    """Skip, loudly, what can't run on this machine; in CI, which brings what it needs, that is a failure."""
+    if os.environ.get("CI"):
+        pytest.fail(f"LOUD: {message}")
+    pytest.skip(f"LOUD: {message}")
 
 
 def wait_until(predicate: Callable[[], Any], what: str = "", deadline: float = PATIENCE) -> Any:
@@ -303,3 +313,29 @@ def pythons() -> Iterator[Tuple[str, str]]:
         if version and tuple(map(int, version.split("."))) >= (3, 9):
             found.setdefault(version, str(path))
     yield from sorted(found.items(), key=lambda item: tuple(map(int, item[0].split("."))))
+
+
+def fill(sock: socket.socket) -> int:
+    """Send until nothing more fits for a while; how much went."""
+    sock.settimeout(0.3)
+    sent = 0
+    with contextlib.suppress(socket.timeout):
+        while True:
+            sent += sock.send(bytes(1 << 16))
+    sock.settimeout(20)
+    return sent
+
+
+def target(fd: Path) -> str:
+    """What a descriptor of another process is; "" if it has just been closed."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.readlink(fd)
+    return ""
+
+
+def first_free(pid: int, sockets: int) -> int:
+    """The lowest free descriptor of a process, once it has no more sockets than its own (listeners, an inbox)."""
+    fds = Path(f"/proc/{pid}/fd")
+    wait_until(lambda: sum("socket:" in target(fd) for fd in fds.iterdir()) == sockets, "its connections are closed")
+    used = {int(fd.name) for fd in fds.iterdir()}
+    return next(number for number in range(1000) if number not in used)

@@ -23,8 +23,7 @@ from _tsproxy.stats.reporter import Rates, Reporter
 from harness import PATIENCE, Line, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_line_writer import pipe
-from test_records import FULL
+from samples import FULL, pipe
 
 CLIENT = pack(socket.AF_INET, ("192.0.2.1", 50000))
 UPSTREAM = pack(socket.AF_INET6, ("2001:db8::1", 443, 0, 0))
