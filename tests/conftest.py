@@ -41,7 +41,9 @@ _LEFT_OUT = pytest.StashKey[Dict[str, int]]()
 def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item]) -> None:
     if config.getoption("--hypothesis-profile") == "thorough":
         for item in items:
-            if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+            test = getattr(item, "obj", None)
+            inside = {"given", "run_state_machine_as_test"} & set(getattr(getattr(test, "__code__", None), "co_names", ()))
+            if inside or getattr(test, "is_hypothesis_test", False):
                 item.add_marker(pytest.mark.slow)
 
 

@@ -18,7 +18,7 @@ from namespaces import Namespace, require_root
 MIB = 1 << 20
 
 
-def test_an_idle_connection_is_ended_on_both_sides_and_a_busy_one_is_not(start: Any, exchange: Exchange) -> None:
+def test_idle_timeout_resets_both_sides_and_no_busy_session(start: Any, exchange: Exchange) -> None:
     proxy = start(exchange, "--idle-timeout=0.3")
     busy, idle = proxy.connect(), proxy.connect()
     servers = [exchange.accept(), exchange.accept()]
@@ -41,7 +41,7 @@ def test_an_idle_connection_is_ended_on_both_sides_and_a_busy_one_is_not(start: 
     idle.close()
 
 
-def test_a_half_closed_connection_may_be_silent_only_so_long(start: Any, exchange: Exchange) -> None:
+def test_half_close_timeout_ends_a_silent_half_closed_session(start: Any, exchange: Exchange) -> None:
     proxy = start(exchange, "--half-close-timeout=0.2")
     with proxy.connect() as client:
         server = exchange.accept()
@@ -96,7 +96,7 @@ def test_a_reset_is_noticed_while_reading_is_paused(start: Any, exchange: Exchan
     left.close()
 
 
-def test_the_last_words_of_a_server_that_closes_on_unread_data_arrive(start: Any, exchange: Exchange) -> None:
+def test_bytes_before_the_reset_of_a_server_that_closes_on_unread_data_arrive(start: Any, exchange: Exchange) -> None:
     """close() with unread data sends RST: the answer before it must reach the client, then the reset."""
     proxy = start(exchange)
     client = proxy.connect()
@@ -112,7 +112,7 @@ def test_the_last_words_of_a_server_that_closes_on_unread_data_arrive(start: Any
     client.close()
 
 
-def test_a_server_that_broke_is_heard_out_even_if_we_learn_of_it_by_sending(start: Any, exchange: Exchange) -> None:
+def test_bytes_before_a_servers_reset_arrive_even_if_send_reports_it_first(start: Any, exchange: Exchange) -> None:
     """The client's order and the server's reset come in one turn, the order first: the send fails before the receive."""
     proxy = start(exchange, "--runtime=threads", "--workers=1")
     client = proxy.connect()

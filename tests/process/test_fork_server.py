@@ -23,7 +23,7 @@ def test_each_signal_that_ends_a_worker_has_a_word(number: int, dumped: bool) ->
 
 
 @given(st.integers(0, 255))
-def test_each_exit_code_of_a_worker_is_told(code: int) -> None:
+def test_each_exit_code_of_a_worker_is_reported(code: int) -> None:
     assert fork_server._exit_status(code << 8) == f"exit code {code}"
 
 

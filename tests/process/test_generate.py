@@ -30,7 +30,7 @@ from _tsproxy.policy.levers import Lever, Policy
 from _tsproxy.tools import generate
 from _tsproxy.tools.generate.text import words
 from docopt import docopt
-from harness import CHECKOUT, ROOT, Exchange, Proxy, echo, leave_out, receive_exactly, wait_until
+from harness import CHECKOUT, ROOT, Exchange, Proxy, echo, examples, leave_out, receive_exactly, wait_until
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from namespaces import Namespace, require_root
@@ -736,7 +736,7 @@ def test_whatever_a_user_or_a_zone_is_called_systemd_reads_it_as_it_was_given(us
 
 @pytest.mark.parametrize("kind", ["netns", "docker"])
 @given(user=USERS, zone=ZONES)
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=examples(25))
 def test_whatever_a_user_or_a_zone_is_called_a_shell_reads_it_as_it_was_given(kind: str, user: str, zone: str) -> None:
     """The command that the heading tells, and what the script says or does with the options."""
     options = (T, f"--target=[fe80::1%{zone}]:9", f"--user={user}")

@@ -234,7 +234,7 @@ def test_clients_whose_last_step_of_the_handshake_is_late_are_still_served(wan: 
 # What is left behind
 
 
-def test_when_one_has_left_the_others_share_the_port_as_before(start: Start, echoing: Exchange) -> None:
+def test_after_one_has_detached_the_others_share_the_port_as_before(start: Start, echoing: Exchange) -> None:
     first = start(echoing, "--reuse-port")
     port = first.address[1]
     second, third = (start(echoing, "--reuse-port", f"-p{port}") for _ in range(2))
@@ -251,7 +251,7 @@ def test_when_one_has_left_the_others_share_the_port_as_before(start: Start, ech
     assert all(served(proxy) > 5 for proxy in sharing), [served(proxy) for proxy in sharing]
 
 
-def test_the_only_one_on_a_port_leaves_at_once(start: Start, echoing: Exchange) -> None:
+def test_the_only_listener_on_a_port_detaches_at_once(start: Start, echoing: Exchange) -> None:
     proxy = start(echoing, "--reuse-port", "--drain-timeout=10")
     with proxy.connect() as client:
         client.sendall(b"x")
@@ -366,7 +366,7 @@ def left(stack: contextlib.ExitStack, leaving: ReuseportHandoff, peer: socket.so
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_whichever_member_leaves_nobody_comes_to_it_afterwards(group: Any, which: int) -> None:
+def test_no_client_comes_to_a_listener_that_has_detached(group: Any, which: int) -> None:
     members = group(3)
     going = members.pop(which)
     with contextlib.ExitStack() as stack:

@@ -190,7 +190,7 @@ def inodes(pid: int) -> Set[str]:
     return {os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()}
 
 
-def test_who_came_while_the_only_worker_was_stuck_is_served_in_the_drain(start: Any, echoing: Exchange) -> None:
+def test_clients_that_came_while_the_only_worker_was_stuck_are_served_in_the_drain(start: Any, echoing: Exchange) -> None:
     """It does not answer that it accepts no more, so the main thread takes them, for it to find when it goes on."""
     proxy = start(echoing, "--runtime=processes", "--workers=1")
     ask(proxy)
@@ -382,7 +382,7 @@ class Stillborn(ThreadSlot):
         raise RuntimeError("no interpreter to be had")
 
 
-def test_a_worker_that_can_not_even_begin_is_told_and_seen_to_be_gone() -> None:
+def test_a_worker_that_can_not_begin_is_reported_and_known_to_have_exited() -> None:
     """Its end must be visible when the bell rings: nobody would look a second time."""
     shared_counters, pipe, exited = SharedCounters.create(1), RecordPipe.create(), wakeup.create()
     shared: Any = (None, (), None, None, -1, {}, False)

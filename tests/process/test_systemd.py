@@ -259,7 +259,7 @@ def test_the_status_tells_a_drift_until_it_is_over(manager: Manager) -> None:
         assert proxy.stop() == 0
 
 
-def test_a_name_that_takes_its_time_is_resolved_before_the_manager_loses_patience(start: Any, manager: Manager) -> None:
+def test_a_slow_name_is_resolved_before_the_managers_timeout(start: Any, manager: Manager) -> None:
     start("localhost:9", env={**os.environ, "NOTIFY_SOCKET": manager.path})
     first = manager.wait_for_state("EXTEND_TIMEOUT_USEC")
     assert first["STATUS"] == "resolving localhost:9"

@@ -26,7 +26,7 @@ from _tsproxy.tools.top.model import Model
 from _tsproxy.tools.top.picture import View
 from _tsproxy.tools.top.source import Cutter, Follower
 from _tsproxy.tools.top.verdict import Grade
-from harness import CHECKOUT, Exchange, Proxy, children, receive_exactly, wait_until
+from harness import CHECKOUT, Exchange, Proxy, children, examples, receive_exactly, wait_until
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from namespaces import Namespace
@@ -187,7 +187,7 @@ ANY = st.one_of(OBJECTS, SOUND.map(dumped), CUT, JSON.map(dumped), st.binary(max
 STREAMS = st.lists(ANY, max_size=12)
 
 
-@settings(unhurried, max_examples=600)
+@settings(unhurried, max_examples=examples(600))
 @given(STREAMS)
 @example([b"[" * 100_000, b'{"event":"metrics","pid":' + b"9" * 5000 + b"}"])
 @example([b'{"event":"\\ud800"}', b"\xff\xfe", b"", b"null", b"NaN"])
@@ -203,7 +203,7 @@ def test_any_bytes_as_lines_are_read_or_counted_and_never_raise(lines: List[byte
     assert len(model.processes) <= 16
 
 
-@settings(unhurried, max_examples=600)
+@settings(unhurried, max_examples=examples(600))
 @given(STREAMS, st.integers(0, 210), st.integers(0, 70), st.text(max_size=30), st.booleans(), st.none() | st.integers(99, 103))
 @example([], 80, 24, "", False, None)
 def test_any_state_at_any_size_is_exactly_as_many_rows_and_columns(

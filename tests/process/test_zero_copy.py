@@ -30,7 +30,7 @@ def test_with_zero_copy_never_there_is_no_pipe(start: Any, exchange: Exchange) -
 
 @pytest.mark.parametrize("direction", ["to upstream", "to downstream"])
 @pytest.mark.parametrize("then", ["more", "the end"])
-def test_urgent_bytes_in_a_stream_arrive_in_line_and_so_do_those_behind_them(
+def test_urgent_bytes_while_splicing_arrive_in_line_and_so_do_those_behind_them(
     start: Any, exchange: Exchange, then: str, direction: str
 ) -> None:
     """splice(2) stops at the urgent mark for good, with EAGAIN, or with 0 once FIN is there: recv(2) must go on."""

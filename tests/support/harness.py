@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional, Sequence, Tuple
 
 import pytest
+from hypothesis import settings
 
 SUPPORT = Path(__file__).resolve().parent
 ROOT = SUPPORT.parent.parent
@@ -29,6 +30,11 @@ def leave_out(message: str) -> NoReturn:
     if os.environ.get("CI"):
         pytest.fail(f"LOUD: {message}")
     pytest.skip(f"LOUD: {message}")
+
+
+def examples(thorough: int) -> int:
+    """Of a property: that many for a thorough run, fewer for a first look, by the profile that hypothesis has loaded."""
+    return max(1, thorough * settings.default.max_examples // 100)
 
 
 def wait_until(predicate: Callable[[], Any], what: str = "", deadline: float = PATIENCE) -> Any:

@@ -15,6 +15,7 @@ from _tsproxy.cli.parser import normalize
 from _tsproxy.tools import generate
 from command_line import KNOWN, MANUAL, Ran, run
 from docopt import docopt
+from harness import examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -246,7 +247,7 @@ def canonical_values(ready: List[str]) -> Dict[str, List[str]]:
     return found
 
 
-@settings(unhurried, max_examples=500)
+@settings(unhurried, max_examples=examples(500))
 @given(LINES)
 @example([T, "--", "--max=5"])
 @example(["bundle", "--", "--targ"])
@@ -275,12 +276,12 @@ def test_docopt_gets_canonical_names_only_and_adds_nothing_of_its_own(words: Lis
             assert found[name] == bare[name]
 
 
-@settings(unhurried, max_examples=500)
+@settings(unhurried, max_examples=examples(500))
 @given(LINES)
 @example(["--help"])
 @example(["bundle", "a\nb", "c"])
 @example([T, "--user=\udcff"])
-def test_any_words_are_obeyed_or_cost_one_line(words: List[str]) -> None:
+def test_any_words_are_taken_or_cost_one_line(words: List[str]) -> None:
     ran = run(words)
     if ran.code == 2:
         assert (ran.out, ran.asked) == ("", None)

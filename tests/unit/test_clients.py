@@ -17,7 +17,7 @@ from _tsproxy.proxy.acceptor import Acceptor
 from _tsproxy.proxy.clients import Clients, slots_for
 from _tsproxy.proxy.inbox import _SLOT, Message
 from _tsproxy.stats.counters import ACCEPTOR_ROW, Counter, SharedCounters, slot_offset
-from harness import PATIENCE
+from harness import PATIENCE, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -110,7 +110,7 @@ STEPS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=examples(100))
 @given(STEPS)
 def test_a_client_gets_in_exactly_while_it_has_less_than_its_share(steps: List[Tuple[Any, ...]]) -> None:
     """Many more clients than slots, in any order of opens, ends and deaths of workers."""

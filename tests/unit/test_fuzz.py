@@ -29,12 +29,13 @@ from _tsproxy.stats.records import ConnectionRecord, Notice, Record
 from _tsproxy.tools.generate.text import words as words_of
 from command_line import BAD, GOOD, KNOWN, MANUAL, NAMED, parsed, run
 from docopt import docopt
+from harness import examples
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from samples import FULL, RECORDS
 
-thorough = settings(deadline=None, max_examples=400, suppress_health_check=[HealthCheck.too_slow])
-quick = settings(thorough, max_examples=150)
+thorough = settings(deadline=None, max_examples=examples(400), suppress_health_check=[HealthCheck.too_slow])
+quick = settings(thorough, max_examples=examples(150))
 Pair = Tuple[str, Optional[str]]  # an option and its value; None for a switch
 Spelled = List[List[str]]  # the words of each option, of the command, of an argument
 
@@ -121,7 +122,7 @@ def read(option: str, text: str) -> Optional[Config]:
 
 
 @pytest.mark.parametrize("option", NAMED)
-@settings(quick, max_examples=100)
+@settings(quick, max_examples=examples(100))
 @given(data=st.data())
 def test_a_value_that_is_taken_is_the_same_when_it_is_written_again(option: str, data: st.DataObject) -> None:
     wanted = read(option, data.draw(values(option)))
@@ -353,14 +354,14 @@ COMPLAINTS = [
 COMPLAINT = re.compile(rf"tsproxy: ({'|'.join(COMPLAINTS)})\n")
 
 
-@settings(thorough, max_examples=700)
+@settings(thorough, max_examples=examples(700))
 @given(mangled_lines() | st.lists(WORDS | BENT_WORDS, max_size=6))
 @example(["--target=a:1", "--port", "1_000"])
 @example(["-t", "a:1", "-p\uff11"])
 @example(["--target=a:1", "--\0"])
 @example(["-t"])
 @example(["-tp", "-p"])
-def test_a_mangled_line_is_obeyed_or_costs_one_line_of_a_known_form(words: List[str]) -> None:
+def test_a_mangled_command_line_is_taken_or_costs_one_line_of_a_known_form(words: List[str]) -> None:
     before = time.process_time()
     ran = run(words)
     assert time.process_time() - before < 5
@@ -378,7 +379,7 @@ GETOPT_SHORT = "".join(spelling[1] + ":" * bool(known.argument) for spelling, kn
 GETOPT_LONG = [known.name[2:] + "=" * bool(known.argument) for known in KNOWN.values()]
 
 
-@settings(thorough, max_examples=600)
+@settings(thorough, max_examples=examples(600))
 @given(mangled_lines() | sound_lines().map(lambda pair: flat(pair[0])))
 @example(["-t", "a:1", "-p=1"])
 @example(["bundle", "--", "out"])
@@ -592,7 +593,7 @@ def mangled(draw: st.DrawFn, data: bytes) -> bytes:
     return data
 
 
-@settings(thorough, max_examples=600)
+@settings(thorough, max_examples=examples(600))
 @given(mangled_segments() | FIELDS.map(with_field) | st.binary(max_size=120))
 @example(b"\x44" + bytes(8) + b"\6" + bytes(18) + b"\x50\0\0\0\x50" + bytes(7))  # a header of 16 bytes
 @example(bytes.fromhex("6000000000283c40") + bytes(32) + b"\x3c\0")
@@ -715,7 +716,7 @@ def mangled_frames(draw: st.DrawFn) -> bytes:
     return mangled(draw, b"".join(map(records.encode, draw(RECORDS))))
 
 
-@settings(thorough, max_examples=500)
+@settings(thorough, max_examples=examples(500))
 @given(mangled_frames() | st.binary(max_size=300), st.integers(1, 400))
 @example(bytes(400), 400)
 @example(b"\xff\xff\1" + bytes(400), 7)
@@ -754,7 +755,7 @@ def test_a_record_beside_a_broken_one_is_not_lost(at: int) -> None:
     st.integers(0, 2**63 - 1),
     st.lists(st.binary(min_size=PACKED_SIZE, max_size=PACKED_SIZE), max_size=12),
 )
-def test_an_entry_comes_back_from_a_slot_whatever_stands_behind_it(
+def test_a_message_comes_back_from_a_slot_whatever_stands_behind_it(
     kind: int, fd: int, number: int, at_ns: int, upstreams: List[bytes]
 ) -> None:
     message = Message(kind, fd, number, at_ns, upstreams[0] if upstreams else bytes(PACKED_SIZE), b"".join(upstreams))
@@ -762,9 +763,9 @@ def test_an_entry_comes_back_from_a_slot_whatever_stands_behind_it(
     assert len(message.encode()) <= 512
 
 
-@settings(quick, max_examples=100)
+@settings(quick, max_examples=examples(100))
 @given(st.binary(min_size=512, max_size=512))
-def test_any_slot_is_an_entry(slot: bytes) -> None:
+def test_any_slot_is_a_message(slot: bytes) -> None:
     message = Message.decode(slot)
     assert len(message.upstreams) <= 512
     assert len(message.client) == PACKED_SIZE

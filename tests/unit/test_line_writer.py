@@ -11,6 +11,7 @@ from typing import List, Tuple
 
 import pytest
 from _tsproxy.stats.line_writer import ATOMIC
+from harness import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
@@ -90,7 +91,7 @@ def test_a_stalled_reader_costs_what_is_beyond_the_backlog_and_blocks_nobody() -
         assert kept >= BACKLOG
 
 
-def test_what_is_said_seldom_still_has_a_place_when_the_backlog_is_full() -> None:
+def test_a_rate_limited_line_still_has_a_place_when_the_backlog_is_full() -> None:
     with pipe(4096) as (_, writer):
         station = Station(writer)
         station.say(*lines_of(0, 2 * BACKLOG))
@@ -292,4 +293,4 @@ class AnyOrder(RuleBasedStateMachine):
 
 
 def test_written_and_dropped_are_all_that_was_put_in_whatever_happens() -> None:
-    run_state_machine_as_test(AnyOrder, settings=settings(deadline=None, max_examples=60, stateful_step_count=30))
+    run_state_machine_as_test(AnyOrder, settings=settings(deadline=None, max_examples=examples(60), stateful_step_count=30))

@@ -126,7 +126,7 @@ def test_a_sink_that_takes_a_part_counts_as_movement(context: WorkerContext) -> 
         assert one.direction.last_active_ns > 0
 
 
-def test_four_full_buffers_in_a_row_begin_a_stream_and_four_small_turns_end_it(context: WorkerContext) -> None:
+def test_four_full_buffers_in_a_row_begin_splicing_and_four_small_iterations_end_it(context: WorkerContext) -> None:
     with way(context) as one:
         pass_on(one, 3 * BUFFER)
         assert one.direction.reader is one.direction
@@ -141,7 +141,7 @@ def test_four_full_buffers_in_a_row_begin_a_stream_and_four_small_turns_end_it(c
         assert one.direction.unsent == 0
 
 
-def test_full_buffers_with_small_receives_between_them_begin_no_stream(context: WorkerContext) -> None:
+def test_full_buffers_with_small_receives_between_them_begin_no_splicing(context: WorkerContext) -> None:
     with way(context) as one:
         for _ in range(8):
             pass_on(one, 2 * BUFFER)
@@ -149,7 +149,7 @@ def test_full_buffers_with_small_receives_between_them_begin_no_stream(context: 
             assert one.direction.splicer is None
 
 
-def test_a_stream_ends_with_its_direction_and_a_byte_left_in_a_pipe_is_nobody_elses(context: WorkerContext) -> None:
+def test_splicing_ends_with_its_direction_and_a_byte_left_in_a_pipe_is_no_others(context: WorkerContext) -> None:
     """Else the next stream would begin with a stranger's orders."""
     with way(context) as one:
         pass_on(one, 8 * BUFFER)
@@ -173,7 +173,7 @@ def choke(one: Way) -> bool:
     return one.direction.pending is not None
 
 
-def test_a_sink_that_was_reset_is_told_and_what_was_in_the_pipe_counts_as_withheld(context: WorkerContext) -> None:
+def test_a_reset_sink_is_reported_and_bytes_in_the_pipe_count_as_unsent(context: WorkerContext) -> None:
     with way(context) as one:
         pass_on(one, 8 * BUFFER)
         reset(one.far)
@@ -187,7 +187,7 @@ def test_a_sink_that_was_reset_is_told_and_what_was_in_the_pipe_counts_as_withhe
         assert one.direction.unsent > 0
 
 
-def test_eof_and_a_reset_of_the_source_are_seen_in_a_stream_too(context: WorkerContext) -> None:
+def test_eof_and_a_reset_of_the_source_are_seen_while_splicing_too(context: WorkerContext) -> None:
     with way(context) as one:
         pass_on(one, 8 * BUFFER)
         one.near.shutdown(socket.SHUT_WR)
