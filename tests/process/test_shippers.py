@@ -21,8 +21,7 @@ import shippers
 import yaml
 from _tsproxy.tools import generate
 from _tsproxy.tools.generate import fields, templates
-from conftest import CHECKOUT
-from harness import PATIENCE, Exchange, Line, Proxy, children, receive_exactly, reset, wait_until
+from harness import CHECKOUT, PATIENCE, Exchange, Line, Proxy, children, receive_exactly, reset, wait_until
 from namespaces import Namespace
 from shippers import Shipper, environment, find, generated
 
@@ -146,6 +145,7 @@ def mapped(line: Line) -> Set[str]:
     return {*fields.EVENTS["every line"], *fields.EVENTS[line["event"]]}
 
 
+@pytest.mark.root
 def test_no_field_of_a_real_line_is_unmapped() -> None:
     seen: Set[str] = set()
     with contextlib.closing(Namespace(tcp_timestamps="0")) as namespace:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 import pytest
-from harness import ROOT, children, pythons, wait_until
+from harness import ROOT, children, wait_until
+from program import EACH_RUNTIME, python_for
 
 SOAK = ROOT / "bench/soak.py"
-PYTHON = dict(pythons())
-KINDS = ["threads", "processes", *(["interpreters"] if "3.13" in PYTHON else [])]
 SHORT = ["--seconds=1", "--clients=8", "--seed=1"]
 
 
@@ -42,9 +41,9 @@ def test_a_minute_of_everything_leaves_nothing_behind() -> None:
     assert result["verified_bytes"] > 100_000_000
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EACH_RUNTIME)
 def test_each_runtime_gets_through_a_moment_of_it(kind: str, bundle: Path) -> None:
-    python = PYTHON["3.13"] if kind == "interpreters" else next(iter(PYTHON.values()))
+    python = python_for(kind)
     code, result, said = soak("--seconds=5", f"--runtime={kind}", f"--python={python}", f"--tsproxy={bundle}")
     assert code == 0, said
     assert result["connections"] > 50

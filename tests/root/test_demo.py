@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, Iterator, List, Sequence, Tuple
 
 import pytest
-from conftest import CHECKOUT
-from harness import wait_until
+from harness import CHECKOUT, wait_until
 from namespaces import require_root
 from pty_session import PtySession
 from unprivileged import BECOME, as_nobody
+
+pytestmark = pytest.mark.root
 
 MARK = "TSPROXY_TEST_MARK"
 

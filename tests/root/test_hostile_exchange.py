@@ -23,8 +23,10 @@ from common.segments import ACK, FIN, PSH, RST, SYN, URG, Segment, icmp_error, m
 from far_end import Flow, Peer, forget_connections
 from harness import ROOT, Proxy, reset, wait_until
 from namespaces import require_root
-from test_wire import REWRITE, TSVAL, generated
+from rules import REWRITE, TSVAL, generated
 from wire import Wire
+
+pytestmark = pytest.mark.root
 
 SYSCTL, RULES, CONSTANT, OF_USER = "sysctl", "nftables strip", "nftables rewrite", "nftables strip with --user"
 LEVERS = (SYSCTL, RULES, CONSTANT)

@@ -239,7 +239,8 @@ def test_reported_drops_make_no_flow_clean(judge: Audit, frames: List[Tuple[int,
 
 def test_a_file_that_is_cut_or_damaged_makes_no_flow_clean(judge: Audit) -> None:
     whole = captures.pcap(framed(captures.connection()))
-    for data in (whole[:-1], whole + b"\0" * 8, whole + struct.pack("<IIII", 0, 0, 1 << 30, 1), gzip.compress(whole * 2, mtime=0)[:-9]):
+    packed = gzip.compress(whole * 2, mtime=0)[:-9]
+    for data in (whole[:-1], whole + b"\0" * 8, whole + struct.pack("<IIII", 0, 0, 1 << 30, 1), packed):
         found = judge(data)
         assert (found.code, found.end["unparsed_record"]) == (NO_VERDICT, 1)
         assert set(found.words) == {"UNDECIDED"}

@@ -35,7 +35,7 @@ def shared_counters() -> Iterator[SharedCounters]:
         yield made
 
 
-def test_a_new_ledger_is_all_zero_with_a_row_for_each_writer(shared_counters: SharedCounters) -> None:
+def test_new_shared_counters_are_zero_with_a_row_for_each_writer(shared_counters: SharedCounters) -> None:
     assert len(shared_counters.rows) == FIRST_WORKER_ROW + 3
     assert not any(any(row) for row in shared_counters.rows)
     assert len({ACCEPTOR_ROW, REPORTER_ROW, FIRST_WORKER_ROW}) == 3
@@ -139,7 +139,7 @@ def test_workers_in_other_processes_count_in_their_own_rows_without_losing_any(s
     assert shared_counters.longest_ns(counters.LOOP_LAG) == 1, "the last word of a row"
 
 
-def test_the_ledger_is_not_inherited_unless_it_is_passed_on(shared_counters: SharedCounters) -> None:
+def test_shared_counters_are_not_inherited_unless_they_are_passed_on(shared_counters: SharedCounters) -> None:
     assert not os.get_inheritable(shared_counters.fd)
 
 
