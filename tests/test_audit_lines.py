@@ -214,7 +214,7 @@ def test_the_table_names_what_contradicts_a_claim_and_says_which_claims_could_no
     assert f"Beside the lines of {told}" in lines
     assert "  claimed clean and seen leaking        1" in lines
     assert "  claimed and not seen                  2, 1 of them before or after the capture" in lines
-    assert "    10.2.0.1:1 to 10.2.0.2:443, frame 1" in lines
+    assert "    10.2.0.1:1 to 10.2.0.2:443, first in frame 1" in lines
     assert "    10.2.0.1:2 to 10.2.0.2:443" in lines
     assert lines[-1].startswith("LEAK: ")
     assert done.returncode == 78

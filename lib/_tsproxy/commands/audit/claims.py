@@ -10,7 +10,7 @@ Knows claims, flows and verdicts. Knows nothing of how either was read.
 from __future__ import annotations
 
 from collections import Counter
-from typing import Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 from _tsproxy.commands.audit import verdict
 from _tsproxy.commands.audit.flows import Direction
@@ -25,18 +25,18 @@ _WIRE = {verdict.CLEAN: "clean", verdict.CONSTANT: "clean", verdict.LEAK: "leaki
 
 
 class Agreement(NamedTuple):
-    """How many connections of each kind; `examples` are a few flows that the lines do not tell, or tell otherwise.
+    """How many connections of each kind, by (what a line claims, what was seen), and the flows that say otherwise.
 
-    `kinds`: (what a line claims, what was seen); `outside`: claims of another time than the capture's.
+    `outside`: claims of another time than the capture's; `beyond`: of connections that are not judged.
     """
 
     kinds: Mapping[Tuple[str, str], int]
-    not_claimed: int
+    leaking: Sequence[Direction]  # though claimed clean
+    not_claimed: Sequence[Direction]  # one of each connection
     outside: int
     beyond: int
     path: str
     skipped: Mapping[str, int]
-    examples: Sequence[Direction]
 
     @property
     def counts(self) -> Dict[str, int]:
@@ -45,7 +45,7 @@ class Agreement(NamedTuple):
             "claimed_clean_seen_clean": self.kinds.get((CLEAN, "clean"), 0),
             "claimed_clean_seen_leaking": self.kinds.get((CLEAN, "leaking"), 0),
             "claimed_not_seen": self.kinds.get((CLEAN, "not"), 0) + self.kinds.get((STAMPED, "not"), 0),
-            "seen_not_claimed": self.not_claimed,
+            "seen_not_claimed": len(self.not_claimed),
         }
 
 
@@ -92,7 +92,7 @@ class _Joined:
 
     def told(self, lines: Lines) -> Agreement:
         """Once all lines were taken."""
-        otherwise: List[Direction] = []
+        leaking: List[Direction] = []
         for ends, claims in self._claims.items():
             for claim, flow in _pairs(claims, self._sent[ends]):
                 if flow is None:
@@ -102,10 +102,9 @@ class _Joined:
                 self._kinds[claim.says, seen] += 1
                 self._told.update([flow, *(back for back in self._sent.get(ends[::-1], ()) if _is_then(claim, back))])
                 if (claim.says, seen) == (CLEAN, "leaking"):
-                    otherwise.append(flow)
-        rest = self._untold()
-        examples = [*otherwise[:_MOST_EXAMPLES], *rest[:_MOST_EXAMPLES]]
-        return Agreement(dict(self._kinds), len(rest), self._outside, self._beyond, lines.path, dict(lines.skipped), examples)
+                    leaking.append(flow)
+        skipped = dict(lines.skipped)
+        return Agreement(dict(self._kinds), leaking, self._untold(), self._outside, self._beyond, lines.path, skipped)
 
     def _untold(self) -> List[Direction]:
         """One flow of each connection that was judged and that no line tells of."""
@@ -156,18 +155,31 @@ def _pairs(claims: Sequence[Claim], flows: Sequence[Direction]) -> List[Tuple[Cl
 
 
 def words(found: Agreement) -> List[str]:
-    """At most 80 columns wide but for addresses."""
+    """At most 80 columns wide but for long addresses."""
     counts = found.counts
     outside = f", {found.outside:,} of them before or after the capture" if found.outside else ""
-    lines = [
+    return [
         f"Beside the lines of {verdict.named(found.path)}",
-        f"  claimed clean and seen clean    {counts['claimed_clean_seen_clean']:>7,}",
-        f"  claimed clean and seen leaking  {counts['claimed_clean_seen_leaking']:>7,}",
-        f"  claimed and not seen            {counts['claimed_not_seen']:>7,}{outside}",
-        f"  seen and not claimed            {counts['seen_not_claimed']:>7,}",
+        _row("claimed clean and seen clean", counts["claimed_clean_seen_clean"]),
+        _row("claimed clean and seen leaking", counts["claimed_clean_seen_leaking"]),
+        *_examples(found.leaking),
+        _row("claimed and not seen", counts["claimed_not_seen"]) + outside,
+        _row("seen and not claimed", counts["seen_not_claimed"]),
+        *_examples(found.not_claimed),
+        *(_row(text, count) for text, count in _others(found) if count),
     ]
-    lines += [f"  {text:<32}{count:>7,}" for text, count in _others(found) if count]
-    return lines + [f"    {_told(flow)}" for flow in found.examples]
+
+
+def _row(text: str, count: int) -> str:
+    return f"  {text:<32}{count:>7,}"
+
+
+def _examples(flows: Sequence[Direction]) -> Iterator[str]:
+    for flow in flows[:_MOST_EXAMPLES]:
+        leak = "" if flow.first_leak_frame is None else f", first in frame {flow.first_leak_frame}"
+        yield f"    {flow.source}:{flow.source_port} to {flow.destination}:{flow.destination_port}{leak}"
+    if len(flows) > _MOST_EXAMPLES:
+        yield f"    and {len(flows) - _MOST_EXAMPLES:,} more"
 
 
 def _others(found: Agreement) -> List[Tuple[str, int]]:
@@ -184,8 +196,3 @@ def _others(found: Agreement) -> List[Tuple[str, int]]:
         ("lines without both ends", found.skipped.get("without both ends", 0)),
         ("lines that can't be read", found.skipped.get("unreadable", 0)),
     ]
-
-
-def _told(flow: Direction) -> str:
-    leak = "" if flow.first_leak_frame is None else f", frame {flow.first_leak_frame}"
-    return f"{flow.source}:{flow.source_port} to {flow.destination}:{flow.destination_port}{leak}"
