@@ -156,6 +156,13 @@ def test_a_constant_is_what_rewrite_claims(counts: Any) -> None:
     assert counts(seen(1, tsvals=LEAKING), [start("preserve"), stamped]) == (0, 0, 0, 0)
 
 
+def test_where_the_start_line_was_rotated_away_a_constant_is_no_contradiction(counts: Any) -> None:
+    stamped = connection(1, upstream_timestamps=True)
+    assert counts(seen(1, tsvals=CONSTANT), [stamped]) == (1, 0, 0, 0)
+    assert counts(seen(1, tsvals=LEAKING), [stamped]) == (0, 0, 0, 0)
+    assert counts(seen(2), [stamped]) == (0, 0, 1, 1)
+
+
 def test_each_process_has_its_own_mode_and_the_latest_start_counts(counts: Any) -> None:
     lines = [
         start("rewrite", pid=1), start("preserve", pid=2), start("preserve", pid=3), start("rewrite", pid=3),
