@@ -17,7 +17,7 @@ from _tsproxy.commands.audit.report import report
 from _tsproxy.commands.audit.scope import Scope
 from audit_captures import ACK, BEGIN, SECOND, SYN, Segment, flow, write
 from conftest import CHECKOUT
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -231,6 +231,7 @@ TIMES = st.integers(0, 2**62)
 TSVALS = st.none() | st.integers(0, 2**32 - 1)
 
 
+@settings(deadline=None)  # a machine that tests share
 @given(
     st.lists(st.tuples(st.sampled_from(["10.0.0.1", "10.0.0.2", "fd00::1"]), TIMES, TSVALS), max_size=40), st.integers(1, 2**40)
 )
