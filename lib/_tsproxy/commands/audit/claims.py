@@ -14,7 +14,7 @@ from typing import Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional
 
 from _tsproxy.commands.audit import verdict
 from _tsproxy.commands.audit.flows import Direction
-from _tsproxy.commands.audit.lines import CLEAN, NOTHING, STAMPED, Claim, End, Lines
+from _tsproxy.commands.audit.lines import CLEAN, EITHER, NOTHING, STAMPED, Claim, End, Lines
 from _tsproxy.commands.audit.scope import Scope
 from _tsproxy.commands.audit.verdict import Judgement
 
@@ -44,7 +44,7 @@ class Agreement(NamedTuple):
         return {
             "claimed_clean_seen_clean": self.kinds.get((CLEAN, "clean"), 0),
             "claimed_clean_seen_leaking": self.kinds.get((CLEAN, "leaking"), 0),
-            "claimed_not_seen": self.kinds.get((CLEAN, "not"), 0) + self.kinds.get((STAMPED, "not"), 0),
+            "claimed_not_seen": sum(self.kinds.get((says, "not"), 0) for says in (CLEAN, STAMPED, EITHER)),
             "seen_not_claimed": len(self.not_claimed),
         }
 
@@ -76,7 +76,8 @@ class _Joined:
 
     def take(self, claim: Claim) -> None:
         """One line."""
-        self._told.update(flow for flow in self._by_end.get(claim.client, ()) if _is_then(claim, flow))
+        theirs = self._by_end.get(claim.client, ()) if claim.client else ()
+        self._told.update(flow for flow in theirs if _is_then(claim, flow))
         if not self._scope.holds(claim.local[0], *claim.upstream):
             self._beyond += 1
             return
@@ -98,10 +99,10 @@ class _Joined:
                 if flow is None:
                     self._not_seen(claim)
                     continue
-                seen = _WIRE[self._judgements[flow].verdict]
-                self._kinds[claim.says, seen] += 1
+                says, seen = _settled(claim, self._judgements[flow])
+                self._kinds[says, seen] += 1
                 self._told.update([flow, *(back for back in self._sent.get(ends[::-1], ()) if _is_then(claim, back))])
-                if (claim.says, seen) == (CLEAN, "leaking"):
+                if (says, seen) == (CLEAN, "leaking"):
                     leaking.append(flow)
         skipped = dict(lines.skipped)
         return Agreement(dict(self._kinds), leaking, self._untold(), self._outside, self._beyond, lines.path, skipped)
@@ -116,6 +117,14 @@ class _Joined:
                 if not any(_overlap(flow.first_ns, flow.last_ns, other) for other in others):
                     found.setdefault(ends, []).append(flow)
         return [flow for flows in found.values() for flow in flows]
+
+
+def _settled(claim: Claim, judgement: Judgement) -> Tuple[str, str]:
+    """What is claimed and what was seen. A constant is what a timestamp was negotiated for, where nothing else is known."""
+    says = claim.says
+    if says == EITHER:
+        says = CLEAN if judgement.verdict == verdict.CONSTANT else STAMPED
+    return says, _WIRE[judgement.verdict]
 
 
 def _ends(flow: Direction) -> Ends:
