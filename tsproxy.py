@@ -109,7 +109,7 @@ def main() -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
     _find_modules()
     try:
-        commands = importlib.import_module("_tsproxy.commands.main")
+        commands = importlib.import_module("_tsproxy.tools.main")
         docopt = importlib.import_module("docopt").docopt
     except ModuleNotFoundError as missing:
         if missing.name not in _ABSENT:

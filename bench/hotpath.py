@@ -2,7 +2,7 @@
 """What the relay's hot path costs beside the system calls it can't do without, in nanoseconds. No relay is started.
 
   forward   one message of --size bytes from one socket to another: naked (recv_into, send) and as the relay does it
-            (Half.readable: the same two calls, and counting, the clock, the latency histogram). Over socketpairs, where
+            (Direction.readable: the same two calls, and counting, the clock, the latency histogram). Over socketpairs, where
             the kernel does little, and over TCP on loopback, where it does what it does for a relay.
   waiting   asking for ready descriptors, per event, with 1 and with 32 of them ready.
   pieces    what a forward or a connection is made of. Their ratio is to a naked forward over TCP: 0.02x is 2 % of it.
@@ -85,7 +85,7 @@ def forwards(size: int, stack: contextlib.ExitStack) -> Iterator[Item]:
         route = rig.Route(stack.enter_context(pair()), stack.enter_context(pair()), size)
         stack.callback(route.close)
         yield Item(f"forward over {kind}", "naked: recv_into, send", route.timed(route.naked))
-        yield Item(f"forward over {kind}", "tsproxy: Half.readable", route.timed(route.half.readable))
+        yield Item(f"forward over {kind}", "tsproxy: Direction.readable", route.timed(route.direction.readable))
 
 
 def waits(stack: contextlib.ExitStack) -> Iterator[Item]:

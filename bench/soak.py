@@ -60,20 +60,20 @@ class Soak:
 
     def __init__(self, stage: session.Stage, args: argparse.Namespace, log: lines.Lines, tally: traffic.Tally) -> None:
         self.stage, self.args, self.log, self.tally = stage, args, log, tally
-        self.complaints, self._complain = os.pipe2(os.O_NONBLOCK)
+        self.complaints, self._log_ratelimited = os.pipe2(os.O_NONBLOCK)
         self.violations: List[str] = []
         self.samples: List[Vitals] = []
 
     def far_ends(self, listener: socket.socket) -> List[Any]:
         """What the far end's processes do."""
-        return [traffic.FarEnd(listener, self.tally, row, self._complain).run for row in range(_FAR_ENDS)]
+        return [traffic.FarEnd(listener, self.tally, row, self._log_ratelimited).run for row in range(_FAR_ENDS)]
 
     def loads(self, port: int, seed: str) -> List[Any]:
         """What the client processes do."""
         count = min(2, self.args.clients)
         shares = [self.args.clients // count + (number < self.args.clients % count) for number in range(count)]
         return [
-            traffic.Load(port, seed, share, self.tally, _FAR_ENDS + number, self._complain).run
+            traffic.Load(port, seed, share, self.tally, _FAR_ENDS + number, self._log_ratelimited).run
             for number, share in enumerate(shares)
         ]
 

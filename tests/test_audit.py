@@ -15,10 +15,10 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 
 import captures
 import pytest
-from _tsproxy import cli
-from _tsproxy.commands import audit
-from _tsproxy.config import UsageError
-from _tsproxy.exits import Exit
+from _tsproxy.cli import parser
+from _tsproxy.cli.config import UsageError
+from _tsproxy.cli.exits import Exit
+from _tsproxy.tools import audit
 from captures import BEGUN_NS, CLIENT, CLIENT6, MS, SERVER, SERVER6, Frame, ether, framed, segment
 from common.segments import ACK, RST, SYN
 from docopt import docopt
@@ -68,7 +68,7 @@ def judge(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> Audit:
         for number, data in enumerate(given):
             whole = data if isinstance(data, bytes) else captures.pcap(data)
             paths.append(captures.write(tmp_path / f"{number}.pcap", whole))
-        code = audit.run(cli.read(MANUAL, ["audit", *paths, "--json", *options], docopt))
+        code = audit.run(parser.read(MANUAL, ["audit", *paths, "--json", *options], docopt))
         sys.stdout.flush()
         *flows, end = [json.loads(line) for line in capfdbinary.readouterr().out.splitlines()]
         return Verdict(code, flows, end)
@@ -392,7 +392,7 @@ def test_a_file_that_is_not_there_ends_with_2_before_any_is_read(kind: str, why:
     (tmp_path / "directory").mkdir()
     whole = captures.write(tmp_path / "x", captures.pcap(framed(captures.connection(7))))
     with pytest.raises(UsageError) as caught:
-        audit.run(cli.read(MANUAL, ["audit", whole, str(tmp_path / kind)], docopt))
+        audit.run(parser.read(MANUAL, ["audit", whole, str(tmp_path / kind)], docopt))
     assert str(caught.value).startswith(f"FILE: given {str(tmp_path / kind)!r}: {why}; allowed: ")
 
 
@@ -403,11 +403,15 @@ def test_a_file_that_this_user_may_not_read_ends_with_2(bundle: Path) -> None:
     assert "it can't be read" in done.stderr
 
 
-@pytest.mark.parametrize("data", [b"", b"no capture", gzip.compress(b"no capture"), captures.pcap([])[:10]])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"no capture", gzip.compress(b"no capture", mtime=0), captures.pcap([])[:10]],
+    ids=["empty", "text", "gzip of text", "cut in its header"],
+)
 def test_what_is_no_capture_ends_with_65_and_one_line(data: bytes, tmp_path: Path) -> None:
     path = captures.write(tmp_path / "x", data)
     with pytest.raises(Exit) as caught:
-        audit.run(cli.read(MANUAL, ["audit", path], docopt))
+        audit.run(parser.read(MANUAL, ["audit", path], docopt))
     assert caught.value.code == NO_VERDICT
     assert str(caught.value).startswith(f"{path}: no capture: ")
 
@@ -431,7 +435,7 @@ def test_standard_input_is_a_capture_too(packed: bool, tmp_path: Path) -> None:
 )
 def test_a_bad_option_is_answered_in_one_line(words: List[str], why: str) -> None:
     with pytest.raises(UsageError) as caught:
-        audit.run(cli.read(MANUAL, ["audit", "-", *words], docopt))
+        audit.run(parser.read(MANUAL, ["audit", "-", *words], docopt))
     assert str(caught.value).startswith(why)
 
 

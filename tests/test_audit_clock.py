@@ -7,7 +7,7 @@ import random
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import pytest
-from _tsproxy.commands.audit.clock import Clock, Sample, groups, measure
+from _tsproxy.tools.audit.clock import Clock, Sample, groups, measure
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -260,7 +260,7 @@ def test_thousands_of_flows_are_numbered_without_comparing_each_to_each(monkeypa
     owners = [rng.randrange(500) for _ in range(2000)]
     flows = [sender(1000, 1e7 + rng.uniform(0, 600), boots[owner], rng, 5, 0.1) for owner in owners]
     compared: List[Tuple[Any, Any]] = []
-    from _tsproxy.commands.audit import clock
+    from _tsproxy.tools.audit import clock
 
     honest = clock._meeting
     monkeypatch.setattr(clock, "_meeting", lambda one, other: (compared.append((one, other)), honest(one, other))[1])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import pytest
-from _tsproxy.commands.audit.lines import Lines
+from _tsproxy.tools.audit.lines import Lines
 from audit_captures import BEGIN, SECOND, End, flow, write
 from conftest import CHECKOUT
 from hypothesis import given, settings

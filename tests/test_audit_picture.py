@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import pytest
-from _tsproxy.commands.audit import observer, picture
-from _tsproxy.commands.audit.flows import Flows
-from _tsproxy.commands.audit.report import report
-from _tsproxy.commands.audit.scope import Scope
+from _tsproxy.tools.audit import observer, picture
+from _tsproxy.tools.audit.flows import Flows
+from _tsproxy.tools.audit.report import report
+from _tsproxy.tools.audit.scope import Scope
 from audit_captures import ACK, BEGIN, SECOND, SYN, Segment, flow, write
 from conftest import CHECKOUT
 from hypothesis import given, settings

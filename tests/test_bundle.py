@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import pytest
-from _tsproxy.commands import bundle as bundler
+from _tsproxy.tools import bundle as bundler
 from harness import ROOT, Exchange, Proxy, pythons, receive_all
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -125,7 +125,7 @@ def test_a_bundle_whose_files_were_edited_is_made_anew_with_the_right_lines(bund
     run(sys.executable, "-I", "-S", edited, "bundle", again)
     script = again.read_text()
     assert script != edited.read_text()
-    assert held(script)["_tsproxy/exits.py"][1].startswith("# a line\n")
+    assert held(script)["_tsproxy/cli/exits.py"][1].startswith("# a line\n")
     for line, text in held(script).values():
         assert script.split("\n")[line - 1] == text.partition("\n")[0]
 
@@ -412,7 +412,7 @@ def test_each_line_of_each_module_is_where_the_code_says(python: str, bundle: Pa
 
 @on_each_python
 def test_a_traceback_shows_the_line_of_the_bundle(python: str, bundle: Path, empty: Path) -> None:
-    code = "import runpy, sys; runpy.run_path(sys.argv[1]); from _tsproxy import config; config.size(1, 2)('--x', 'y')"
+    code = "import runpy, sys; runpy.run_path(sys.argv[1]); from _tsproxy.cli import config; config.size(1, 2)('--x', 'y')"
     ended = run(python, "-I", "-S", "-c", code, bundle, cwd=empty, ok=False)
     frame = re.search(r'File "(.*)", line (\d+), in parse\n +(.*)\n', ended.stderr)
     assert frame, ended.stderr
@@ -426,12 +426,12 @@ def test_inspect_shows_the_text_of_a_function(python: str, bundle: Path, empty: 
     code = """if True:
         import inspect, runpy, sys
         runpy.run_path(sys.argv[1])
-        from _tsproxy import config
+        from _tsproxy.cli import config
         print(inspect.getsource(config.parse), end="")
         print(inspect.getsourcefile(config.parse), config.__file__)
     """
     *source, files = run(python, "-I", "-S", "-c", code, bundle, cwd=empty).stdout.splitlines()
-    assert "\n".join(source) in (LIB / "_tsproxy/config.py").read_text()
+    assert "\n".join(source) in (LIB / "_tsproxy/cli/config.py").read_text()
     assert source[0].startswith("def parse(") and source[-1].strip() == "return Config(**fields)"
     assert files == f"{bundle} {bundle}"
 
@@ -440,11 +440,11 @@ def test_the_loader_gives_a_module_s_text_as_it_was(bundle: Path, empty: Path) -
     code = """if True:
         import runpy, sys
         runpy.run_path(sys.argv[1])
-        from _tsproxy import config
-        sys.stdout.write(config.__loader__.get_source("_tsproxy.config"))
+        from _tsproxy.cli import config
+        sys.stdout.write(config.__loader__.get_source("_tsproxy.cli.config"))
     """
     source = run(sys.executable, "-I", "-S", "-c", code, bundle, cwd=empty).stdout
-    assert source == (LIB / "_tsproxy/config.py").read_text()
+    assert source == (LIB / "_tsproxy/cli/config.py").read_text()
 
 
 def with_broken_module(bundle: Path, out: Path) -> None:
@@ -491,12 +491,12 @@ for time in range(2):
 {"".join(f"    {line}" for line in WAYS[way].strip().splitlines(keepends=True))}
     assert sys.meta_path[1:] == before and len(sys.meta_path) == len(before) + 1
     assert not any(name.split(".")[0] in ("_tsproxy", "docopt") for name in sys.modules)
-from _tsproxy.runtime.spec import run_worker
-import _tsproxy, docopt, _tsproxy.host.sockets
+from _tsproxy.supervisor.worker_args import run_worker
+import _tsproxy, docopt, _tsproxy.linux.sockets
 {"".join(f"{line}" for line in WAYS[way].strip().splitlines(keepends=True))}
-import _tsproxy.config
-assert _tsproxy.config is sys.modules["_tsproxy.config"] and len(sys.meta_path) == len(before) + 1
-for module in (_tsproxy, docopt, _tsproxy.host.sockets):
+import _tsproxy.cli.config
+assert _tsproxy.cli.config is sys.modules["_tsproxy.cli.config"] and len(sys.meta_path) == len(before) + 1
+for module in (_tsproxy, docopt, _tsproxy.linux.sockets):
     print(module.__file__, module.__spec__.origin, module.__loader__.path)
 """
     ended = run(python, "-I", "-S", "-B", "-c", code, path, "--help", cwd=empty)
@@ -504,20 +504,21 @@ for module in (_tsproxy, docopt, _tsproxy.host.sockets):
 
 
 def test_a_package_of_the_same_name_that_is_in_use_keeps_its_own_modules(bundle: Path, empty: Path) -> None:
-    (empty / "_tsproxy").mkdir()
+    (empty / "_tsproxy/cli").mkdir(parents=True)
     (empty / "_tsproxy/__init__.py").write_text("")
-    (empty / "_tsproxy/exits.py").write_text("mine = True")
+    (empty / "_tsproxy/cli/__init__.py").write_text("")
+    (empty / "_tsproxy/cli/exits.py").write_text("mine = True")
     code = """if True:
         import runpy, sys
         sys.path.insert(0, "")
         import _tsproxy
         runpy.run_path(sys.argv[1])
-        import _tsproxy.exits
-        print(_tsproxy.exits.mine)
-        import _tsproxy.config
+        import _tsproxy.cli.exits
+        print(_tsproxy.cli.exits.mine)
+        import _tsproxy.cli.config
     """
     ended = run(sys.executable, "-I", "-S", "-c", code, bundle, cwd=empty, ok=False)
-    assert ended.stdout == "True\n" and "ModuleNotFoundError: No module named '_tsproxy.config'" in ended.stderr
+    assert ended.stdout == "True\n" and "ModuleNotFoundError: No module named '_tsproxy.cli.config'" in ended.stderr
 
 
 def test_a_module_that_is_not_in_it_is_not_found(bundle: Path, empty: Path) -> None:
@@ -525,7 +526,7 @@ def test_a_module_that_is_not_in_it_is_not_found(bundle: Path, empty: Path) -> N
         import runpy, sys
         runpy.run_path(sys.argv[1])
         import _tsproxy
-        for name in ("_tsproxy.nothing", "_tsproxy.exits.nothing", "LICENSE", "json.nothing"):
+        for name in ("_tsproxy.nothing", "_tsproxy.cli.exits.nothing", "LICENSE", "json.nothing"):
             try:
                 __import__(name)
             except ModuleNotFoundError:
@@ -536,7 +537,7 @@ def test_a_module_that_is_not_in_it_is_not_found(bundle: Path, empty: Path) -> N
             print(problem)
     """
     ended = run(sys.executable, "-I", "-S", "-c", code, bundle, cwd=empty)
-    names = ["_tsproxy.nothing", "_tsproxy.exits.nothing", "LICENSE", "json.nothing"]
+    names = ["_tsproxy.nothing", "_tsproxy.cli.exits.nothing", "LICENSE", "json.nothing"]
     assert ended.stdout.splitlines() == [*names, f"json is not in {bundle}"]
 
 
@@ -552,7 +553,9 @@ def test_a_second_interpreter_has_the_same_modules_from_it(python: str, bundle: 
     if not module:
         pytest.skip("this Python has no subinterpreters")
     inside = f"import runpy; runpy.run_path({str(bundle)!r})\n"
-    inside += "from _tsproxy.runtime import spec; open('seen', 'w').write(spec.run_worker.__code__.co_filename)"
+    inside += (
+        "from _tsproxy.supervisor import worker_args; open('seen', 'w').write(worker_args.run_worker.__code__.co_filename)"
+    )
     code = f"import {module} as them; them.run_string(them.create(), {inside!r})"
     run(python, "-I", "-S", "-W", "ignore", "-c", code, cwd=empty)
     assert (empty / "seen").read_text() == str(bundle)
@@ -785,15 +788,15 @@ def test_a_checkout_without_its_licence_is_one_line_and_1(site: Path, tmp_path: 
 
 def test_a_module_without_source_is_one_line_and_1(installed: Path, empty: Path) -> None:
     code = "import py_compile, sys; py_compile.compile(sys.argv[1], sys.argv[1] + 'c')"
-    source = installed / "_tsproxy/exits.py"
+    source = installed / "_tsproxy/cli/exits.py"
     run(sys.executable, "-c", code, source)
     source.unlink()
     ended = run(sys.executable, "-S", "-c", AS_COMMAND, "bundle", "x", cwd=empty, PYTHONPATH=str(installed), ok=False)
-    refused(ended, 1, "_tsproxy.exits", "source")
+    refused(ended, 1, "_tsproxy.cli.exits", "source")
 
 
 def test_another_script_is_not_taken_for_tsproxy(tmp_path: Path, site: Path) -> None:
     script = tmp_path / "other.py"
-    script.write_text(f'"""Usage: other"""\nfrom _tsproxy.commands import bundle\n{bundler.MAIN}    bundle.run("-")\n')
+    script.write_text(f'"""Usage: other"""\nfrom _tsproxy.tools import bundle\n{bundler.MAIN}    bundle.run("-")\n')
     ended = run(sys.executable, "-S", script, PYTHONPATH=f"{site}:{LIB}", ok=False)
     assert ended.stdout == "" and "can't bundle: what runs is not tsproxy.py" in ended.stderr

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import pytest
-from _tsproxy.timestamps import rehearsal
+from _tsproxy.policy import rehearsal
 from conftest import CHECKOUT
 from harness import Exchange
 from namespaces import Namespace

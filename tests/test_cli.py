@@ -14,17 +14,18 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import _tsproxy
 import pytest
-from _tsproxy import cli, commands, config
-from _tsproxy.cli import normalize
-from _tsproxy.commands import generate, main
-from _tsproxy.config import UsageError
+from _tsproxy import tools
+from _tsproxy.cli import config, parser
+from _tsproxy.cli.config import UsageError
+from _tsproxy.cli.parser import normalize
+from _tsproxy.tools import generate, main
 from docopt import docopt
 from harness import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 MANUAL = ast.get_docstring(ast.parse((ROOT / "tsproxy.py").read_text()), clean=False) or ""
-KNOWN = {known.name: known for known in cli.options_of(MANUAL).values()}
+KNOWN = {known.name: known for known in parser.options_of(MANUAL).values()}
 SWITCHES = {"--reuse-port", "--spoof-timestamps", "--trust-host", "--json", "--help", "--version"}
 AUDIT = {"--from", "--interface", "--seconds", "--lines", "--svg"}  # audit's own, of which relaying knows nothing
 T = "--target=a:1"
@@ -46,7 +47,7 @@ def test_the_manual_says_which_options_take_a_value_and_which_repeat() -> None:
 def test_the_table_of_options_is_the_one_that_docopt_reads() -> None:
     read = docopt(MANUAL, [T], default_help=False)
     assert {word for word in read if word.startswith("--")} == KNOWN.keys()
-    assert {word for word in read if word.islower() and word[0].isalpha()} == {*cli.commands_of(MANUAL), *generate.SHIPPERS}
+    assert {word for word in read if word.islower() and word[0].isalpha()} == {*parser.commands_of(MANUAL), *generate.SHIPPERS}
 
 
 def described(name: str) -> str:
@@ -77,7 +78,7 @@ def test_the_words_that_the_manual_offers_are_those_that_are_taken() -> None:
 
 # What is taken
 
-TAKEN = [
+CONSUMED = [
     (["-t", "a:1"], [T]),
     (["-ta:1"], [T]),
     (["--target", "a:1"], [T]),
@@ -104,7 +105,7 @@ TAKEN = [
 ]
 
 
-@pytest.mark.parametrize(("words", "canonical"), TAKEN, ids=[" ".join(words) for words, _ in TAKEN])
+@pytest.mark.parametrize(("words", "canonical"), CONSUMED, ids=[" ".join(words) for words, _ in CONSUMED])
 def test_each_spelling_becomes_the_canonical_one_and_docopt_takes_it(words: List[str], canonical: List[str]) -> None:
     assert normalize(MANUAL, words) == canonical
     docopt(MANUAL, canonical, default_help=False)  # SystemExit if it does not
@@ -202,9 +203,9 @@ def run(words: List[str]) -> Ran:
 
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr("_tsproxy.server.serve.serve", note("serve"))
-        for name in cli.commands_of(MANUAL):
-            patch.setattr(commands, name, SimpleNamespace(run=note(name)), raising=False)
+        patch.setattr("_tsproxy.supervisor.serve.serve", note("serve"))
+        for name in parser.commands_of(MANUAL):
+            patch.setattr(tools, name, SimpleNamespace(run=note(name)), raising=False)
         code = main.run(MANUAL, words, docopt)
     return Ran(code, out.getvalue(), err.getvalue(), asked[0] if asked else None)
 
@@ -298,7 +299,7 @@ def test_docopt_gets_canonical_names_only_and_adds_nothing_of_its_own(words: Lis
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            found = cli.read(MANUAL, words, docopt)
+            found = parser.read(MANUAL, words, docopt)
         except UsageError as problem:
             assert str(problem).isprintable()
             return

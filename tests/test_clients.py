@@ -11,14 +11,14 @@ from collections import deque
 from typing import Any, Deque, Iterator, List, Tuple
 
 import pytest
-from _tsproxy import config
-from _tsproxy.config import MOST_UPSTREAMS
-from _tsproxy.dataplane.acceptor import Acceptor
-from _tsproxy.dataplane.clients import Clients, slots_for
-from _tsproxy.dataplane.inbox import _SLOT, Entry
-from _tsproxy.host.addresses import pack, without_port
-from _tsproxy.host.sockets import taker
-from _tsproxy.telemetry.counters import ACCEPTOR_ROW, Counter, Ledger, client_pair
+from _tsproxy.cli import config
+from _tsproxy.cli.config import MOST_UPSTREAMS
+from _tsproxy.linux.addresses import pack, without_port
+from _tsproxy.linux.sockets import bind_accept4
+from _tsproxy.proxy.acceptor import Acceptor
+from _tsproxy.proxy.clients import Clients, slots_for
+from _tsproxy.proxy.inbox import _SLOT, Message
+from _tsproxy.stats.counters import ACCEPTOR_ROW, Counter, SharedCounters, slot_offset
 from harness import PATIENCE, Exchange, Proxy, pause, receive_exactly, reset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -39,9 +39,11 @@ class Model:
 
     def __init__(self, most: int = MOST, limit: int = LIMIT) -> None:
         slots = slots_for(most, limit)
-        self.ledger = Ledger.create(WORKERS, slots)
-        self.rows = [Ledger(self.ledger.fd).worker(worker) for worker in range(WORKERS)]  # as a worker maps its own
-        self.clients = Clients(self.ledger, slots, limit)
+        self.shared_counters = SharedCounters.create(WORKERS, slots)
+        self.rows = [
+            SharedCounters(self.shared_counters.fd).worker(worker) for worker in range(WORKERS)
+        ]  # as a worker maps its own
+        self.clients = Clients(self.shared_counters, slots, limit)
         self.most, self.limit = most, limit
         self.waiting: List[Deque[Tuple[int, int]]] = [deque() for _ in range(WORKERS)]  # (client, pair) in an inbox
         self.begun: List[Deque[Tuple[int, int]]] = [deque() for _ in range(WORKERS)]
@@ -54,10 +56,10 @@ class Model:
         """A client comes, as far as --max-connections lets it; it gets in exactly if its share is not used up."""
         if sum(map(len, (*self.waiting, *self.begun))) == self.most:
             return
-        pair = self.clients.enter(four(client, 1000 + worker))
-        assert (pair is not None) == (self.open(client) < self.limit)
-        if pair is not None:
-            self.waiting[worker].append((client, pair))
+        client_slot = self.clients.enter(four(client, 1000 + worker))
+        assert (client_slot is not None) == (self.open(client) < self.limit)
+        if client_slot is not None:
+            self.waiting[worker].append((client, client_slot))
 
     def nobody_takes(self, client: int) -> None:
         """As above, but every inbox is full."""
@@ -68,9 +70,9 @@ class Model:
 
     def take(self, worker: int) -> None:
         if self.waiting[worker]:
-            client, pair = self.waiting[worker].popleft()
-            self.rows[worker][pair] += 1
-            self.begun[worker].append((client, pair))
+            client, client_slot = self.waiting[worker].popleft()
+            self.rows[worker][client_slot] += 1
+            self.begun[worker].append((client, client_slot))
 
     def end(self, worker: int, which: int) -> None:
         if self.begun[worker]:
@@ -79,13 +81,13 @@ class Model:
 
     def die(self, worker: int) -> None:
         """What it had begun is closed; what waits in its inbox is its successor's."""
-        self.ledger.write_off(worker)
+        self.shared_counters.write_off(worker)
         self.begun[worker].clear()
 
     def close(self) -> None:
-        fd = self.ledger.fd
+        fd = self.shared_counters.fd
         self.rows.clear()
-        vars(self.ledger).clear()
+        vars(self.shared_counters).clear()
         os.close(fd)
 
 
@@ -139,11 +141,11 @@ def test_a_client_that_comes_back_after_another_got_its_slot_has_a_slot_of_its_o
 def test_a_thousand_clients_one_after_the_other_need_no_more_slots_than_the_table_has() -> None:
     with model() as world:
         for client in range(1000):
-            pair = world.clients.enter(pack(V4, (f"10.0.{client // 250}.{client % 250}", 1)))
-            assert pair is not None
-            assert client_pair(0) <= pair < client_pair(slots_for(MOST, LIMIT))
-            world.rows[client % WORKERS][pair] += 1
-            world.rows[client % WORKERS][pair + 1] += 1
+            client_slot = world.clients.enter(pack(V4, (f"10.0.{client // 250}.{client % 250}", 1)))
+            assert client_slot is not None
+            assert slot_offset(0) <= client_slot < slot_offset(slots_for(MOST, LIMIT))
+            world.rows[client % WORKERS][client_slot] += 1
+            world.rows[client % WORKERS][client_slot + 1] += 1
 
 
 def test_where_every_slot_has_connections_a_new_client_is_refused_not_miscounted() -> None:
@@ -159,7 +161,7 @@ def test_without_a_limit_nothing_is_counted_and_no_memory_is_set_aside() -> None
     with model(limit=0) as world:
         assert [world.clients.enter(four(1)) for _ in range(50)] == [0] * 50
         world.clients.leave(four(1))
-        assert len(world.rows[0]) == client_pair(0)
+        assert len(world.rows[0]) == slot_offset(0)
 
 
 def test_a_mapped_address_is_the_ipv4_client_and_ports_do_not_matter() -> None:
@@ -176,18 +178,18 @@ def test_another_address_or_another_zone_is_another_client(other: Any) -> None:
 def test_a_write_off_touches_the_dead_workers_row_alone() -> None:
     with model() as world:
         for row in world.rows:
-            row[Counter.BEGUN], row[client_pair(1)] = 5, 5
-            row[Counter.ENDED], row[client_pair(1) + 1] = 2, 2
-        assert world.ledger.write_off(1) == 3
-        assert [row[client_pair(1) + 1] for row in world.rows] == [2, 5, 2]
-        assert world.ledger.client_ended(client_pair(1)) == 9
+            row[Counter.BEGUN], row[slot_offset(1)] = 5, 5
+            row[Counter.ENDED], row[slot_offset(1) + 1] = 2, 2
+        assert world.shared_counters.write_off(1) == 3
+        assert [row[slot_offset(1) + 1] for row in world.rows] == [2, 5, 2]
+        assert world.shared_counters.client_ended(slot_offset(1)) == 9
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, MOST_UPSTREAMS))
-def test_the_pair_goes_over_to_the_worker(pair: int, upstreams: int) -> None:
-    entry = Entry(0, 5, 7, 9, four(1), bytes(24) * upstreams, pair)
-    encoded = entry.encode()
-    assert Entry.decode(encoded) == entry
+def test_the_pair_goes_over_to_the_worker(client_slot: int, upstreams: int) -> None:
+    message = Message(0, 5, 7, 9, four(1), bytes(24) * upstreams, client_slot)
+    encoded = message.encode()
+    assert Message.decode(encoded) == message
     assert len(encoded) <= _SLOT
 
 
@@ -197,16 +199,18 @@ class FullCrew:
     def __init__(self) -> None:
         self.full, self.taken = True, []  # type: ignore[var-annotated]
 
-    def hand(self, entry: Entry) -> bool:
+    def dispatch(self, message: Message) -> bool:
         if not self.full:
-            self.taken.append(socket.socket(fileno=entry.fd))
+            self.taken.append(socket.socket(fileno=message.fd))
         return not self.full
 
 
 def acceptor_of(wanted: config.Config, world: Any, crew: Any) -> Acceptor:
-    row = world.ledger.rows[ACCEPTOR_ROW]
+    row = world.shared_counters.rows[ACCEPTOR_ROW]
     say: Any = lambda *_: None  # noqa: E731
-    return Acceptor(wanted, world.ledger, row, world.clients, upstreams=lambda: b"", hand=crew.hand, complain=say)
+    return Acceptor(
+        wanted, world.shared_counters, row, world.clients, upstreams=lambda: b"", dispatch=crew.dispatch, log_ratelimited=say
+    )
 
 
 def test_a_client_that_no_worker_takes_keeps_its_share() -> None:
@@ -217,7 +221,7 @@ def test_a_client_that_no_worker_takes_keeps_its_share() -> None:
         acceptor = acceptor_of(wanted, world, crew)
         for crew.full in (True, True, False):
             with socket.create_connection(listener.getsockname(), PATIENCE) as client:
-                assert acceptor.accept(taker(listener))
+                assert acceptor.accept(bind_accept4(listener))
                 acceptor.give_up()
                 if crew.full:
                     with pytest.raises(ConnectionResetError):
@@ -233,13 +237,13 @@ def test_with_queue_nobody_is_taken_beyond_the_limit_though_a_listener_is_ready(
     wanted = config.Config(targets=(), max_connections=1, on_full="queue")
     with model(limit=0) as world, socket.create_server(("127.0.0.1", 0)) as listener:
         acceptor = acceptor_of(wanted, world, crew)
-        world.ledger.worker(0)[Counter.ACCEPTED] = 1
+        world.shared_counters.worker(0)[Counter.ACCEPTED] = 1
         with socket.create_connection(listener.getsockname(), PATIENCE) as client:
             client.sendall(b"x")
-            assert not acceptor.accept(taker(listener))
-            world.ledger.worker(0)[Counter.ENDED] = 1
+            assert not acceptor.accept(bind_accept4(listener))
+            world.shared_counters.worker(0)[Counter.ENDED] = 1
             crew.full = False
-            assert acceptor.accept(taker(listener))
+            assert acceptor.accept(bind_accept4(listener))
             assert crew.taken[0].recv(1) == b"x"
         crew.taken.pop().close()
         del acceptor

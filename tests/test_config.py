@@ -14,8 +14,8 @@ from fractions import Fraction
 from typing import Any, Dict, FrozenSet, Optional
 
 import pytest
-from _tsproxy import config
-from _tsproxy.config import Config, Target, UsageError, parse
+from _tsproxy.cli import config
+from _tsproxy.cli.config import Config, Target, UsageError, parse
 from docopt import docopt
 from harness import ROOT
 from hypothesis import example, given, settings

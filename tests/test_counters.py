@@ -10,107 +10,107 @@ import sys
 from typing import Callable, Dict, FrozenSet, Iterable, Iterator
 
 import pytest
-from _tsproxy.telemetry import counters, histogram, metrics
-from _tsproxy.telemetry.counters import ACCEPTOR_ROW, FIRST_WORKER_ROW, REPORTER_ROW, Counter, Ledger
+from _tsproxy.stats import counters, histogram, metrics
+from _tsproxy.stats.counters import ACCEPTOR_ROW, FIRST_WORKER_ROW, REPORTER_ROW, Counter, SharedCounters
 from harness import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 
 @contextlib.contextmanager
-def ledger_for(workers: int) -> Iterator[Ledger]:
+def ledger_for(workers: int) -> Iterator[SharedCounters]:
     """A new ledger; at the end its descriptor is closed and its memory unmapped."""
-    ledger = Ledger.create(workers)
-    fd = ledger.fd
+    shared_counters = SharedCounters.create(workers)
+    fd = shared_counters.fd
     try:
-        yield ledger
+        yield shared_counters
     finally:
-        vars(ledger).clear()  # the mapping goes with its last view
+        vars(shared_counters).clear()  # the mapping goes with its last view
         os.close(fd)
 
 
 @pytest.fixture
-def ledger() -> Iterator[Ledger]:
+def shared_counters() -> Iterator[SharedCounters]:
     with ledger_for(3) as made:
         yield made
 
 
-def test_a_new_ledger_is_all_zero_with_a_row_for_each_writer(ledger: Ledger) -> None:
-    assert len(ledger.rows) == FIRST_WORKER_ROW + 3
-    assert not any(any(row) for row in ledger.rows)
+def test_a_new_ledger_is_all_zero_with_a_row_for_each_writer(shared_counters: SharedCounters) -> None:
+    assert len(shared_counters.rows) == FIRST_WORKER_ROW + 3
+    assert not any(any(row) for row in shared_counters.rows)
     assert len({ACCEPTOR_ROW, REPORTER_ROW, FIRST_WORKER_ROW}) == 3
 
 
-def test_no_two_rows_share_a_page_or_a_word(ledger: Ledger) -> None:
-    for number, row in enumerate(ledger.rows):
+def test_no_two_rows_share_a_page_or_a_word(shared_counters: SharedCounters) -> None:
+    for number, row in enumerate(shared_counters.rows):
         row[0], row[len(row) - 1] = number + 1, number + 1
         for index in range(len(row)):
             row[index] = number + 1
-    assert [set(row) for row in ledger.rows] == [{number + 1} for number in range(len(ledger.rows))]
-    raw = os.pread(ledger.fd, os.fstat(ledger.fd).st_size, 0)
+    assert [set(row) for row in shared_counters.rows] == [{number + 1} for number in range(len(shared_counters.rows))]
+    raw = os.pread(shared_counters.fd, os.fstat(shared_counters.fd).st_size, 0)
     pages = [raw[start : start + mmap.PAGESIZE] for start in range(0, len(raw), mmap.PAGESIZE)]
     words = [set(memoryview(page).cast("Q")) - {0} for page in pages]
     assert all(len(writers) <= 1 for writers in words)
-    assert sum(len(row) for row in ledger.rows) == sum(word != 0 for word in memoryview(raw).cast("Q"))
+    assert sum(len(row) for row in shared_counters.rows) == sum(word != 0 for word in memoryview(raw).cast("Q"))
 
 
-def test_a_row_has_room_for_every_counter_and_both_histograms(ledger: Ledger) -> None:
+def test_a_row_has_room_for_every_counter_and_both_histograms(shared_counters: SharedCounters) -> None:
     assert sorted(Counter) == list(range(len(Counter)))
     assert counters.RELAY == len(Counter)
     assert counters.CONNECT == counters.RELAY + histogram.SLOTS + 1
-    assert len(ledger.worker(0)) == counters.LOOP_LAG + histogram.SLOTS + 1
+    assert len(shared_counters.worker(0)) == counters.LOOP_LAG + histogram.SLOTS + 1
 
 
-def test_workers_come_after_the_acceptor_and_the_reporter(ledger: Ledger) -> None:
+def test_workers_come_after_the_acceptor_and_the_reporter(shared_counters: SharedCounters) -> None:
     for index in range(3):
-        ledger.worker(index)[Counter.ENDED] = index + 10
-    assert [row[Counter.ENDED] for row in ledger.rows] == [0, 0, 10, 11, 12]
+        shared_counters.worker(index)[Counter.ENDED] = index + 10
+    assert [row[Counter.ENDED] for row in shared_counters.rows] == [0, 0, 10, 11, 12]
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=4, max_size=4), st.sampled_from(Counter))
 def test_a_total_is_the_sum_over_all_rows(values: list[int], counter: Counter) -> None:
-    with ledger_for(2) as ledger:
-        for row, value in zip(ledger.rows, values):
+    with ledger_for(2) as shared_counters:
+        for row, value in zip(shared_counters.rows, values):
             row[counter] = value
-        assert ledger.total(counter) == sum(values)
-        assert sum(ledger.total(other) for other in Counter) == sum(values)
+        assert shared_counters.total(counter) == sum(values)
+        assert sum(shared_counters.total(other) for other in Counter) == sum(values)
 
 
-def test_histograms_are_those_of_the_workers_and_apart_from_each_other(ledger: Ledger) -> None:
-    ledger.worker(0)[counters.RELAY] = 1
-    ledger.worker(2)[counters.RELAY] = 2
-    ledger.worker(1)[counters.RELAY + histogram.SLOTS - 1] = 3
-    ledger.worker(1)[counters.CONNECT] = 4
-    assert ledger.histogram(counters.RELAY) == [(0, 3), (histogram.SLOTS - 1, 3)]
-    assert ledger.histogram(counters.CONNECT) == [(0, 4)]
+def test_histograms_are_those_of_the_workers_and_apart_from_each_other(shared_counters: SharedCounters) -> None:
+    shared_counters.worker(0)[counters.RELAY] = 1
+    shared_counters.worker(2)[counters.RELAY] = 2
+    shared_counters.worker(1)[counters.RELAY + histogram.SLOTS - 1] = 3
+    shared_counters.worker(1)[counters.CONNECT] = 4
+    assert shared_counters.histogram(counters.RELAY) == [(0, 3), (histogram.SLOTS - 1, 3)]
+    assert shared_counters.histogram(counters.CONNECT) == [(0, 4)]
 
 
 @pytest.mark.parametrize("start", [counters.RELAY, counters.CONNECT, counters.LOOP_LAG])
-def test_the_longest_time_of_all_workers_is_kept_as_it_was_measured(ledger: Ledger, start: int) -> None:
+def test_the_longest_time_of_all_workers_is_kept_as_it_was_measured(shared_counters: SharedCounters, start: int) -> None:
     for worker, times in enumerate([(1,), (3_333_333, 5), (2_000_000,)]):
         for took_ns in times:
-            counters.note(ledger.worker(worker), start, took_ns)
-    assert ledger.longest_ns(start) == 3_333_333
-    assert sum(count for _, count in ledger.histogram(start)) == 4
+            counters.note(shared_counters.worker(worker), start, took_ns)
+    assert shared_counters.longest_ns(start) == 3_333_333
+    assert sum(count for _, count in shared_counters.histogram(start)) == 4
     name = {counters.RELAY: "relay_us", counters.CONNECT: "connect_us", counters.LOOP_LAG: "loop_lag_us"}[start]
-    found = metrics.latencies(ledger)
+    found = metrics.latencies(shared_counters)
     assert (found[f"{name}_max"], found[f"{name}_p999"]) == (3333.333, 3333.333)
 
 
-def test_a_second_view_of_the_same_memory_sees_each_write_at_once(ledger: Ledger) -> None:
-    other = Ledger(ledger.fd)
+def test_a_second_view_of_the_same_memory_sees_each_write_at_once(shared_counters: SharedCounters) -> None:
+    other = SharedCounters(shared_counters.fd)
     other.worker(1)[Counter.ACCEPTED] += 5
-    assert ledger.total(Counter.ACCEPTED) == 5
-    ledger.rows[ACCEPTOR_ROW][Counter.ACCEPTED] += 1
+    assert shared_counters.total(Counter.ACCEPTED) == 5
+    shared_counters.rows[ACCEPTOR_ROW][Counter.ACCEPTED] += 1
     assert other.total(Counter.ACCEPTED) == 6
 
 
 WORKER = """
 import sys
-from _tsproxy.telemetry import counters
-from _tsproxy.telemetry.counters import Counter, Ledger
-ledger, index = Ledger(int(sys.argv[1])), int(sys.argv[2])
+from _tsproxy.stats import counters
+from _tsproxy.stats.counters import Counter, SharedCounters
+ledger, index = SharedCounters(int(sys.argv[1])), int(sys.argv[2])
 row = ledger.worker(index)
 for _ in range(20_000):
     row[Counter.RECEIVED_UPSTREAM] += index + 1
@@ -120,13 +120,13 @@ print(ledger.rows[0][Counter.ACCEPTED])
 """
 
 
-def test_workers_in_other_processes_count_in_their_own_rows_without_losing_any(ledger: Ledger) -> None:
-    ledger.rows[ACCEPTOR_ROW][Counter.ACCEPTED] = 99
+def test_workers_in_other_processes_count_in_their_own_rows_without_losing_any(shared_counters: SharedCounters) -> None:
+    shared_counters.rows[ACCEPTOR_ROW][Counter.ACCEPTED] = 99
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "lib")}
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(ledger.fd), str(index)],
-            pass_fds=(ledger.fd,),
+            [sys.executable, "-c", WORKER, str(shared_counters.fd), str(index)],
+            pass_fds=(shared_counters.fd,),
             stdout=subprocess.PIPE,
             env=environment,
         )
@@ -134,40 +134,40 @@ def test_workers_in_other_processes_count_in_their_own_rows_without_losing_any(l
     ]
     assert [worker.communicate(timeout=60)[0] for worker in workers] == [b"99\n"] * 3
     assert [worker.returncode for worker in workers] == [0] * 3
-    assert [ledger.worker(index)[Counter.RECEIVED_UPSTREAM] for index in range(3)] == [20_000, 40_000, 60_000]
-    assert ledger.histogram(counters.RELAY) == [(0, 7), (1, 7), (2, 7)]
-    assert ledger.longest_ns(counters.LOOP_LAG) == 1, "the last word of a row"
+    assert [shared_counters.worker(index)[Counter.RECEIVED_UPSTREAM] for index in range(3)] == [20_000, 40_000, 60_000]
+    assert shared_counters.histogram(counters.RELAY) == [(0, 7), (1, 7), (2, 7)]
+    assert shared_counters.longest_ns(counters.LOOP_LAG) == 1, "the last word of a row"
 
 
-def test_the_ledger_is_not_inherited_unless_it_is_passed_on(ledger: Ledger) -> None:
-    assert not os.get_inheritable(ledger.fd)
+def test_the_ledger_is_not_inherited_unless_it_is_passed_on(shared_counters: SharedCounters) -> None:
+    assert not os.get_inheritable(shared_counters.fd)
 
 
 # The metrics made of it
 
 
-def test_the_metrics_say_what_was_received_and_acknowledged_and_derive_what_is_active(ledger: Ledger) -> None:
-    row = ledger.worker(0)
+def test_the_metrics_say_what_was_received_and_acknowledged_and_derive_what_is_active(shared_counters: SharedCounters) -> None:
+    row = shared_counters.worker(0)
     row[Counter.RECEIVED_DOWNSTREAM], row[Counter.ACKNOWLEDGED_UPSTREAM] = 100, 93
     row[Counter.RECEIVED_UPSTREAM], row[Counter.ACKNOWLEDGED_DOWNSTREAM] = 1000, 930
     row[Counter.CONNECTS], row[Counter.CONNECTS_ENDED], row[Counter.ENDED] = 9, 4, 3
-    ledger.rows[ACCEPTOR_ROW][Counter.ACCEPTED] = 12
-    fields = metrics.totals(ledger)
+    shared_counters.rows[ACCEPTOR_ROW][Counter.ACCEPTED] = 12
+    fields = metrics.totals(shared_counters)
     assert (fields["downstream_cx_rx_bytes_total"], fields["upstream_cx_tx_bytes_total"]) == (100, 93)
     assert (fields["upstream_cx_rx_bytes_total"], fields["downstream_cx_tx_bytes_total"]) == (1000, 930)
-    assert (fields["downstream_cx_active"], metrics.active(ledger), fields["upstream_cx_active"]) == (9, 9, 5)
+    assert (fields["downstream_cx_active"], metrics.active(shared_counters), fields["upstream_cx_active"]) == (9, 9, 5)
 
 
-def test_each_counter_shows_in_the_metrics_but_those_of_the_inbox(ledger: Ledger) -> None:
-    before = metrics.totals(ledger)
-    for counter in (counter for counter in Counter if counter.name not in {"TAKEN", "BEGUN"}):
-        ledger.rows[REPORTER_ROW][counter] += 1
-        after = metrics.totals(ledger)
+def test_each_counter_shows_in_the_metrics_but_those_of_the_inbox(shared_counters: SharedCounters) -> None:
+    before = metrics.totals(shared_counters)
+    for counter in (counter for counter in Counter if counter.name not in {"CONSUMED", "BEGUN"}):
+        shared_counters.rows[REPORTER_ROW][counter] += 1
+        after = metrics.totals(shared_counters)
         assert after != before, counter
         before = after
 
 
-class MovingLedger(Ledger):
+class MovingLedger(SharedCounters):
     """A ledger on which something happens right after some looks at it, so many times at most."""
 
     watched: FrozenSet[Counter]
@@ -185,9 +185,9 @@ class MovingLedger(Ledger):
 def totals_while(happen: Callable[[memoryview], None], watched: Iterable[Counter], times: int) -> Dict[str, int]:
     """The metrics of an empty ledger on which that happens meanwhile."""
     with ledger_for(1) as still:
-        ledger = MovingLedger(still.fd)
-        ledger.happen, ledger.watched, ledger.times = happen, frozenset(watched), times
-        return metrics.totals(ledger)
+        shared_counters = MovingLedger(still.fd)
+        shared_counters.happen, shared_counters.watched, shared_counters.times = happen, frozenset(watched), times
+        return metrics.totals(shared_counters)
 
 
 def a_connection_comes_and_goes(row: memoryview) -> None:
@@ -219,16 +219,16 @@ def test_never_more_is_acknowledged_than_received_when_bytes_come_between_two_lo
 
 def test_a_client_that_its_killed_worker_had_counted_but_not_begun_with_is_not_active_for_ever() -> None:
     """The worker accepted it by itself. Its successor's row goes on, and may be written off again."""
-    with ledger_for(1) as ledger:
-        row = ledger.worker(0)
+    with ledger_for(1) as shared_counters:
+        row = shared_counters.worker(0)
         row[Counter.ACCEPTED], row[Counter.BEGUN], row[Counter.ENDED] = 7, 6, 4
-        assert ledger.write_off(0) == 3
-        assert metrics.active(ledger) == 0
+        assert shared_counters.write_off(0) == 3
+        assert metrics.active(shared_counters) == 0
         row[Counter.ACCEPTED] += 1
         row[Counter.BEGUN] += 1
-        assert ledger.write_off(0) == 1
-        assert metrics.active(ledger) == 0
-        ledger.rows[ACCEPTOR_ROW][Counter.ACCEPTED] += 1  # handed over in the drain
+        assert shared_counters.write_off(0) == 1
+        assert metrics.active(shared_counters) == 0
+        shared_counters.rows[ACCEPTOR_ROW][Counter.ACCEPTED] += 1  # handed over in the drain
         row[Counter.BEGUN] += 1
         del row
-        assert metrics.active(ledger) == 1
+        assert metrics.active(shared_counters) == 1

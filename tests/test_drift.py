@@ -8,7 +8,7 @@ import threading
 from typing import Any, Callable, Iterator, List, Tuple
 
 import pytest
-from _tsproxy.timestamps import syn
+from _tsproxy.policy import syn
 from harness import Exchange, Proxy, receive_exactly, wait_until
 from test_wire import REWRITE, generated
 from wire import UPSTREAM, Sniffer, Wire

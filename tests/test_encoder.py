@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 import pytest
-from _tsproxy.telemetry import encoder
-from _tsproxy.telemetry.encoder import Stamps, line, with_json
+from _tsproxy.stats import encoder
+from _tsproxy.stats.encoder import Stamps, line, with_json
 from harness import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -67,7 +67,7 @@ def test_what_json_wrote_is_read_as_it_was(fields: Fields) -> None:
 def test_the_program_runs_and_writes_the_same_without_orjson(tmp_path: Path) -> None:
     (tmp_path / "orjson.py").write_text("raise ImportError('not for this Python')\n")
     fields = {"text": EVERY_CONTROL + "\u00e9", "number": 2**63, "none": None, "list": ["a", "\udcff"], "long": "x" * 9000}
-    code = f"from _tsproxy.telemetry import encoder; print(encoder.ENCODER); print(encoder.line({fields!a}))"
+    code = f"from _tsproxy.stats import encoder; print(encoder.ENCODER); print(encoder.line({fields!a}))"
     path = os.pathsep.join([str(tmp_path), str(ROOT / "lib")])
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": path}
@@ -197,7 +197,7 @@ def test_a_time_does_not_depend_on_the_ones_before(moments: List[int]) -> None:
 
 
 def test_the_time_does_not_depend_on_the_time_zone() -> None:
-    code = "from _tsproxy.telemetry.encoder import Stamps; print(Stamps().rfc3339(1_700_000_000_123_456_789))"
+    code = "from _tsproxy.stats.encoder import Stamps; print(Stamps().rfc3339(1_700_000_000_123_456_789))"
     environment = {**os.environ, "TZ": "Asia/Kathmandu", "PYTHONPATH": str(ROOT / "lib")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout == "2023-11-14T22:13:20.123456Z\n"

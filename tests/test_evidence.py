@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Sequence, Tuple
 
 import pytest
-from _tsproxy.host import bpf, sockets, wakeup
-from _tsproxy.host.sockets import TcpInfo
-from _tsproxy.timestamps import gates, rehearsal
-from _tsproxy.timestamps.evidence import Answer, Evidence
-from _tsproxy.timestamps.inspector import Inspector
-from _tsproxy.timestamps.policy import Lever, Wanted
+from _tsproxy.linux import bpf, sockets, wakeup
+from _tsproxy.linux.sockets import TcpInfo
+from _tsproxy.policy import gates, rehearsal
+from _tsproxy.policy.evidence import Answer, Evidence
+from _tsproxy.policy.inspector import Inspector
+from _tsproxy.policy.levers import Lever, Policy
 from conftest import CHECKOUT
 from harness import ROOT, Exchange, Line, Proxy, echo, receive_exactly, wait_until
 from namespaces import Namespace
@@ -54,7 +54,7 @@ SYNS_ALONE = "meta priority 0:4 tcp flags & (fin|syn|rst|ack) == syn reset tcp o
 MARKED = "meta priority 0:4 ct mark set 0x75"
 CONSTANT = f"tcp option timestamp tsval set {TSVAL}"
 NO_ECHO = "ct mark 0x75 tcp option timestamp tsecr set 0"
-STRIP, CONST = Wanted("strip", families=BOTH), Wanted("rewrite", TSVAL, families=BOTH)
+STRIP, CONST = Policy("strip", families=BOTH), Policy("rewrite", TSVAL, families=BOTH)
 MARK_UNKNOWN = f"{rehearsal.TIME_WAIT} (they do not know the mark of its answer, DSCP 3)"
 UNMARK = ["ip dscp set 0", "ip6 dscp set 0"]
 
@@ -106,10 +106,10 @@ RULES = {
 }
 LOOK = """
 import sys; sys.path.insert(0, sys.argv[1])
-from _tsproxy.timestamps.inspector import Inspector
-from _tsproxy.timestamps.policy import Wanted
+from _tsproxy.policy.inspector import Inspector
+from _tsproxy.policy.levers import Policy
 for _ in range(20):
-    found = Inspector(Wanted(sys.argv[2], int(sys.argv[3]), families=(2,))).look().families[2]
+    found = Inspector(Policy(sys.argv[2], int(sys.argv[3]), families=(2,))).look().families[2]
     if found.syn: break
 print(found.problem)
 """
@@ -130,11 +130,11 @@ def test_rules_have_to_hold_against_what_a_far_end_can_do_not_for_our_syn_alone(
     namespace: Namespace, readable: Path, kind: str, rights: str
 ) -> None:
     """On IPv4: TIME_WAIT keeps a socket's priority on IPv6."""
-    wanted, rules, *leaks = RULES[kind]
+    policy, rules, *leaks = RULES[kind]
     leak = leaks[rights == "without"]
     namespace.run("nft", "-f", "-", input=rules)
     python = [sys.executable] if rights != "without" else [*BECOME, "/usr/bin/python3"]
-    said = namespace.run(*python, "-I", "-S", "-c", LOOK, str(readable), wanted.mode, str(wanted.tsval))
+    said = namespace.run(*python, "-I", "-S", "-c", LOOK, str(readable), policy.mode, str(policy.tsval))
     assert said == (f"{rehearsal.MISBEHAVES}: {leak}\n" if leak else "\n")
 
 
@@ -218,9 +218,9 @@ def test_a_connection_whose_syn_left_twice_is_not_proved() -> None:
         client.connect(listener.getsockname())
         for lever in (Lever.SYSCTL, Lever.NFTABLES):
             gate = gates.gate_for(lever, STRIP, evidence, asked)
-            assert gate.may_relay(client, TcpInfo(False, 0, 0))
-            assert not gate.may_relay(client, TcpInfo(False, 0, 1))
-            assert not gate.may_relay(client, TcpInfo(True, 0, 0))
+            assert gate.may_relay(client, TcpInfo(False, 0, 0, 1, False, False))
+            assert not gate.may_relay(client, TcpInfo(False, 0, 1, 1, False, False))
+            assert not gate.may_relay(client, TcpInfo(True, 0, 0, 1, False, False))
             if isinstance(gate, gates.StripBySysctl):
                 gate._sysctl.close()
     os.close(evidence.fd)
@@ -421,8 +421,8 @@ def test_no_syn_of_the_witness_leaves_by_the_uplink_where_lo_lacks_its_address(m
     sniffer = Sniffer(wire.exchange, UPSTREAM)
     try:
         with wire.clean, contextlib.closing(Inspector(STRIP)) as inspector:
-            finding = inspector.look()
-        assert {found.answer for found in finding.families.values()} == {Answer.UNSEEN}
+            policy_check = inspector.look()
+        assert {found.answer for found in policy_check.families.values()} == {Answer.UNSEEN}
         assert sniffer.stop() == []
     finally:
         sniffer.close_if_running()
@@ -505,7 +505,7 @@ def test_a_drain_is_not_delayed_by_a_look_that_does_not_end(make_wire: Callable[
 def test_the_witness_has_another_address_and_port_each_time() -> None:
     code = (
         "import sys, socket, time; sys.path.insert(0, sys.argv[1])\n"
-        "from _tsproxy.timestamps import witness\n"
+        "from _tsproxy.policy import witness\n"
         "with witness.listening(socket.AF_INET) as one: print(one.getsockname()[0])\n"
     )
     command = [sys.executable, "-c", code, str(ROOT / "lib")]

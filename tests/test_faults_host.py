@@ -31,14 +31,14 @@ def forked(bundle: Path) -> Iterator[Stand]:
 # Descriptors
 
 
-def zygote_of(proxy: Proxy) -> int:
-    (zygote,) = children(proxy.process.pid)
-    return zygote
+def fork_server_of(proxy: Proxy) -> int:
+    (fork_server,) = children(proxy.process.pid)
+    return fork_server
 
 
 def having_connections(stand: Stand, proxy: Proxy) -> int:
     """The process that has the connections: the main one, or its one worker."""
-    return children(zygote_of(proxy))[0] if stand.runtime == "processes" else proxy.process.pid
+    return children(fork_server_of(proxy))[0] if stand.runtime == "processes" else proxy.process.pid
 
 
 @contextlib.contextmanager
@@ -85,7 +85,7 @@ def test_a_client_whose_descriptor_finds_no_room_in_the_worker_has_a_line(forked
     """SCM_RIGHTS into a full table: the message comes, the descriptor does not (unix(7))."""
     proxy = forked.start("--workers=2", "--max-connections-per-client=50")
     proxy.line("start")
-    workers = wait_until(lambda: two if len(two := children(zygote_of(proxy))) == 2 else [], "both workers are there")
+    workers = wait_until(lambda: two if len(two := children(fork_server_of(proxy))) == 2 else [], "both workers are there")
     with forked.unharmed(proxy):
         with contextlib.ExitStack() as tight:
             for pid in workers:
@@ -227,7 +227,7 @@ def test_a_killed_worker_takes_its_connections_with_it_and_nothing_else(forked: 
     with forked.unharmed(proxy, without_line=CROWD // 2):
         clients = forked.crowd(proxy, b"eA")
         assert [receive_exactly(client, 1) for client in clients] == [b"A"] * CROWD
-        os.kill(children(zygote_of(proxy))[0], signal.SIGKILL)
+        os.kill(children(fork_server_of(proxy))[0], signal.SIGKILL)
         said = proxy.line("error")["message"]
         left = [client for client in clients if still_answers(client)]
         for client in clients:
@@ -241,7 +241,7 @@ def test_a_killed_worker_takes_its_connections_with_it_and_nothing_else(forked: 
 def test_clients_that_find_the_workers_inbox_full_wait_and_are_served(forked: Stand) -> None:
     proxy = forked.start("--workers=1", "--max-connections-per-client=1000")  # so that the main thread accepts
     with forked.unharmed(proxy, growth_kib=8192):  # what 600 connections at once needed
-        (worker,) = children(zygote_of(proxy))
+        (worker,) = children(fork_server_of(proxy))
         pause(worker)
         clients = [client for _ in range(30) for client in forked.crowd(proxy, b"eA")]
         said = proxy.line("error")["message"]
@@ -261,23 +261,23 @@ def still_answers(client: object) -> bool:
     return False
 
 
-def test_a_killed_zygote_is_reported_at_once_and_its_workers_go_on(forked: Stand) -> None:
+def test_a_killed_fork_server_is_reported_at_once_and_its_workers_go_on(forked: Stand) -> None:
     proxy = forked.start()
     with forked.connect(proxy) as held_on:
         forked.ask(proxy)
-        zygote = zygote_of(proxy)
-        workers = children(zygote)
-        os.kill(zygote, signal.SIGKILL)
+        fork_server = fork_server_of(proxy)
+        workers = children(fork_server)
+        os.kill(fork_server, signal.SIGKILL)
         error = proxy.line("error")
         for _ in range(8):
             forked.ask(proxy)
         held_on.sendall(b"eA")
         assert held_on.recv(1) == b"A"
         sleeps(proxy)
-        assert not is_there(zygote), "nothing is left of it"
+        assert not is_there(fork_server), "nothing is left of it"
         assert [is_there(pid) for pid in workers] == [True, True]
     assert error["message"] == (
-        "the zygote, which starts workers, died (killed by SIGKILL); the connections go on, "
+        "the fork server, which starts workers, died (killed by SIGKILL); the connections go on, "
         "but a worker that dies has no successor: restart when it suits"
     )
     conserved(proxy)
@@ -288,13 +288,13 @@ def test_a_killed_zygote_is_reported_at_once_and_its_workers_go_on(forked: Stand
     assert proxy.stderr() == ""
 
 
-def test_a_worker_that_dies_after_the_zygote_ends_the_whole_once_the_others_have_drained(forked: Stand) -> None:
+def test_a_worker_that_dies_after_the_fork_server_ends_the_whole_once_the_others_have_drained(forked: Stand) -> None:
     proxy = forked.start()
     clients = forked.crowd(proxy, b"eA")
     assert [receive_exactly(client, 1) for client in clients] == [b"A"] * CROWD
-    zygote = zygote_of(proxy)
-    workers = children(zygote)
-    os.kill(zygote, signal.SIGKILL)
+    fork_server = fork_server_of(proxy)
+    workers = children(fork_server)
+    os.kill(fork_server, signal.SIGKILL)
     proxy.line("error")
     os.kill(workers[1], signal.SIGKILL)
     assert proxy.line("drain")["active_connections"] == CROWD // 2
@@ -304,7 +304,7 @@ def test_a_worker_that_dies_after_the_zygote_ends_the_whole_once_the_others_have
         client.close()
     assert proxy.wait() == 1
     assert [line["message"] for line in proxy.lines if line["event"] == "error"][1:] == [
-        f"worker 1 died (how is not known, since the zygote is gone); {CROWD // 2} connections closed; "
+        f"worker 1 died (how is not known, since the fork server is gone); {CROWD // 2} connections closed; "
         "nobody can start a successor: draining, then ending"
     ]
     stop = proxy.line("stop")
@@ -316,7 +316,7 @@ def test_a_successor_for_which_the_main_process_has_no_descriptor_is_tried_again
     """It needs two for a moment, a pipe(2): EMFILE there ended everything."""
     proxy = forked.start()
     with forked.unharmed(proxy):
-        main, (victim, _) = proxy.process.pid, children(zygote_of(proxy))
+        main, (victim, _) = proxy.process.pid, children(fork_server_of(proxy))
         with descriptors_up_to(main, lowest_free(main)):
             os.kill(victim, signal.SIGKILL)
             died = proxy.line("error")["message"]
@@ -327,13 +327,13 @@ def test_a_successor_for_which_the_main_process_has_no_descriptor_is_tried_again
     assert proxy.stderr() == ""
 
 
-def test_a_worker_whose_zygote_died_in_the_same_moment_is_no_crash(forked: Stand) -> None:
+def test_a_worker_whose_fork_server_died_in_the_same_moment_is_no_crash(forked: Stand) -> None:
     proxy = forked.start()
     forked.ask(proxy)
-    zygote = zygote_of(proxy)
-    workers = children(zygote)
+    fork_server = fork_server_of(proxy)
+    workers = children(fork_server)
     pause(proxy.process.pid)  # it learns of both at once
-    for pid in (zygote, *workers):
+    for pid in (fork_server, *workers):
         os.kill(pid, signal.SIGKILL)
     proxy.process.send_signal(signal.SIGCONT)
     assert proxy.wait() == 1

@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import pytest
-from _tsproxy import cli, config
-from _tsproxy.commands.generate.text import words as words_of
-from _tsproxy.config import Config, UsageError
-from _tsproxy.dataplane.inbox import Entry
-from _tsproxy.host import addresses, systemd
-from _tsproxy.host.addresses import PACKED_SIZE
-from _tsproxy.telemetry import encoder, records
-from _tsproxy.telemetry.records import Connection, Notice, Record
-from _tsproxy.timestamps import syn
+from _tsproxy.cli import config, parser
+from _tsproxy.cli.config import Config, UsageError
+from _tsproxy.linux import addresses, systemd
+from _tsproxy.linux.addresses import PACKED_SIZE
+from _tsproxy.policy import syn
+from _tsproxy.proxy.inbox import Message
+from _tsproxy.stats import encoder, records
+from _tsproxy.stats.records import ConnectionRecord, Notice, Record
+from _tsproxy.tools.generate.text import words as words_of
 from docopt import docopt
 from harness import ROOT
 from hypothesis import HealthCheck, example, given, settings
@@ -131,7 +131,7 @@ def test_a_value_that_is_taken_is_the_same_when_it_is_written_again(option: str,
     wanted = read(option, data.draw(values(option)))
     if wanted is None:
         return
-    again = config.parse(cli.read(MANUAL, words_of(wanted), docopt))
+    again = config.parse(parser.read(MANUAL, words_of(wanted), docopt))
     meant = {**vars(wanted), "listen_options": ()}  # which of them were given is not to be seen in a value
     assert {**vars(again), "listen_options": ()} == meant
 
@@ -252,7 +252,7 @@ def spelled(draw: st.DrawFn, option: str, value: Optional[str]) -> List[str]:
     return draw(st.sampled_from(ways))
 
 
-TABLE = cli.options_of(MANUAL)
+TABLE = parser.options_of(MANUAL)
 ONCE = [name for name in config.OPTIONS if name != "--static-timestamp"]
 SWITCHES = ["--reuse-port", "--trust-host"]
 COMMANDS = [[], [], [], [["check"]], [["generate"], ["netns"]]]
@@ -303,7 +303,7 @@ def test_a_sound_line_means_the_same_however_it_is_spelled(pair: Tuple[Spelled, 
     assert meant.allow == tuple(config.network("--allow", text) for text in written["--allow"])
 
 
-EVERY_NAME = [*TABLE, *cli.commands_of(MANUAL), "generate", "netns", "OUT", "KIND", "options", "top", "--zero-copy"]
+EVERY_NAME = [*TABLE, *parser.commands_of(MANUAL), "generate", "netns", "OUT", "KIND", "options", "top", "--zero-copy"]
 WORDS = st.sampled_from([*EVERY_NAME, "--", "-", "", "-hV", "-tp", "-Vt", "-th", "--=", "-=", "=x", "--no-json", "-p-1"])
 BENT_WORDS = bent(WORDS) | ARGUMENTS | st.sampled_from(sorted(TABLE)).flatmap(lambda name: bent(st.just(f"{name}=1")))
 PREFIX = st.sampled_from(sorted(KNOWN)).flatmap(lambda name: st.integers(2, len(name)).map(lambda end: name[:end]))
@@ -389,7 +389,7 @@ GETOPT_LONG = [known.name[2:] + "=" * bool(known.argument) for known in KNOWN.va
 @example(["bundle", "-"])
 def test_a_line_that_is_taken_says_to_getopt_what_it_says_to_us(words: List[str]) -> None:
     try:
-        ready = cli.normalize(MANUAL, words)
+        ready = parser.normalize(MANUAL, words)
     except UsageError:
         return
     options, plain = getopt.gnu_getopt(words, GETOPT_SHORT, GETOPT_LONG)
@@ -466,7 +466,7 @@ AGAIN_AND_AGAIN = """
 import ast, os, runpy, sys
 script, place = sys.argv[1:]
 sys.path.insert(0, os.path.join(os.path.dirname(script), "lib"))
-import docopt, _tsproxy.commands.main, _tsproxy.config
+import docopt, _tsproxy.tools.main, _tsproxy.cli.config
 for number, words in enumerate(ast.literal_eval(sys.stdin.read())):
     if os.fork() == 0:
         for fd, name in ((1, "out"), (2, "err")):
@@ -733,7 +733,7 @@ def test_any_handover_is_that_many_descriptors_or_one_line(environment: Dict[str
 def test_no_manager_is_too_strange_to_be_told(environment: Dict[str, str]) -> None:
     notifier = systemd.Notifier(environment, 7)
     try:
-        notifier.say(READY=1, STATUS="\udcff\n\0")
+        notifier.notify(READY=1, STATUS="\udcff\n\0")
         assert 0 <= notifier.watchdog_s <= 3600
         usec, pid = environment.get("WATCHDOG_USEC", ""), environment.get("WATCHDOG_PID", "7")
         if notifier.watchdog_s:
@@ -815,9 +815,9 @@ def test_a_frame_that_is_broken_costs_itself_and_is_said(stream: bytes, step: in
         found += got
         assert len(rest) < 4096
     for record in found:
-        assert isinstance(record, (Connection, Notice))
-        told = record.fields() if isinstance(record, Connection) else {"message": record.message}
-        at_ns = record.closed_at_ns if isinstance(record, Connection) else record.at_ns
+        assert isinstance(record, (ConnectionRecord, Notice))
+        told = record.fields() if isinstance(record, ConnectionRecord) else {"message": record.message}
+        at_ns = record.closed_at_ns if isinstance(record, ConnectionRecord) else record.at_ns
         assert encoder.line({"timestamp": encoder.Stamps().rfc3339(at_ns), **told}).endswith(b"}\n")
 
 
@@ -842,14 +842,14 @@ def test_a_record_beside_a_broken_one_is_not_lost(at: int) -> None:
 def test_an_entry_comes_back_from_a_slot_whatever_stands_behind_it(
     kind: int, fd: int, number: int, at_ns: int, upstreams: List[bytes]
 ) -> None:
-    entry = Entry(kind, fd, number, at_ns, upstreams[0] if upstreams else bytes(PACKED_SIZE), b"".join(upstreams))
-    assert Entry.decode(entry.encode() + b"\xff" * 50) == entry
-    assert len(entry.encode()) <= 512
+    message = Message(kind, fd, number, at_ns, upstreams[0] if upstreams else bytes(PACKED_SIZE), b"".join(upstreams))
+    assert Message.decode(message.encode() + b"\xff" * 50) == message
+    assert len(message.encode()) <= 512
 
 
 @settings(quick, max_examples=100)
 @given(st.binary(min_size=512, max_size=512))
 def test_any_slot_is_an_entry(slot: bytes) -> None:
-    entry = Entry.decode(slot)
-    assert len(entry.upstreams) <= 512
-    assert len(entry.client) == PACKED_SIZE
+    message = Message.decode(slot)
+    assert len(message.upstreams) <= 512
+    assert len(message.client) == PACKED_SIZE

@@ -20,15 +20,15 @@ from typing import Any, Dict, Iterator, List, Tuple
 import kubernetes_validate
 import pytest
 import yaml
-from _tsproxy import cli, config, exits
-from _tsproxy.commands import generate
-from _tsproxy.commands.generate.text import words
-from _tsproxy.config import Config
-from _tsproxy.exits import Exit
-from _tsproxy.host import sockets
-from _tsproxy.host.limits import descriptors_for
-from _tsproxy.timestamps.inspector import Inspector
-from _tsproxy.timestamps.policy import Lever, Wanted
+from _tsproxy.cli import config, exits, parser
+from _tsproxy.cli.config import Config
+from _tsproxy.cli.exits import Exit
+from _tsproxy.linux import sockets
+from _tsproxy.linux.limits import descriptors_for
+from _tsproxy.policy.inspector import Inspector
+from _tsproxy.policy.levers import Lever, Policy
+from _tsproxy.tools import generate
+from _tsproxy.tools.generate.text import words
 from conftest import CHECKOUT
 from docopt import docopt
 from harness import ROOT, Exchange, Proxy, echo, receive_exactly, wait_until
@@ -47,7 +47,7 @@ LOOPBACK = {4: "127.0.0.1", 6: "::1"}
 
 def parsed(*options: str) -> Config:
     """The Config that these options make."""
-    return config.parse(docopt(MANUAL, cli.normalize(MANUAL, options), default_help=False))
+    return config.parse(docopt(MANUAL, parser.normalize(MANUAL, options), default_help=False))
 
 
 def text(kind: str, *options: str) -> str:
@@ -204,9 +204,9 @@ def syn_of(namespace: Namespace, tag: int = sockets.TAG, family: int = 4, user: 
     code = """if True:
         import encodings.idna, os, pwd, socket, sys
         sys.path.insert(0, sys.argv[1])
-        from _tsproxy.host import sockets
-        from _tsproxy.host.addresses import Address
-        from _tsproxy.timestamps import syn
+        from _tsproxy.linux import sockets
+        from _tsproxy.linux.addresses import Address
+        from _tsproxy.policy import syn
         os.setuid(pwd.getpwnam(sys.argv[4]).pw_uid)
         family = socket.AF_INET6 if ":" in sys.argv[3] else socket.AF_INET
         far = sockets.listener(Address(family, sys.argv[3], 0), 1, sockets.Tuning())
@@ -278,14 +278,14 @@ def test_no_state_is_needed_to_strip(namespace: Namespace) -> None:
     assert "nop*11" in syn_of(namespace)
 
 
-@pytest.mark.parametrize("wanted", [Wanted("strip"), Wanted("rewrite", TSVAL)], ids=["strip", "rewrite"])
-def test_the_witness_finds_the_rules_for_both_families(namespace: Namespace, wanted: Wanted) -> None:
-    wanted = wanted._replace(families=(socket.AF_INET, socket.AF_INET6))
-    load(namespace, *(REWRITE if wanted.mode == "rewrite" else ()))
-    with namespace, contextlib.closing(Inspector(wanted)) as inspector:
-        finding = inspector.look()
-        assert finding.lever is Lever.NFTABLES, finding
-        assert [syn.tsval for syn in finding.syns.values()] == [wanted.tsval or None] * 2
+@pytest.mark.parametrize("wanted", [Policy("strip"), Policy("rewrite", TSVAL)], ids=["strip", "rewrite"])
+def test_the_witness_finds_the_rules_for_both_families(namespace: Namespace, policy: Policy) -> None:
+    policy = policy._replace(families=(socket.AF_INET, socket.AF_INET6))
+    load(namespace, *(REWRITE if policy.mode == "rewrite" else ()))
+    with namespace, contextlib.closing(Inspector(policy)) as inspector:
+        policy_check = inspector.look()
+        assert policy_check.lever is Lever.NFTABLES, policy_check
+        assert [syn.tsval for syn in policy_check.syns.values()] == [policy.tsval or None] * 2
         namespace.run("nft", "delete", "table", "inet", "tsproxy")
         assert inspector.look().lever is None
 
@@ -678,13 +678,13 @@ def test_the_service_is_started_with_the_options_that_were_given(more: Tuple[str
     service = unit("tsproxy.service", "-p9000", "-b::1", "--reuse-port", *given_options)
     started = setting(service, "ExecStart")[0].replace("%%", "%").replace("$$", "$").split()
     assert started[:4] == ["/usr/bin/python3", "-I", "-S", "/usr/local/bin/tsproxy"]
-    wanted = parsed(T, *given_options)
-    assert parsed(*started[4:]) == dataclasses.replace(wanted, user=None)
-    assert setting(service, "User") == ([wanted.user] if wanted.user else [])
-    assert setting(service, "DynamicUser") == ([] if wanted.user else ["yes"])
-    assert setting(service, "LimitNOFILE") == [str(descriptors_for(wanted.max_connections, wanted.workers))]
-    assert int(setting(service, "TimeoutStopSec")[0]) > wanted.drain_timeout_s
-    assert ("sched_setaffinity" in setting(service, "SystemCallFilter")) == bool(wanted.cpus)
+    policy = parsed(T, *given_options)
+    assert parsed(*started[4:]) == dataclasses.replace(policy, user=None)
+    assert setting(service, "User") == ([policy.user] if policy.user else [])
+    assert setting(service, "DynamicUser") == ([] if policy.user else ["yes"])
+    assert setting(service, "LimitNOFILE") == [str(descriptors_for(policy.max_connections, policy.workers))]
+    assert int(setting(service, "TimeoutStopSec")[0]) > policy.drain_timeout_s
+    assert ("sched_setaffinity" in setting(service, "SystemCallFilter")) == bool(policy.cpus)
 
 
 def test_a_start_that_fails_is_tried_again_for_ever_and_the_socket_stays() -> None:
@@ -828,8 +828,8 @@ def test_docker_is_told_to_switch_timestamps_off_and_to_take_all_else_away(docke
     assert {"--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", f"nofile={limit}:{limit}"} <= set(run)
     assert int(run[run.index("--stop-timeout") + 1]) > 90.5
     program = parsed(*run[run.index("tsproxy", run.index("--stop-timeout")) + 1 :])
-    wanted = parsed(T, *DOCKER_OPTIONS)
-    assert program == dataclasses.replace(wanted, bind="::", user=None)
+    policy = parsed(T, *DOCKER_OPTIONS)
+    assert program == dataclasses.replace(policy, bind="::", user=None)
 
 
 def test_docker_knows_each_flag_that_it_is_given(docker: Docker) -> None:
@@ -962,9 +962,9 @@ def test_pods_are_started_with_the_options_that_were_given() -> None:
 def test_the_selectors_find_the_pods() -> None:
     parts = manifest()
     labels = parts["Deployment"]["spec"]["template"]["metadata"]["labels"].items()
-    (spread,) = pod()["topologySpreadConstraints"]
+    (attach,) = pod()["topologySpreadConstraints"]
     selectors = [part["spec"]["selector"]["matchLabels"] for part in (parts["Deployment"], parts["PodDisruptionBudget"])]
-    for selector in (*selectors, spread["labelSelector"]["matchLabels"], parts["Service"]["spec"]["selector"]):
+    for selector in (*selectors, attach["labelSelector"]["matchLabels"], parts["Service"]["spec"]["selector"]):
         assert selector
         assert selector.items() <= labels
 

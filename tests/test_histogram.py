@@ -9,8 +9,8 @@ from fractions import Fraction
 from typing import Iterable, List
 
 import pytest
-from _tsproxy.telemetry import histogram
-from _tsproxy.telemetry.histogram import LIMITS_US, LINEAR_NS, SLOTS, STEP_NS, Counts, percentile, slot, summary, upper_ns
+from _tsproxy.stats import histogram
+from _tsproxy.stats.histogram import LIMITS_US, LINEAR_NS, SLOTS, STEP_NS, Counts, percentile, slot, summary, upper_ns
 from hypothesis import example, given
 from hypothesis import strategies as st
 

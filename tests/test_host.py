@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Iterator, List, Tuple
 
 import pytest
-from _tsproxy.host import cpus, limits, linux, privileges, sockets, wakeup
-from _tsproxy.host.addresses import PACKED_SIZE, Address, from_sockaddr, pack, raw_ip, unpack
-from _tsproxy.host.sockets import Tuning
+from _tsproxy.linux import cpus, limits, privileges, sockets, uapi, wakeup
+from _tsproxy.linux.addresses import PACKED_SIZE, Address, from_sockaddr, pack, raw_ip, unpack
+from _tsproxy.linux.sockets import Tuning
 from harness import PATIENCE, ROOT, wait_until
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -53,7 +53,9 @@ def test_an_ipv6_address_survives_the_way_between_workers(ip: ipaddress.IPv6Addr
     found = unpack(packed)
     assert ipaddress.ip_address(found.ip) == ip
     assert found.sockaddr == (found.ip, port, 0, scope)
-    assert str(found) == f"[{found.ip}]:{port}"
+    names = dict(socket.if_nameindex())
+    zone = f"%{names.get(scope, scope)}" if scope else ""
+    assert str(found) == f"[{found.ip}{zone}]:{port}"
     assert raw_ip(packed) == (socket.AF_INET6, int(ip))
 
 
@@ -150,7 +152,7 @@ def test_a_wakeup_is_not_inherited_by_other_programs(kind: str) -> None:
 
 def test_a_ring_from_another_process_arrives() -> None:
     with bell("pipe") as wake:
-        code = "import sys; from _tsproxy.host.wakeup import Wakeup; Wakeup(-1, int(sys.argv[1])).ring()"
+        code = "import sys; from _tsproxy.linux.wakeup import Wakeup; Wakeup(-1, int(sys.argv[1])).ring()"
         child([code, str(wake.writer)], pass_fds=(wake.writer,))
         assert wake.collect() == 1
 
@@ -195,7 +197,7 @@ def test_tuning_is_in_effect_on_both_legs(family: int, ip: str) -> None:
             assert sock.getsockopt(level, socket.SO_KEEPALIVE)
             assert [sock.getsockopt(tcp, n) for n in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL)] == [31, 3]
             assert sock.getsockopt(tcp, socket.TCP_KEEPCNT) == 3
-            assert sock.getsockopt(tcp, linux.TCP_USER_TIMEOUT) == 0  # it would count the time of a closed window
+            assert sock.getsockopt(tcp, uapi.TCP_USER_TIMEOUT) == 0  # it would count the time of a closed window
 
 
 @pytest.mark.parametrize(
@@ -221,7 +223,7 @@ def test_tuning_of_zero_leaves_the_kernels_settings() -> None:
     with socket.socket() as fresh, pair(socket.AF_INET, "127.0.0.1", QUIET) as legs:
         for sock in legs[1:]:
             assert not sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-            for option in (socket.TCP_KEEPIDLE, linux.TCP_USER_TIMEOUT):
+            for option in (socket.TCP_KEEPIDLE, uapi.TCP_USER_TIMEOUT):
                 assert sock.getsockopt(socket.IPPROTO_TCP, option) == fresh.getsockopt(socket.IPPROTO_TCP, option)
 
 
@@ -234,7 +236,7 @@ def test_the_shortest_and_the_longest_keepalive_are_taken(seconds: int) -> None:
 
 def test_no_socket_blocks_or_is_inherited() -> None:
     with pair(socket.AF_INET, "127.0.0.1", QUIET) as (listening, dialled, accepted):
-        with contextlib.closing(sockets.adopt(accepted.detach(), socket.AF_INET)) as adopted:
+        with contextlib.closing(sockets.from_fd(accepted.detach(), socket.AF_INET)) as adopted:
             for sock in (listening, dialled, adopted):
                 assert not sock.getblocking()
                 assert not os.get_inheritable(sock.fileno())
@@ -281,9 +283,9 @@ def test_a_connection_is_asked_for_timestamps_only_while_there_is_one() -> None:
 
 def test_quick_acknowledgement_is_on_when_asked_for() -> None:
     with pair(socket.AF_INET, "127.0.0.1", QUIET) as (_, dialled, _accepted):
-        dialled.setsockopt(socket.IPPROTO_TCP, linux.TCP_QUICKACK, 0)
+        dialled.setsockopt(socket.IPPROTO_TCP, uapi.TCP_QUICKACK, 0)
         sockets.acknowledge_at_once(dialled)
-        assert dialled.getsockopt(socket.IPPROTO_TCP, linux.TCP_QUICKACK) == 1
+        assert dialled.getsockopt(socket.IPPROTO_TCP, uapi.TCP_QUICKACK) == 1
 
 
 @pytest.mark.parametrize(("family", "ip"), FAMILIES)
@@ -331,7 +333,7 @@ def test_listeners_share_a_port_when_both_ask_for_it() -> None:
 
 def test_our_numbers_are_those_that_python_has() -> None:
     for name in ("TCP_INFO", "TCP_QUICKACK", "TCP_USER_TIMEOUT"):
-        assert getattr(linux, name) == getattr(socket, name)
+        assert getattr(uapi, name) == getattr(socket, name)
 
 
 def test_our_numbers_are_those_of_the_kernels_headers() -> None:
@@ -341,15 +343,15 @@ def test_our_numbers_are_those_of_the_kernels_headers() -> None:
     text = "".join(header.read_text() for header in headers).replace("(F_LINUX_SPECIFIC_BASE + ", "(1024 + ")
     stated = dict(re.findall(r"^#define\s+(\w+)\s+(\d+|\(\d+ \+ \d+\))", text, re.M))
     for name in ("TCP_INFO", "TCP_USER_TIMEOUT", "TCP_TIMESTAMP", "TCP_SAVE_SYN", "TCP_SAVED_SYN", "TCPI_OPT_TIMESTAMPS"):
-        assert sum(map(int, re.findall(r"\d+", stated[name]))) == getattr(linux, name), name
+        assert sum(map(int, re.findall(r"\d+", stated[name]))) == getattr(uapi, name), name
     for name in ("IP_BIND_ADDRESS_NO_PORT", "F_SETPIPE_SZ"):
-        assert sum(map(int, re.findall(r"\d+", stated[name]))) == getattr(linux, name), name
+        assert sum(map(int, re.findall(r"\d+", stated[name]))) == getattr(uapi, name), name
 
 
 def test_no_errno_stands_in_two_families() -> None:
-    families = [linux.RETRY, linux.PEER_GONE, linux.CAPACITY]
+    families = [uapi.RETRY, uapi.PEER_GONE, uapi.CAPACITY]
     assert sum(map(len, families)) == len(frozenset().union(*families))
-    assert linux.PEER_RESET < linux.PEER_GONE
+    assert uapi.PEER_RESET < uapi.PEER_GONE
 
 
 # Limits
@@ -357,7 +359,7 @@ def test_no_errno_stands_in_two_families() -> None:
 CAP_SYS_RESOURCE = 24  # include/uapi/linux/capability.h
 RAISE = """
 import resource, sys
-from _tsproxy.host import limits
+from _tsproxy.linux import limits
 soft, hard, wanted = map(int, sys.argv[1:])
 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 print(limits.raise_nofile(wanted), *resource.getrlimit(resource.RLIMIT_NOFILE))
@@ -377,7 +379,7 @@ def test_a_limit_that_is_high_enough_is_left_alone() -> None:
     assert raised(600, 1000, 500) == (600, 600, 1000)
 
 
-UNPRIVILEGED = "import os, _tsproxy.host.limits\nif os.geteuid() == 0: os.setresuid(65534, 65534, 65534)\n"
+UNPRIVILEGED = "import os, _tsproxy.linux.limits\nif os.geteuid() == 0: os.setresuid(65534, 65534, 65534)\n"
 
 
 def test_without_the_right_to_more_the_hard_limit_is_what_there_is() -> None:
@@ -403,7 +405,7 @@ def test_the_descriptors_asked_for_are_enough_for_the_connections(connections: i
 
 DROP = """
 import os, sys
-from _tsproxy.host import privileges
+from _tsproxy.linux import privileges
 os.setgroups([0, 4, 27])
 privileges.drop(privileges.account("nobody"))
 for regain in (lambda: os.setuid(0), lambda: os.seteuid(0), lambda: os.setresuid(0, 0, 0), lambda: os.setgid(0)):
@@ -425,7 +427,7 @@ def test_root_is_dropped_for_good_with_all_its_groups() -> None:
 
 KEEP = """
 import ctypes, os, sys
-from _tsproxy.host import libc, privileges
+from _tsproxy.linux import libc, privileges
 c = ctypes.CDLL(None)
 call, real = libc.call, os.setresuid
 def capabilities(version=b"\\x22\\x05\\x08\\x20"):
@@ -489,7 +491,7 @@ def test_a_process_with_something_of_root_left_does_not_go_on(sabotage: str, sai
 
 def test_without_root_there_is_nothing_to_drop_to() -> None:
     code = "try: privileges.drop(privileges.account('root'))\nexcept PermissionError: print('refused')"
-    assert child(["from _tsproxy.host import privileges\n" + UNPRIVILEGED + code]) == "refused\n"
+    assert child(["from _tsproxy.linux import privileges\n" + UNPRIVILEGED + code]) == "refused\n"
 
 
 def test_a_user_that_is_not_here_is_a_key_error() -> None:

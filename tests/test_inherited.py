@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
-from _tsproxy.host import children as host_children
+from _tsproxy.linux import children as host_children
 from conftest import CHECKOUT
 from harness import ROOT, Exchange, Proxy, children, pythons, receive_exactly, wait_until
 from namespaces import require_root
@@ -100,8 +100,8 @@ def test_an_ignored_sigchld_costs_no_exit_status(start: Any, echoing: Exchange) 
     """With it the kernel reaps by itself, and waitpid(2) says ECHILD."""
     proxy = start(echoing, "--runtime=processes", "--workers=1", preexec_fn=ignoring(signal.SIGCHLD))
     serves(proxy)
-    (zygote,) = children(proxy.process.pid)
-    os.kill(zygote, signal.SIGKILL)
+    (fork_server,) = children(proxy.process.pid)
+    os.kill(fork_server, signal.SIGKILL)
     assert "died (killed by SIGKILL)" in proxy.line("error")["message"]
     serves(proxy)
     assert proxy.stop() == 0
@@ -193,11 +193,11 @@ def test_pid_1_reaps_orphans_and_takes_no_status_of_its_own_children(echoing: Ex
     with relaying(words, echoing, "--runtime=processes", "--workers=1") as proxy:
         serves(proxy)
         pid = inside_of(proxy)
-        (zygote,) = children(pid)
+        (fork_server,) = children(pid)
         for _ in range(3):
             orphan(pid)
-        wait_until(lambda: children(pid) == [zygote], "the orphans are reaped")
-        os.kill(zygote, signal.SIGKILL)
+        wait_until(lambda: children(pid) == [fork_server], "the orphans are reaped")
+        os.kill(fork_server, signal.SIGKILL)
         assert "died (killed by SIGKILL)" in proxy.line("error")["message"]
         orphan(pid)
         wait_until(lambda: len(children(pid)) <= 1, "orphans are reaped without a fork server, too: its worker is one")
@@ -281,7 +281,7 @@ def test_handed_over_listeners_stay_and_what_lies_behind_them_does_not(
 
 CLOSE = """
 import fcntl, os, resource, sys
-from _tsproxy.host import inherited, libc
+from _tsproxy.linux import inherited, libc
 if "old" in sys.argv:
     def call(*_): raise OSError(38, "no close_range(2)")
     libc.call = call

@@ -48,21 +48,20 @@ def copy(tmp_path: Path) -> Path:
 
 
 FORBIDDEN = [
-    ("host/cpus.py", "import _tsproxy.telemetry.metrics"),
-    ("config.py", "from _tsproxy.host import cpus"),
-    ("exits.py", "from _tsproxy import config"),
-    ("cli.py", "from _tsproxy.commands import main"),
-    ("telemetry/outlet.py", "from _tsproxy.dataplane import relay"),
-    ("dataplane/gate.py", "from _tsproxy.timestamps import policy"),
-    ("timestamps/policy.py", "from _tsproxy.dataplane import gate"),
-    ("dataplane/worker.py", "from _tsproxy.server import serve"),
-    ("server/serve.py", "def later() -> None:\n    from _tsproxy.commands import main"),
-    ("dataplane/half.py", "from _tsproxy.dataplane.relay import Relay"),
-    ("dataplane/timers.py", "from _tsproxy.dataplane import poller"),
-    ("capture/options.py", "from _tsproxy.timestamps import syn"),
+    ("linux/cpus.py", "import _tsproxy.stats.metrics"),
+    ("cli/config.py", "from _tsproxy.linux import cpus"),
+    ("cli/parser.py", "from _tsproxy.tools import main"),
+    ("stats/line_writer.py", "from _tsproxy.proxy import session"),
+    ("proxy/gate.py", "from _tsproxy.policy import levers"),
+    ("policy/levers.py", "from _tsproxy.proxy import gate"),
+    ("proxy/worker.py", "from _tsproxy.supervisor import serve"),
+    ("supervisor/serve.py", "def later() -> None:\n    from _tsproxy.tools import main"),
+    ("proxy/direction.py", "from _tsproxy.proxy.session import Session"),
+    ("loop/timers.py", "from _tsproxy.proxy import context"),
+    ("capture/options.py", "from _tsproxy.policy import syn"),
     ("capture/layers.py", "from _tsproxy.capture import files"),
-    ("commands/audit/flows.py", "from _tsproxy.commands.audit import verdict"),
-    ("commands/top/model.py", "from _tsproxy.commands.top import picture"),
+    ("tools/audit/flows.py", "from _tsproxy.tools.audit import verdict"),
+    ("tools/top/model.py", "from _tsproxy.tools.top import picture"),
 ]
 
 
@@ -82,11 +81,11 @@ def test_an_import_that_runs_the_other_way_breaks_a_contract(copy: Path, where: 
 @pytest.mark.parametrize(
     ("contract", "package"),
     [
-        ("rooms", "_tsproxy"),
-        ("dataplane", "_tsproxy.dataplane"),
-        ("top", "_tsproxy.commands.top"),
+        ("packages", "_tsproxy"),
+        ("proxy", "_tsproxy.proxy"),
+        ("top", "_tsproxy.tools.top"),
         ("capture", "_tsproxy.capture"),
-        ("audit", "_tsproxy.commands.audit"),
+        ("audit", "_tsproxy.tools.audit"),
     ],
 )
 def test_a_contract_leaves_no_module_out(contract: str, package: str) -> None:
@@ -110,11 +109,12 @@ def test_no_import_runs_in_a_circle() -> None:
     assert len(found) == len(list((LIB / "_tsproxy").rglob("*.py")))
     TopologicalSorter(found).prepare()  # CycleError names the circle
     with pytest.raises(CycleError):
-        TopologicalSorter({**found, "_tsproxy.config": {"_tsproxy.commands.main"}}).prepare()
+        TopologicalSorter({**found, "_tsproxy.cli.config": {"_tsproxy.tools.main"}}).prepare()
 
 
 def test_workers_do_not_load_the_encoder() -> None:
-    code = "import sys, _tsproxy.runtime; print(*sorted({'orjson', 'json', '_tsproxy.telemetry.encoder'} & set(sys.modules)))"
+    loaded = "{'orjson', 'json', '_tsproxy.stats.encoder'} & set(sys.modules)"
+    code = f"import sys, _tsproxy.supervisor.worker_args; print(*sorted({loaded}))"
     environment = {**os.environ, "PYTHONPATH": str(LIB)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout == "\n"
@@ -144,7 +144,7 @@ def is_standard(name: str) -> bool:
 
 @each_source
 def test_only_the_encoder_imports_what_is_not_in_the_standard_library(source: Path) -> None:
-    allowed = {"orjson"} if source == LIB / "_tsproxy/telemetry/encoder.py" else set()
+    allowed = {"orjson"} if source == LIB / "_tsproxy/stats/encoder.py" else set()
     assert foreign(ast.parse(source.read_text())) == allowed
 
 

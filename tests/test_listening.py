@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Iterator, List, Sequence
 
 import pytest
-from _tsproxy.host import linux, sockets
+from _tsproxy.linux import sockets, uapi
 from conftest import CHECKOUT
 from harness import Exchange, Proxy, receive_exactly, wait_until
 from namespaces import Namespace, require_root
@@ -146,7 +146,7 @@ def test_an_mptcp_listener_is_refused_in_one_line() -> None:
         for fd in [os.open(os.devnull, os.O_RDONLY) for _ in range(8)]:
             stack.callback(os.close, fd)
         try:
-            listener = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM, linux.IPPROTO_MPTCP))
+            listener = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM, uapi.IPPROTO_MPTCP))
         except OSError:
             pytest.skip("LOUD: no MPTCP in this kernel")
         listener.bind(("127.0.0.1", 0))

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Callable, Iterator, List, Optional, Tuple
 
 import pytest
-from _tsproxy.dataplane.liveness import Doubt, Liveness
-from _tsproxy.dataplane.timers import Timers
-from _tsproxy.host import linux, sockets
+from _tsproxy.linux import sockets, uapi
+from _tsproxy.loop.timers import Timers
+from _tsproxy.proxy.liveness import Liveness, Stall
 from harness import ROOT, Proxy, receive_all, receive_exactly, wait_until
 from wire import DOWNSTREAM, UPSTREAM, Wire
 
@@ -102,7 +102,7 @@ class Line:
         assert self.proxy.metrics()["internal_errors_total"] == 0
         with contextlib.suppress(ConnectionResetError, BrokenPipeError):  # the kernel tells it once
             receive_all(self.other)
-            assert self.was_reset
+            wait_until(lambda: self.was_reset, "the sender is told")
 
 
 def shut(sock: socket.socket) -> None:
@@ -273,7 +273,7 @@ def test_what_shortens_the_time_between_probes_is_undone_when_the_peer_reads(
 ) -> None:
     """An older kernel's own answer: ENOPROTOOPT to an option that it does not know."""
     if option != "this kernel's":
-        monkeypatch.setattr(linux, "TCP_RTO_MAX_MS", 9999)
+        monkeypatch.setattr(uapi, "TCP_RTO_MAX_MS", 9999)
     tcp = socket.IPPROTO_TCP
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
         sink = socket.create_connection(listener.getsockname())
@@ -283,27 +283,27 @@ def test_what_shortens_the_time_between_probes_is_undone_when_the_peer_reads(
         with contextlib.suppress(BlockingIOError):
             while True:
                 sink.send(MUCH)
-        wait_until(lambda: not sink.getsockopt(tcp, linux.TCP_INFO, 28)[24], "nothing under way: the window is closed")
+        wait_until(lambda: not sink.getsockopt(tcp, uapi.TCP_INFO, 28)[24], "nothing under way: the window is closed")
         way, liveness = Way(sink), Liveness(Timers(), {}, 10_000)
         before = settings(sink)
         for second in range(0, 60, 3):
             assert not liveness.is_gone(way, second * 10**9)
             if second:
-                assert way.doubt
-                assert way.doubt.undo
-                changed = sink.getsockopt(tcp, way.doubt.undo.number)
-                assert 3334 <= changed < 3350 if way.doubt.undo.number == 44 else changed >= second * 1000 + 10_000
+                assert way.stall
+                assert way.stall.undo
+                changed = sink.getsockopt(tcp, way.stall.undo.number)
+                assert 3334 <= changed < 3350 if way.stall.undo.number == 44 else changed >= second * 1000 + 10_000
         while peer.recv(1 << 20):
             if not sockets.outstanding(sink).any:
                 break
         assert not liveness.is_gone(way, 61 * 10**9)
-        assert way.doubt is None
+        assert way.stall is None
         assert settings(sink) == before
 
 
 def settings(sock: socket.socket) -> List[int]:
     found = []
-    for number in (linux.TCP_USER_TIMEOUT, 44):
+    for number in (uapi.TCP_USER_TIMEOUT, 44):
         with contextlib.suppress(OSError):  # before 6.15
             found.append(sock.getsockopt(socket.IPPROTO_TCP, number))
     return found
@@ -314,7 +314,7 @@ class Way:
 
     def __init__(self, sink: socket.socket) -> None:
         self.sink = sink
-        self.doubt: Optional[Doubt] = None
+        self.stall: Optional[Stall] = None
 
 
 # What it costs

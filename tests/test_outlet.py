@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Iterator, List, Tuple
 
 import pytest
-from _tsproxy.telemetry.outlet import ATOMIC, Outlet
+from _tsproxy.stats.line_writer import ATOMIC, LineWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
@@ -37,7 +37,7 @@ class Station:
     def __init__(self, fd: int) -> None:
         self.clock, self.dropped, self.put = Clock(), 0, 0
         self.complaints: List[str] = []
-        self.outlet = Outlet(fd, self.clock, self._count, self.complaints.append)
+        self.outlet = LineWriter(fd, self.clock, self._count, self.complaints.append)
 
     def _count(self, lines: int) -> None:
         self.dropped += lines

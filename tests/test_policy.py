@@ -9,9 +9,9 @@ import time
 from typing import Any, Iterator
 
 import pytest
-from _tsproxy.host import sockets, wakeup
-from _tsproxy.timestamps import gates, policy
-from _tsproxy.timestamps.evidence import Evidence
+from _tsproxy.linux import sockets, wakeup
+from _tsproxy.policy import gates, levers
+from _tsproxy.policy.evidence import Evidence
 from conftest import CHECKOUT
 from harness import Exchange, Proxy, echo, receive_exactly, wait_until
 from namespaces import Namespace
@@ -75,7 +75,7 @@ class Preempted(socket.socket):
 def test_a_worker_that_is_preempted_while_it_looks_refuses_no_good_connection(clean: Namespace) -> None:
     evidence, asked = Evidence.create(), {socket.AF_INET: wakeup.create()}
     with clean:
-        gate = gates.gate_for(policy.Lever.SYSCTL, policy.Wanted("strip"), evidence, asked)
+        gate = gates.gate_for(levers.Lever.SYSCTL, levers.Policy("strip"), evidence, asked)
         with socket.create_server(("127.0.0.1", 0)) as listener, Preempted() as client:
             client.connect(listener.getsockname())
             assert gate.may_relay(client, sockets.tcp_info(client))

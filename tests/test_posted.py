@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Dict, List, Set, Tuple
 
-from _tsproxy.dataplane.posted import BULK, ENDING, NEW, SLICE_NS, Posted
+from _tsproxy.loop.posted import BULK, ENDING, NEW, SLICE_NS, Posted
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, List
 
 import pytest
-from _tsproxy.host.printable import printable
+from _tsproxy.linux.printable import printable
 from conftest import CHECKOUT
 from harness import Exchange
 from hypothesis import given

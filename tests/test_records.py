@@ -12,11 +12,11 @@ import threading
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import pytest
-from _tsproxy.host.addresses import PACKED_SIZE, pack
-from _tsproxy.telemetry import records
-from _tsproxy.telemetry.counters import Counter, Ledger
-from _tsproxy.telemetry.endings import WORDS, Ending
-from _tsproxy.telemetry.records import NOTICE_LEVELS, Connection, Notice, Record, RecordPipe, RecordWriter, decode, encode
+from _tsproxy.linux.addresses import PACKED_SIZE, pack
+from _tsproxy.stats import records
+from _tsproxy.stats.counters import Counter, SharedCounters
+from _tsproxy.stats.endings import WORDS, Ending
+from _tsproxy.stats.records import NOTICE_LEVELS, ConnectionRecord, Notice, Record, RecordPipe, RecordWriter, decode, encode
 from harness import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -25,7 +25,7 @@ unhurried = settings(deadline=None)
 HERE = pack(socket.AF_INET, ("192.0.2.1", 443))
 LOCAL = pack(socket.AF_INET, ("192.0.2.9", 40000))
 THERE = pack(socket.AF_INET6, ("2001:db8::1", 50000, 0, 0))
-FULL = Connection(
+FULL = ConnectionRecord(
     worker=3,
     connection_id=77,
     closed_at_ns=1_700_000_000_123_456_789,
@@ -61,7 +61,7 @@ EMPTY = FULL._replace(
 U32, I63, U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**63 - 1), st.integers(0, 2**64 - 1)
 PACKED = st.builds(pack, st.just(socket.AF_INET), st.tuples(st.ip_addresses(v=4).map(str), st.integers(0, 65535)))
 CONNECTIONS = st.builds(
-    Connection,
+    ConnectionRecord,
     worker=st.integers(0, 65535),
     connection_id=U64,
     closed_at_ns=I63,
@@ -243,7 +243,7 @@ def pipe_and_row(size: Optional[int] = None) -> Iterator[Tuple[RecordPipe, memor
     """A record pipe, of that size if one is given, and a row to count drops in."""
     pipe, row = RecordPipe.create(), memoryview(bytearray(8 * len(Counter))).cast("Q")
     if size:
-        fcntl.fcntl(pipe.writer, records.linux.F_SETPIPE_SZ, size)
+        fcntl.fcntl(pipe.writer, records.uapi.F_SETPIPE_SZ, size)
     try:
         yield pipe, row
     finally:
@@ -334,7 +334,7 @@ def test_a_reader_gets_what_was_there_and_is_not_kept_by_busy_writers() -> None:
             writer.put(FULL._replace(connection_id=9999))  # one for each piece: without a bound it would never end
             writer.put(FULL._replace(connection_id=9999))
         found, rest = decode(got)
-        assert [record.connection_id for record in found if isinstance(record, Connection)] == list(range(2000))
+        assert [record.connection_id for record in found if isinstance(record, ConnectionRecord)] == list(range(2000))
         assert rest == b""
 
 
@@ -378,7 +378,7 @@ def read_while(threads: List[threading.Thread], pipe: RecordPipe) -> List[Record
 def assert_whole_and_in_order(got: List[Record]) -> None:
     last: Dict[int, int] = {}
     for record in got:
-        number = record.connection_id if isinstance(record, Connection) else record.at_ns
+        number = record.connection_id if isinstance(record, ConnectionRecord) else record.at_ns
         assert number > last.get(record.worker, -1)
         last[record.worker] = number
         if isinstance(record, Notice):
@@ -389,29 +389,29 @@ def assert_whole_and_in_order(got: List[Record]) -> None:
 
 PROCESS = """
 import sys
-from _tsproxy.telemetry.counters import Ledger
-from _tsproxy.telemetry.records import Notice, RecordWriter
+from _tsproxy.stats.counters import SharedCounters
+from _tsproxy.stats.records import Notice, RecordWriter
 fd, ledger, worker = map(int, sys.argv[1:])
-writer = RecordWriter(fd, Ledger(ledger).worker(worker))
+writer = RecordWriter(fd, SharedCounters(ledger).worker(worker))
 for number in range(2000):
     writer.put(Notice(worker, number, "error", f"{number}:" + chr(97 + worker) * (number * 37 % 4000)))
 """
 
 
 def test_writers_in_other_processes_are_told_apart_and_counted() -> None:
-    ledger = Ledger.create(3)
+    shared_counters = SharedCounters.create(3)
     with pipe_and_row() as (pipe, _):
         environment: Dict[str, Any] = {**os.environ, "PYTHONPATH": str(ROOT / "lib")}
 
         def work(worker: int) -> None:
-            words = [sys.executable, "-c", PROCESS, str(pipe.writer), str(ledger.fd), str(worker)]
-            subprocess.run(words, check=True, pass_fds=(pipe.writer, ledger.fd), env=environment)
+            words = [sys.executable, "-c", PROCESS, str(pipe.writer), str(shared_counters.fd), str(worker)]
+            subprocess.run(words, check=True, pass_fds=(pipe.writer, shared_counters.fd), env=environment)
 
         got = read_while([threading.Thread(target=work, args=(worker,)) for worker in range(3)], pipe)
         assert_whole_and_in_order(got)
         assert {record.worker for record in got} == {0, 1, 2}
-        assert len(got) + ledger.total(Counter.LINES_DROPPED) == 3 * 2000
-    os.close(ledger.fd)
+        assert len(got) + shared_counters.total(Counter.LINES_DROPPED) == 3 * 2000
+    os.close(shared_counters.fd)
 
 
 def test_an_address_of_nowhere_is_no_address_of_anywhere() -> None:

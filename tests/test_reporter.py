@@ -14,12 +14,12 @@ import time
 from typing import Any, Callable, Iterator, List, Optional
 
 import pytest
-from _tsproxy.host.addresses import pack
-from _tsproxy.telemetry import counters, histogram, records
-from _tsproxy.telemetry.counters import ACCEPTOR_ROW, FIRST_WORKER_ROW, REPORTER_ROW, Counter, Ledger
-from _tsproxy.telemetry.endings import WORDS, Ending
-from _tsproxy.telemetry.records import NOTICE_LEVELS, Notice, RecordPipe, RecordWriter
-from _tsproxy.telemetry.reporter import Rates, Reporter
+from _tsproxy.linux.addresses import pack
+from _tsproxy.stats import counters, histogram, records
+from _tsproxy.stats.counters import ACCEPTOR_ROW, FIRST_WORKER_ROW, REPORTER_ROW, Counter, SharedCounters
+from _tsproxy.stats.endings import WORDS, Ending
+from _tsproxy.stats.records import NOTICE_LEVELS, Notice, RecordPipe, RecordWriter
+from _tsproxy.stats.reporter import Rates, Reporter
 from harness import PATIENCE, Line, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -51,10 +51,10 @@ class Desk:
 
     def __init__(self, fd: Optional[int] = None, workers: int = 2, **options: Any) -> None:
         self.fd = os.memfd_create("stdout") if fd is None else fd
-        self.ledger, self.pipe = Ledger.create(workers), RecordPipe.create()
-        self.writers = [RecordWriter(self.pipe.writer, self.ledger.worker(index)) for index in range(workers)]
+        self.shared_counters, self.pipe = SharedCounters.create(workers), RecordPipe.create()
+        self.writers = [RecordWriter(self.pipe.writer, self.shared_counters.worker(index)) for index in range(workers)]
         options = {"level": "debug", "interval_s": 0.0, "witness_words": ("none", "sysctl"), **options}
-        self.reporter = Reporter(self.fd, self.ledger, self.pipe, **options)
+        self.reporter = Reporter(self.fd, self.shared_counters, self.pipe, **options)
 
     def lines(self) -> List[Line]:
         """What was written so far: whole lines, each of them JSON, none too long."""
@@ -73,7 +73,7 @@ class Desk:
         return [line for line in self.lines() if line["event"] == "metrics"][before]
 
     def dropped(self) -> int:
-        return self.ledger.total(Counter.LINES_DROPPED)
+        return self.shared_counters.total(Counter.LINES_DROPPED)
 
 
 @contextlib.contextmanager
@@ -87,10 +87,10 @@ def desk_with(fd: Optional[int] = None, prepare: Callable[[Desk], None] = lambda
     finally:
         desk.reporter.close()
         desk.reporter._wakeup.close()
-        fds = [desk.ledger.fd, *desk.pipe, *([desk.fd] if fd is None else [])]
+        fds = [desk.shared_counters.fd, *desk.pipe, *([desk.fd] if fd is None else [])]
         desk.writers.clear()
         vars(desk.reporter).clear()
-        vars(desk.ledger).clear()  # the mapping goes with its last view
+        vars(desk.shared_counters).clear()  # the mapping goes with its last view
         for each in fds:
             os.close(each)
 
@@ -141,7 +141,7 @@ def test_no_record_ends_the_reporter_whatever_is_in_it() -> None:
         def write(data: bytes) -> None:
             os.write(desk.pipe.writer, data)
             number = next(count)
-            desk.reporter.say("said", number=number)
+            desk.reporter.log("said", number=number)
             wait_until(lambda: f'"number":{number}}}'.encode() in tail(desk.fd), "the reporter goes on")
 
         write()
@@ -159,7 +159,7 @@ def test_records_come_before_the_last_metrics_and_stop_comes_last(desk: Desk) ->
     for number in range(1000):
         desk.writers[number % 2].put(CLOSED._replace(connection_id=number))
     desk.reporter.metrics_now()
-    desk.reporter.say("stop")
+    desk.reporter.log("stop")
     desk.reporter.close()
     lines = desk.lines()
     assert [line["event"] for line in lines] == ["connection"] * 1000 + ["metrics", "stop"]
@@ -175,7 +175,7 @@ def test_nothing_is_said_before_what_was_recorded_before_it(steps: List[str]) ->
     with desk_with() as desk:
         for number, step in enumerate(steps):
             if step == "say":
-                desk.reporter.say("said", number=number)
+                desk.reporter.log("said", number=number)
             elif step == "metrics":
                 desk.reporter.metrics_now()
             elif step == "record":
@@ -202,7 +202,7 @@ def recorded_of(lines: List[Line]) -> List[Line]:
 def test_what_many_threads_say_is_all_there_in_the_order_of_each(desk: Desk) -> None:
     def speak(who: int) -> None:
         for number in range(200):
-            desk.reporter.say("said", who=who, number=number)
+            desk.reporter.log("said", who=who, number=number)
 
     threads = [threading.Thread(target=speak, args=(who,)) for who in range(5)]
     for thread in threads:
@@ -258,7 +258,7 @@ def test_a_ring_of_close_that_is_taken_with_an_earlier_one_is_not_lost() -> None
 
 def test_each_line_begins_with_when_how_bad_what_and_who(desk: Desk) -> None:
     before = time.time()
-    desk.reporter.say("drain", "warning", active_connections=3)
+    desk.reporter.log("drain", "warning", active_connections=3)
     desk.reporter.close()
     (line,) = desk.lines()
     assert list(line) == [*HEAD, "active_connections"]
@@ -305,7 +305,7 @@ def test_lines_below_the_level_are_left_out_and_not_counted_as_dropped(threshold
         desk.writers[0].put(CLOSED)
         for level in NOTICE_LEVELS:
             desk.writers[0].put(Notice(0, 0, level, level))
-            desk.reporter.say("said", level)
+            desk.reporter.log("said", level)
         desk.reporter.metrics_now()
         desk.reporter.close()
         seen = [(line["event"], line["level"]) for line in desk.lines()]
@@ -333,9 +333,9 @@ def test_a_metrics_line_has_every_field_of_the_design(desk: Desk) -> None:
 
 def test_the_figures_are_those_of_the_moment_the_line_is_asked_for(desk: Desk) -> None:
     assert desk.metrics()["downstream_cx_total"] == 0
-    desk.ledger.rows[ACCEPTOR_ROW][Counter.ACCEPTED] = 5
-    desk.ledger.worker(1)[Counter.ENDED] = 2
-    desk.ledger.worker(0)[counters.RELAY], desk.ledger.worker(0)[counters.LONGEST_RELAY] = 9, 201
+    desk.shared_counters.rows[ACCEPTOR_ROW][Counter.ACCEPTED] = 5
+    desk.shared_counters.worker(1)[Counter.ENDED] = 2
+    desk.shared_counters.worker(0)[counters.RELAY], desk.shared_counters.worker(0)[counters.LONGEST_RELAY] = 9, 201
     line = desk.metrics()
     assert (line["downstream_cx_total"], line["downstream_cx_active"]) == (5, 3)
     assert (line["relay_us_p50"], line["relay_us_max"], line["relay_us_le_1"], line["relay_us_count"]) == (0.201, 0.201, 9, 9)
@@ -344,7 +344,7 @@ def test_the_figures_are_those_of_the_moment_the_line_is_asked_for(desk: Desk) -
 
 def test_rates_are_what_came_since_the_line_before_over_the_time_between(desk: Desk) -> None:
     now = 100.0
-    rates, row = Rates(desk.ledger, lambda: now), desk.ledger.worker(0)
+    rates, row = Rates(desk.shared_counters, lambda: now), desk.shared_counters.worker(0)
     row[Counter.RECEIVED_DOWNSTREAM], row[Counter.ACKNOWLEDGED_DOWNSTREAM], now = 1000, 3001, 102.0
     first = rates.fields()
     assert (first["rx_bytes_per_s"], first["tx_bytes_per_s"]) == (500, 1500)
@@ -357,8 +357,8 @@ def test_rates_are_what_came_since_the_line_before_over_the_time_between(desk: D
     assert rates.fields()["rx_bytes_per_s"] == 1_000_000
 
 
-def fill(ledger: Ledger, rows: slice, value: int) -> None:
-    for row in ledger.rows[rows]:
+def fill(shared_counters: SharedCounters, rows: slice, value: int) -> None:
+    for row in shared_counters.rows[rows]:
         for index in range(len(row)):
             row[index] = value
 
@@ -369,12 +369,12 @@ def fill(ledger: Ledger, rows: slice, value: int) -> None:
     ids=["one row at 2**63 - 1", "all rows at 2**63 - 1", "all rows at 2**64 - 1"],
 )
 def test_a_metrics_line_fits_and_is_whole_however_high_the_counters_are(desk: Desk, rows: slice, value: int) -> None:
-    fill(desk.ledger, rows, value)
+    fill(desk.shared_counters, rows, value)
     line = desk.metrics()  # lines() holds that none is too long
     assert set(METRICS_FIELDS) <= set(line)
     assert line["relay_us_max"] == value / 1000
-    writers = len(desk.ledger.rows[rows])
-    workers = len(desk.ledger.rows[FIRST_WORKER_ROW:][rows if rows.start is None else slice(0, 1)])
+    writers = len(desk.shared_counters.rows[rows])
+    workers = len(desk.shared_counters.rows[FIRST_WORKER_ROW:][rows if rows.start is None else slice(0, 1)])
     assert line["upstream_cx_connect_fail"] == value * writers
     assert line["relay_us_count"] == value * workers * histogram.SLOTS
 
@@ -387,17 +387,17 @@ def test_metrics_come_each_interval_without_being_asked_for() -> None:
 
 
 def test_an_interval_of_zero_is_no_metrics_but_those_asked_for(desk: Desk) -> None:
-    desk.reporter.say("one")
+    desk.reporter.log("one")
     wait_until(lambda: desk.events() == ["one"], "the line")
     desk.metrics()
-    desk.reporter.say("two")
+    desk.reporter.log("two")
     desk.reporter.close()
     assert desk.events() == ["one", "metrics", "two"]
 
 
 def test_what_was_dropped_shows_in_the_metrics(desk: Desk) -> None:
-    desk.ledger.worker(0)[Counter.LINES_DROPPED] = 3
-    desk.ledger.rows[REPORTER_ROW][Counter.LINES_DROPPED] = 4
+    desk.shared_counters.worker(0)[Counter.LINES_DROPPED] = 3
+    desk.shared_counters.rows[REPORTER_ROW][Counter.LINES_DROPPED] = 4
     assert desk.metrics()["log_lines_dropped_total"] == 7
 
 
@@ -416,9 +416,9 @@ def test_a_burst_is_written_and_not_dropped_where_there_is_always_room() -> None
             thread.start()
         for thread in threads:
             thread.join()
-        desk.reporter.say("stop")
+        desk.reporter.log("stop")
         desk.reporter.close()
-        assert desk.ledger.rows[REPORTER_ROW][Counter.LINES_DROPPED] == 0
+        assert desk.shared_counters.rows[REPORTER_ROW][Counter.LINES_DROPPED] == 0
         assert len(desk.lines()) + desk.dropped() == 4 * 5000 + 1
         assert desk.events()[-1] == "stop"
 
@@ -427,7 +427,7 @@ def test_a_stalled_reader_holds_nobody_up_and_each_line_is_counted() -> None:
     with pipe(4096) as (reader, writer):
         with desk_with(writer) as desk:
             for number in range(6000):
-                desk.reporter.say("said", number=number)
+                desk.reporter.log("said", number=number)
             wait_until(desk.dropped, "the first dropped line")
             desk.reporter.close()  # it gives up by itself: nobody reads
             dropped = desk.dropped()
@@ -445,7 +445,7 @@ def test_a_reader_that_comes_back_gets_the_backlog_and_the_end() -> None:
                 desk.writers[0].put(CLOSED._replace(connection_id=number))
             with open(reader, "rb", closefd=False) as stream:
                 first = json.loads(stream.readline())
-                desk.reporter.say("stop")
+                desk.reporter.log("stop")
                 closing = threading.Thread(target=desk.reporter.close)
                 closing.start()
                 lines = [first]
@@ -461,7 +461,7 @@ def test_a_dead_reader_costs_the_lines_and_the_reporter_goes_on() -> None:
         with desk_with(writer) as desk:
             os.close(reader)
             for _ in range(50):
-                desk.reporter.say("said")
+                desk.reporter.log("said")
             wait_until(lambda: desk.dropped() == 50, "all counted")
             desk.writers[0].put(CLOSED)
             wait_until(lambda: desk.dropped() == 51, "the record, too")
@@ -474,7 +474,7 @@ def test_a_full_disk_is_no_end_and_closing_does_not_wait_for_it() -> None:
     try:
         with desk_with(full) as desk:
             for _ in range(50):
-                desk.reporter.say("said")
+                desk.reporter.log("said")
             desk.reporter.close()
             assert desk.dropped() == 50
     finally:
@@ -484,7 +484,7 @@ def test_a_full_disk_is_no_end_and_closing_does_not_wait_for_it() -> None:
 def test_a_full_disk_is_said_on_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
     with open("/dev/full", "wb") as full, desk_with(full.fileno()) as desk:
         for _ in range(50):
-            desk.reporter.say("said")
+            desk.reporter.log("said")
         desk.reporter.close()
     line = "tsproxy: standard output: No space left on device; trying again every 1 s; 4,096 lines are kept\n"
     assert capfd.readouterr() == ("", line)
@@ -498,7 +498,7 @@ def test_nobody_waits_for_standard_error(broken: str, monkeypatch: pytest.Monkey
             if broken == "gone":
                 os.close(reader)
             monkeypatch.setattr(sys, "stderr", None if broken == "none" else error)
-            desk.reporter.say("said")
+            desk.reporter.log("said")
             desk.reporter.close()
             assert desk.dropped() == 1
             monkeypatch.undo()

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
 import pytest
-from _tsproxy.host import reuseport
-from _tsproxy.server.leaving import Leaving
+from _tsproxy.linux import reuseport
+from _tsproxy.supervisor.handoff import ReuseportHandoff
 from conftest import CHECKOUT, Start
 from harness import Exchange, Proxy, pythons, receive_exactly, wait_until
 from namespaces import Namespace
@@ -340,16 +340,16 @@ def test_clients_are_sent_to_the_named_place_and_anywhere_when_there_is_none(gro
     three = group(3)
     with contextlib.ExitStack() as stack:
         for place in range(3):
-            reuseport.steer(three[0], place)
+            reuseport.detach(three[0], place)
             assert counted(stack, three)[place] == 30
-        reuseport.steer(three[0], 3)
+        reuseport.detach(three[0], 3)
         assert 0 not in counted(stack, three, 90)
-        reuseport.steer(three[0], 1)
-        reuseport.spread(three[2])
+        reuseport.detach(three[0], 1)
+        reuseport.attach(three[2])
         assert 0 not in counted(stack, three, 90)
 
 
-def left(stack: contextlib.ExitStack, leaving: Leaving, peer: socket.socket) -> None:
+def left(stack: contextlib.ExitStack, leaving: ReuseportHandoff, peer: socket.socket) -> None:
     """Clients go on coming until it has left."""
 
     def has_left() -> bool:
@@ -369,7 +369,7 @@ def test_whichever_member_leaves_nobody_comes_to_it_afterwards(group: Any, which
     members = group(3)
     going = members.pop(which)
     with contextlib.ExitStack() as stack:
-        left(stack, Leaving(going, True), members[0])
+        left(stack, ReuseportHandoff(going, True), members[0])
         for sock in members:
             for client in clients_of(sock):
                 client.close()
@@ -383,7 +383,7 @@ def test_a_member_finds_out_that_it_is_itself_at_the_place_that_it_named(group: 
     first.close()  # the last takes its place: the order is no longer that of joining
     going = members.pop(which)
     with contextlib.ExitStack() as stack:
-        left(stack, Leaving(going, True), members[0])
+        left(stack, ReuseportHandoff(going, True), members[0])
         for client in clients_of(members[0]):
             client.close()
         assert counted(stack, members) == [30]
@@ -392,7 +392,7 @@ def test_a_member_finds_out_that_it_is_itself_at_the_place_that_it_named(group: 
 
 def test_nobody_is_sent_away_by_a_listener_that_may_not_share(group: Any) -> None:
     two = group(2)
-    assert Leaving(two[0], False).has_left
+    assert ReuseportHandoff(two[0], False).has_left
     with contextlib.ExitStack() as stack:
         assert 0 not in counted(stack, two, 60)
 

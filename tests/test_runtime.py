@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Iterator, List, Sequence, Set, cast
 
 import pytest
-from _tsproxy.dataplane import inbox
-from _tsproxy.host import wakeup
-from _tsproxy.runtime.seats import ThreadSeat
-from _tsproxy.runtime.spec import Spec
-from _tsproxy.telemetry.counters import Ledger
-from _tsproxy.telemetry.records import Notice, RecordPipe, decode
+from _tsproxy.linux import wakeup
+from _tsproxy.proxy import inbox
+from _tsproxy.stats.counters import SharedCounters
+from _tsproxy.stats.records import Notice, RecordPipe, decode
+from _tsproxy.supervisor.worker_args import WorkerArgs
+from _tsproxy.supervisor.worker_slots import ThreadSlot
 from conftest import _starter
 from harness import ROOT, Exchange, Proxy, children, pause, pythons, receive_exactly, wait_until
 from unprivileged import BECOME, as_nobody
@@ -74,9 +74,9 @@ def ask(proxy: Proxy, what: bytes = b"order") -> None:
 
 
 def workers_of(proxy: Proxy) -> List[int]:
-    """The worker processes: the zygote's children."""
-    (zygote,) = children(proxy.process.pid)
-    return children(zygote)
+    """The worker processes: the fork server's children."""
+    (fork_server,) = children(proxy.process.pid)
+    return children(fork_server)
 
 
 def test_all_workers_serve_and_the_start_line_names_the_runtime(begin: Any, echoing: Exchange, request: Any) -> None:
@@ -220,12 +220,12 @@ def test_clients_that_wait_for_a_dead_worker_are_served_by_its_successor(start: 
 
 
 def test_the_only_worker_shares_the_listener_with_the_main_process_alone(start: Any, echoing: Exchange) -> None:
-    """The zygote would keep the port open when both have closed it."""
+    """The fork server would keep the port open when both have closed it."""
     proxy = start(echoing, "--runtime=processes", "--workers=1")
     ask(proxy)
-    (zygote,), (worker,) = children(proxy.process.pid), workers_of(proxy)
+    (fork_server,), (worker,) = children(proxy.process.pid), workers_of(proxy)
     listener = inode_of_listener(proxy)
-    holders = [pid for pid in (proxy.process.pid, zygote, worker) if listener in inodes(pid)]
+    holders = [pid for pid in (proxy.process.pid, fork_server, worker) if listener in inodes(pid)]
     assert holders == [proxy.process.pid, worker]
 
 
@@ -276,7 +276,7 @@ def test_a_stuck_worker_does_not_outlive_the_main_process_and_keep_the_port(star
     ask(proxy)
     (stuck,) = stop_the_workers(proxy)
     proxy.process.kill()
-    wait_until(lambda: not _lives(stuck), "the zygote kills it")
+    wait_until(lambda: not _lives(stuck), "the fork server kills it")
     with pytest.raises(ConnectionRefusedError):
         proxy.connect()
 
@@ -290,7 +290,7 @@ def test_nothing_is_left_when_the_main_process_is_killed(start: Any, echoing: Ex
         proxy.process.kill()
         with pytest.raises(ConnectionResetError):
             client.recv(1)
-    wait_until(lambda: not any(_lives(pid) for pid in family), "zygote and workers end")
+    wait_until(lambda: not any(_lives(pid) for pid in family), "fork server and workers end")
     proxy.process.wait()
 
 
@@ -383,7 +383,7 @@ def _set_tasks(pid: int, soft: str) -> None:
 
 @pytest.mark.parametrize(("runtime", "most"), [("threads", 1), ("threads", 2), *(("processes", most) for most in (1, 2, 3))])
 def test_tasks_that_are_refused_end_the_start_in_one_line(alone: Any, exchange: Exchange, runtime: str, most: int) -> None:
-    """The reporter's thread, the zygote, a worker: whichever it is."""
+    """The reporter's thread, the fork server, a worker: whichever it is."""
     limit = ["prlimit", f"--nproc={most}:{most}"]
     proxy = alone(exchange, f"--runtime={runtime}", "--workers=1", prefix=limit)
     assert proxy.wait() == 75
@@ -401,8 +401,8 @@ def test_a_successor_that_can_not_be_forked_is_tried_again_and_the_others_go_on(
     proxy = alone(echoing, "--runtime=processes", f"--workers={workers}")
     ask(proxy)
     proxy.line("connection")
-    (zygote,) = children(proxy.process.pid)
-    with tasks_up_to(zygote, 1):
+    (fork_server,) = children(proxy.process.pid)
+    with tasks_up_to(fork_server, 1):
         os.kill(workers_of(proxy)[0], signal.SIGKILL)
         refusal = "no successor yet, trying again: fork(2): Resource temporarily unavailable, needed for a worker; "
         died = proxy.line("error")["message"]
@@ -423,7 +423,7 @@ def test_a_successor_that_can_not_be_forked_is_tried_again_and_the_others_go_on(
     assert proxy.stderr() == ""
 
 
-class Stillborn(ThreadSeat):
+class Stillborn(ThreadSlot):
     """A worker that can't begin: an interpreter that can't be had, a module that can't be imported."""
 
     def _work(self) -> None:
@@ -432,15 +432,15 @@ class Stillborn(ThreadSeat):
 
 def test_a_worker_that_can_not_even_begin_is_told_and_seen_to_be_gone() -> None:
     """Its end must be visible when the bell rings: nobody would look a second time."""
-    ledger, pipe, gone = Ledger.create(1), RecordPipe.create(), wakeup.create()
-    plan: Any = (None, (), None, None, -1, {}, False)
-    seat = Stillborn(Spec(0, *plan, ledger.fd, inbox.Channel(-1), pipe.writer, gone), cast("Any", None))
-    seat.start()
-    wait_until(gone.collect, "the bell")
-    assert not seat.is_alive
+    shared_counters, pipe, exited = SharedCounters.create(1), RecordPipe.create(), wakeup.create()
+    shared: Any = (None, (), None, None, -1, {}, False)
+    slot = Stillborn(WorkerArgs(0, *shared, shared_counters.fd, inbox.Channel(-1), pipe.writer, exited), cast("Any", None))
+    slot.start()
+    wait_until(exited.collect, "the bell")
+    assert not slot.is_alive
     (record,), _ = decode(b"".join(pipe.read()))
     assert isinstance(record, Notice)
     assert "no interpreter to be had" in record.message
-    gone.close()
-    for fd in (ledger.fd, *pipe):
+    exited.close()
+    for fd in (shared_counters.fd, *pipe):
         os.close(fd)

@@ -19,8 +19,8 @@ from typing import Any, Callable, Dict, Iterator, List, Set, Tuple
 import pytest
 import shippers
 import yaml
-from _tsproxy.commands import generate
-from _tsproxy.commands.generate import fields
+from _tsproxy.tools import generate
+from _tsproxy.tools.generate import fields
 from conftest import CHECKOUT
 from harness import PATIENCE, Exchange, Line, Proxy, children, receive_exactly, reset, wait_until
 from namespaces import Namespace
@@ -158,8 +158,8 @@ def test_no_field_of_a_real_line_is_unmapped() -> None:
             proxy.line("connection")
             namespace.sysctl("tcp_timestamps", "1")
             proxy.line("timestamps_drift")
-            (zygote,) = children(proxy.process.pid)
-            os.kill(children(zygote)[0], signal.SIGKILL)
+            (fork_server,) = children(proxy.process.pid)
+            os.kill(children(fork_server)[0], signal.SIGKILL)
             proxy.line("error")
             proxy.metrics()
             proxy.stop()

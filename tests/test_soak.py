@@ -71,7 +71,7 @@ class Sender(socket.socket):
         if Sender.sent < 200 or len(data) < 400:
             return super().send(data)
         {send}
-from _tsproxy.host import sockets
+from _tsproxy.linux import sockets
 real_adopt, real_dial = sockets.adopt, sockets.dial
 def turned(sock):
     return Sender(sock.family, sock.type, sock.proto, fileno=sock.detach())
@@ -96,11 +96,11 @@ FAULTS = {
         "not those that were sent",
     ),
     "a cut stream looks complete": (
-        "from _tsproxy.host import sockets\nsockets.reset_on_close = lambda sock: None",
+        "from _tsproxy.linux import sockets\nsockets.reset_on_close = lambda sock: None",
         "looks complete",
     ),
     "descriptors leak": (
-        "from _tsproxy.dataplane import worker\n"
+        "from _tsproxy.proxy import worker\n"
         "import os\n"
         "real = worker.Relay\n"
         "def relay(*args):\n"
@@ -110,7 +110,7 @@ FAULTS = {
         "other_fds at the end",
     ),
     "threads leak": (
-        "from _tsproxy.dataplane import worker\n"
+        "from _tsproxy.proxy import worker\n"
         "import threading\n"
         "real = worker.Relay\n"
         "def relay(*args):\n"
@@ -120,7 +120,7 @@ FAULTS = {
         "threads at the end",
     ),
     "memory leaks": (
-        "from _tsproxy.dataplane import worker\n"
+        "from _tsproxy.proxy import worker\n"
         "kept, real = [], worker.Relay\n"
         "def relay(*args):\n"
         "    kept.append(b'x' * 1_000_000)\n"
@@ -129,20 +129,20 @@ FAULTS = {
         "rss_kib at the end",
     ),
     "a connection is not counted": (
-        "from _tsproxy.dataplane.workbench import Workbench\n"
-        "from _tsproxy.telemetry.counters import Counter\n"
-        "real = Workbench.count\n"
+        "from _tsproxy.proxy.context import WorkerContext\n"
+        "from _tsproxy.stats.counters import Counter\n"
+        "real = WorkerContext.count\n"
         "skipped = []\n"
         "def count(self, counter, by=1):\n"
         "    if counter is Counter.ENDED and not skipped:\n"
         "        skipped.append(1)\n"
         "        return\n"
         "    real(self, counter, by)\n"
-        "Workbench.count = count\n",
+        "WorkerContext.count = count\n",
         "end of all connections",
     ),
     "a line is not written": (
-        "from _tsproxy.telemetry.reporter import Reporter\n"
+        "from _tsproxy.stats.reporter import Reporter\n"
         "real, skipped = Reporter._record, []\n"
         "def record(self, record):\n"
         "    real(self, record) if skipped else skipped.append(1)\n"

@@ -163,8 +163,8 @@ def test_a_worker_process_without_descriptors_loses_clients_not_itself(start: An
         first.sendall(b"x")
         assert first.recv(1) == b"x"
     proxy.line("connection")
-    (zygote,) = children(proxy.process.pid)
-    (worker,) = children(zygote)
+    (fork_server,) = children(proxy.process.pid)
+    (worker,) = children(fork_server)
     free = first_free(worker, sockets=1)
     for room in (0, 1):  # none for the client's descriptor; one for it, and none for the upstream socket
         old = resource.prlimit(worker, resource.RLIMIT_NOFILE, (free + room, 20000))

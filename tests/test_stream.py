@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, Iterator, List, NamedTuple, Tuple
 
 import pytest
-from _tsproxy.dataplane.half import FROM_DOWNSTREAM, FROM_UPSTREAM, Half
-from _tsproxy.dataplane.pipes import HAS_SPLICE, SIZE, Pipes
-from _tsproxy.dataplane.stream import Stream
-from _tsproxy.dataplane.workbench import Workbench
-from _tsproxy.host.limits import PIPES_A_WORKER
-from _tsproxy.telemetry.counters import Counter
+from _tsproxy.linux.limits import PIPES_A_WORKER
+from _tsproxy.proxy.context import WorkerContext
+from _tsproxy.proxy.direction import FROM_DOWNSTREAM, FROM_UPSTREAM, Direction
+from _tsproxy.proxy.pipes import HAS_SPLICE, SIZE, Pipes
+from _tsproxy.proxy.splicer import Splicer
+from _tsproxy.stats.counters import Counter
 from harness import Exchange, Proxy, receive_exactly, reset, wait_until
-from lone_bench import lone_bench
+from lone_context import lone_context
 from unprivileged import BECOME, as_nobody
 
 pytestmark = pytest.mark.skipif(not HAS_SPLICE, reason="os.splice came with Python 3.10")
@@ -36,13 +36,13 @@ class Owner:
     def __init__(self) -> None:
         self.told: List[Tuple[str, Any]] = []
 
-    def on_event(self, half: Half, mask: int) -> None:
+    def on_event(self, direction: Direction, mask: int) -> None:
         self.told.append(("event", mask))
 
-    def on_broken_source(self, half: Half, error: OSError) -> None:
+    def on_broken_source(self, direction: Direction, error: OSError) -> None:
         self.told.append(("source", type(error)))
 
-    def on_broken_sink(self, half: Half, error: OSError) -> None:
+    def on_broken_sink(self, direction: Direction, error: OSError) -> None:
         self.told.append(("sink", type(error)))
 
     def on_flow(self) -> None:
@@ -54,28 +54,28 @@ class Way(NamedTuple):
 
     near: socket.socket
     far: socket.socket
-    half: Half
+    direction: Direction
     owner: Owner
 
 
 @pytest.fixture
-def bench() -> Iterator[Workbench]:
-    with lone_bench(BUFFER) as bench:
-        yield bench
+def context() -> Iterator[WorkerContext]:
+    with lone_context(BUFFER) as context:
+        yield context
 
 
 @contextlib.contextmanager
-def way(bench: Workbench) -> Iterator[Way]:
+def way(context: WorkerContext) -> Iterator[Way]:
     with contextlib.ExitStack() as stack:
         near, source = pair(stack)
         sink, far = pair(stack)
         owner = Owner()
-        half, back = Half(owner, bench, source, FROM_DOWNSTREAM), Half(owner, bench, sink, FROM_UPSTREAM)
-        half.twin, half.sink, back.twin, back.sink = back, sink, half, source
-        bench.watch(half.fd, half.interest, half)
-        yield Way(near, far, half, owner)
-        bench.poller.unregister(half.fd)
-        half.detach()
+        direction, back = Direction(owner, context, source, FROM_DOWNSTREAM), Direction(owner, context, sink, FROM_UPSTREAM)
+        direction.reverse, direction.sink, back.reverse, back.sink = back, sink, direction, source
+        context.watch(direction.fd, direction.interest, direction)
+        yield Way(near, far, direction, owner)
+        context.poller.unregister(direction.fd)
+        direction.detach()
         back.detach()
 
 
@@ -97,7 +97,7 @@ def pass_on(way: Way, count: int) -> bytes:
 
     def all_there() -> bool:
         nonlocal arrived
-        way.half.drain() if way.half.held else way.half.reader.readable()
+        way.direction.drain() if way.direction.pending else way.direction.reader.readable()
         with contextlib.suppress(BlockingIOError):
             arrived += way.far.recv(MIB)
         return len(arrived) >= count
@@ -119,52 +119,52 @@ class NeverGone:
         """Nothing to give back."""
 
 
-def test_a_sink_that_takes_a_part_counts_as_movement(bench: Workbench) -> None:
+def test_a_sink_that_takes_a_part_counts_as_movement(context: WorkerContext) -> None:
     """A slow reader is not idle: what is left over may take longer than --idle-timeout."""
-    with way(bench) as one:
-        one.half.account(2, 0)
-        one.half.hold(NeverGone())
-        one.half.moved_at = 0
-        one.half.drain()
+    with way(context) as one:
+        one.direction.account(2, 0)
+        one.direction.keep_pending(NeverGone())
+        one.direction.last_active_ns = 0
+        one.direction.drain()
         assert one.far.recv(1) == b"x"
-        assert one.half.moved_at > 0
+        assert one.direction.last_active_ns > 0
 
 
-def test_four_full_buffers_in_a_row_begin_a_stream_and_four_small_turns_end_it(bench: Workbench) -> None:
-    with way(bench) as one:
+def test_four_full_buffers_in_a_row_begin_a_stream_and_four_small_turns_end_it(context: WorkerContext) -> None:
+    with way(context) as one:
         pass_on(one, 3 * BUFFER)
-        assert one.half.reader is one.half
+        assert one.direction.reader is one.direction
         pass_on(one, 4 * BUFFER)
-        assert isinstance(one.half.reader, Stream)
-        assert bench.handlers[one.half.fd] is one.half.reader
+        assert isinstance(one.direction.reader, Splicer)
+        assert context.handlers[one.direction.fd] is one.direction.reader
         for _ in range(4):
             pass_on(one, 10)
-        assert one.half.reader is one.half
-        assert bench.handlers[one.half.fd] is one.half  # not the stream, whose pipe may be another's by now
-        assert bench.counters[Counter.RECEIVED_DOWNSTREAM] == one.half.received == 7 * BUFFER + 40
-        assert one.half.withheld == 0
+        assert one.direction.reader is one.direction
+        assert context.handlers[one.direction.fd] is one.direction  # not the stream, whose pipe may be another's by now
+        assert context.counters[Counter.RECEIVED_DOWNSTREAM] == one.direction.received == 7 * BUFFER + 40
+        assert one.direction.unsent == 0
 
 
-def test_full_buffers_with_small_receives_between_them_begin_no_stream(bench: Workbench) -> None:
-    with way(bench) as one:
+def test_full_buffers_with_small_receives_between_them_begin_no_stream(context: WorkerContext) -> None:
+    with way(context) as one:
         for _ in range(8):
             pass_on(one, 2 * BUFFER)
             pass_on(one, 10)
-            assert one.half.stream is None
+            assert one.direction.splicer is None
 
 
-def test_a_stream_ends_with_its_direction_and_a_byte_left_in_a_pipe_is_nobody_elses(bench: Workbench) -> None:
+def test_a_stream_ends_with_its_direction_and_a_byte_left_in_a_pipe_is_nobody_elses(context: WorkerContext) -> None:
     """Else the next stream would begin with a stranger's orders."""
-    with way(bench) as one:
+    with way(context) as one:
         pass_on(one, 8 * BUFFER)
         one.near.setblocking(False)
         wait_until(lambda: choke(one), "the sink is full")
-        held = one.half.held
-        assert held is not None
-        assert held.left == one.half.withheld > 0
-    with way(bench) as other:
+        pending = one.direction.pending
+        assert pending is not None
+        assert pending.left == one.direction.unsent > 0
+    with way(context) as other:
         pass_on(other, 8 * BUFFER)
-        assert other.half.stream is not None
+        assert other.direction.splicer is not None
         pass_on(other, 64 * BUFFER)
 
 
@@ -172,35 +172,37 @@ def choke(one: Way) -> bool:
     """Send without reading until the half holds something in its pipe."""
     with contextlib.suppress(BlockingIOError):
         one.near.send(bytes(MIB))
-    if one.half.held is None:
-        one.half.reader.readable()
-    return one.half.held is not None
+    if one.direction.pending is None:
+        one.direction.reader.readable()
+    return one.direction.pending is not None
 
 
-def test_a_sink_that_was_reset_is_told_and_what_was_in_the_pipe_counts_as_withheld(bench: Workbench) -> None:
-    with way(bench) as one:
+def test_a_sink_that_was_reset_is_told_and_what_was_in_the_pipe_counts_as_withheld(context: WorkerContext) -> None:
+    with way(context) as one:
         pass_on(one, 8 * BUFFER)
         reset(one.far)
         one.near.sendall(bytes(100))
 
         def told() -> bool:
-            one.half.reader.readable()
+            one.direction.reader.readable()
             return any(what == "sink" for what, _ in one.owner.told)
 
         wait_until(told, "the owner is told")
-        assert one.half.withheld > 0
+        assert one.direction.unsent > 0
 
 
-def test_eof_and_a_reset_of_the_source_are_seen_in_a_stream_too(bench: Workbench) -> None:
-    with way(bench) as one:
+def test_eof_and_a_reset_of_the_source_are_seen_in_a_stream_too(context: WorkerContext) -> None:
+    with way(context) as one:
         pass_on(one, 8 * BUFFER)
         one.near.shutdown(socket.SHUT_WR)
-        wait_until(lambda: one.half.reader.readable() or one.half.flow.name == "SHUT", "the end of file is passed on")
+        wait_until(lambda: one.direction.reader.readable() or one.direction.flow.name == "SHUT", "the end of file is passed on")
         assert receive_exactly(one.far, 1) == b""
-    with way(bench) as one:
+    with way(context) as one:
         pass_on(one, 8 * BUFFER)
         reset(one.near)
-        wait_until(lambda: one.half.reader.readable() or one.owner.told[-1] == ("source", ConnectionResetError), "the reset")
+        wait_until(
+            lambda: one.direction.reader.readable() or one.owner.told[-1] == ("source", ConnectionResetError), "the reset"
+        )
 
 
 def test_pipes_are_bounded_and_a_spare_one_is_used_again() -> None:

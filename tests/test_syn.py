@@ -9,7 +9,7 @@ import struct
 from typing import Iterator, List, Tuple
 
 import pytest
-from _tsproxy.timestamps import syn
+from _tsproxy.policy import syn
 from hypothesis import given
 from hypothesis import strategies as st
 from namespaces import Namespace

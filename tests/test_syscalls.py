@@ -136,7 +136,7 @@ def drift(proxy: Proxy, space: Namespace) -> None:
 def lose_a_worker(proxy: Proxy) -> None:
     if proxy.line("start")["runtime"] != "processes":
         return
-    _zygote, worker, *_ = proxy.family()[1:]
+    _fork_server, worker, *_ = proxy.family()[1:]
     os.kill(worker, signal.SIGKILL)
     proxy.line("error")
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence
 
 import pytest
-from _tsproxy.dataplane import inbox
-from _tsproxy.host import systemd
-from _tsproxy.runtime.crew import Crew
-from _tsproxy.server.watchdog import Watchdog
-from _tsproxy.telemetry.counters import Counter
+from _tsproxy.linux import systemd
+from _tsproxy.proxy import inbox
+from _tsproxy.stats.counters import Counter
+from _tsproxy.supervisor.watchdog import Watchdog
+from _tsproxy.supervisor.worker_pool import WorkerPool
 from conftest import CHECKOUT
 from harness import Exchange, Proxy, children, echo, pause, receive_exactly, wait_until
 from hypothesis import given
@@ -192,8 +192,8 @@ def test_the_watchdog_is_fed_through_a_whole_drain_though_a_worker_has_ended(
         assert client.recv(1) == b"x"
         proxy.process.send_signal(signal.SIGTERM)
         assert int(manager.wait_for_state("STOPPING")["EXTEND_TIMEOUT_USEC"]) > 30e6, "as long as the drain may take"
-        (zygote,) = children(proxy.process.pid)
-        wait_until(lambda: len(children(zygote)) == 1, "the worker that has nothing to do ends")
+        (fork_server,) = children(proxy.process.pid)
+        wait_until(lambda: len(children(fork_server)) == 1, "the worker that has nothing to do ends")
         for _ in range(8):
             assert manager.wait_for_state("WATCHDOG")["STATUS"] == "draining 1 connections"
     assert proxy.wait() == 0
@@ -203,8 +203,8 @@ def test_a_stuck_worker_silences_the_watchdog_until_it_goes_on(start: Any, echoi
     env = {**os.environ, "NOTIFY_SOCKET": manager.path, "WATCHDOG_USEC": "300000"}
     proxy = start(echoing, "--workers=2", "--runtime=processes", env=env)
     manager.wait_for("WATCHDOG")
-    (zygote,) = children(proxy.process.pid)
-    stuck = children(zygote)[0]
+    (fork_server,) = children(proxy.process.pid)
+    stuck = children(fork_server)[0]
     pause(stuck)
     manager.falls_silent(for_s=1.0)
     os.kill(stuck, signal.SIGCONT)
@@ -216,8 +216,8 @@ def test_a_stuck_worker_is_ended_by_the_clock_of_the_drain(start: Any, echoing: 
     env = {**os.environ, "NOTIFY_SOCKET": manager.path, "WATCHDOG_USEC": "300000"}
     proxy = start(echoing, "--workers=2", "--runtime=processes", "--drain-timeout=0.1", env=env)
     proxy.line("start")
-    (zygote,) = children(proxy.process.pid)
-    stuck = children(zygote)[0]
+    (fork_server,) = children(proxy.process.pid)
+    stuck = children(fork_server)[0]
     pause(stuck)
     proxy.process.send_signal(signal.SIGTERM)
     manager.wait_for_state("STOPPING")
@@ -244,15 +244,15 @@ class Seated:
 
 def test_a_busy_worker_whose_inbox_is_never_empty_answers_the_watchdog(manager: Manager) -> None:
     """What counts is that it has taken what was there when it was asked."""
-    crew = Crew.__new__(Crew)
-    crew._seats = [seat] = [Seated()]  # type: ignore[list-item]
+    pool = WorkerPool.__new__(WorkerPool)
+    pool._slots = [seat] = [Seated()]  # type: ignore[list-item]
     notifier = systemd.Notifier({"NOTIFY_SOCKET": manager.path, "WATCHDOG_USEC": "30000"}, os.getpid())
-    watchdog = Watchdog(notifier, crew, lambda: "relaying")
+    watchdog = Watchdog(notifier, pool, lambda: "relaying")
     with contextlib.closing(notifier), contextlib.closing(seat):
-        seat.box.put(inbox.Entry(inbox.PING))
+        seat.box.put(inbox.Message(inbox.PING))
         for _ in range(3):
             watchdog.tick()
-            seat.box.put(inbox.Entry(inbox.PING))  # one comes before one is taken
+            seat.box.put(inbox.Message(inbox.PING))  # one comes before one is taken
             assert seat.consumer.take()
             assert not seat.box.is_empty
             wait_until(lambda: watchdog.due_s == 0)

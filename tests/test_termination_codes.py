@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Callable, Dict, Iterator, Mapping, Tuple, Union
 
 import pytest
-from _tsproxy.host import linux
+from _tsproxy.linux import uapi
 from conftest import CHECKOUT
 from harness import PATIENCE, Exchange, Proxy, receive_exactly, reset, wait_until
 from namespaces import Namespace
@@ -65,7 +65,7 @@ class Haproxy:
         values = {**_DEFAULTS, **settings}
         values.setdefault("half_close", values["idle"])  # it shuts one side down first when the timers are not quite equal
         # The accepted sockets inherit it; HAProxy does not set its tcp-ut on a listener that it inherits.
-        listener.setsockopt(socket.IPPROTO_TCP, linux.TCP_USER_TIMEOUT, values["user"])
+        listener.setsockopt(socket.IPPROTO_TCP, uapi.TCP_USER_TIMEOUT, values["user"])
         config.write_text(_HAPROXY.format(**values, rule=rule, admin=self._admin, fd=fd, target=target))
         self.process = subprocess.Popen(
             [*void.enter, "haproxy", "-db", "-f", str(config)],

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import pytest
-from _tsproxy.commands.terminal import Style
-from _tsproxy.commands.top import picture, plain, verdict, words
-from _tsproxy.commands.top.lines import Closed, Metrics, Said, Start, Unread, clean, read
-from _tsproxy.commands.top.model import Model
-from _tsproxy.commands.top.picture import View
-from _tsproxy.commands.top.source import Cutter, Follower
-from _tsproxy.commands.top.verdict import Grade
-from _tsproxy.telemetry import encoder, histogram
+from _tsproxy.stats import encoder, histogram
+from _tsproxy.tools.terminal import Style
+from _tsproxy.tools.top import picture, plain, verdict, words
+from _tsproxy.tools.top.lines import Closed, Metrics, Said, Start, Unread, clean, read
+from _tsproxy.tools.top.model import Model
+from _tsproxy.tools.top.picture import View
+from _tsproxy.tools.top.source import Cutter, Follower
+from _tsproxy.tools.top.verdict import Grade
 from conftest import CHECKOUT
 from harness import Exchange, Proxy, children, receive_exactly, wait_until
 from hypothesis import example, given, settings
@@ -391,7 +391,7 @@ def test_the_last_intervals_percentiles_are_the_limits_of_the_buckets_they_lie_i
 
 
 def test_latency_shows_the_last_interval_as_limits_and_the_whole_as_it_is() -> None:
-    rows = drawn(model_of(start(), metrics(10, relays=(33_000,) * 9), metrics(20, relays=(33_000,) * 9 + (900_000,))))
+    rows = drawn(model_of(start(), metrics(10, relays=(33_200,) * 9), metrics(20, relays=(33_200,) * 9 + (900_000,))))
     assert "── latency, 10 s ─ p50 " in "\n".join(rows)
     assert row(rows, "relay").split()[1:6] == ["≤900", "us", "≤900", "us", "≤900"]
     since = rows[rows.index(row(rows, "relay")) + 1]
@@ -470,7 +470,7 @@ def test_the_fewer_rows_there_are_the_more_they_are_worth() -> None:
     small = drawn(model, 40, 10)
     for name in ("tsproxy", "OK", "from clients", "to clients", "connections", "active", "relay", "q quit"):
         row(small, name)
-    narrow = drawn(model_of(start(), metrics(10, relays=(33_000,))), 45, 24)
+    narrow = drawn(model_of(start(), metrics(10, relays=(33_200,))), 45, 24)
     assert row(narrow, "relay").split()[1:] == ["≤33.2", "us"] * 3  # no figure is cut in two
     assert "q quit" in drawn(model, 40, 1)[0]
     for rows in range(4, 60):
@@ -722,7 +722,7 @@ WRAPPER = """trap : INT QUIT; before=$(stty -g </dev/tty); "$@"; code=$?
 [ "$(stty -g </dev/tty)" = "$before" ] && echo "given back, code $code" || echo "CHANGED, code $code"
 """
 AFTER = re.compile(r"given back, code (\d+)")
-TAKEN, BACK = b"\x1b[?1049h", b"\x1b[0m\x1b[?7h\x1b[?25h\x1b[?1049l"
+CONSUMED, BACK = b"\x1b[?1049h", b"\x1b[0m\x1b[?7h\x1b[?25h\x1b[?1049l"
 
 
 def watch(*words: str, command: List[str] = CHECKOUT, **session: Any) -> PtySession:
@@ -740,7 +740,7 @@ def assert_given_back(session: PtySession, code: int) -> None:
     """It has ended with that code, and the terminal is as it was before."""
     session.wait()
     shown, _, after = session.output.rpartition(BACK)
-    assert TAKEN in shown and b"\x1b" not in after, session.output[-500:]
+    assert CONSUMED in shown and b"\x1b" not in after, session.output[-500:]
     (ended,) = AFTER.findall(after.decode())
     assert (int(ended), after.count(b"\n")) == (code, 1 + (code == 130)) or int(ended) == code
     assert b"Traceback" not in session.output
@@ -815,11 +815,11 @@ def test_a_signal_ends_it_and_gives_the_terminal_back(lines: Path, number: signa
 
 
 def test_an_exception_gives_the_terminal_back(lines: Path) -> None:
-    code = "import sys; from _tsproxy.commands import top; top.picture.draw = lambda *_: 1 / 0; top.run(sys.argv[2])"
+    code = "import sys; from _tsproxy.tools import top; top.picture.draw = lambda *_: 1 / 0; top.run(sys.argv[2])"
     with watch(str(lines), command=[sys.executable, "-c", code]) as session:
         session.wait()
         shown, _, after = session.output.rpartition(BACK)
-        assert TAKEN in shown and b"ZeroDivisionError" in after and b"given back, code 1" in after
+        assert CONSUMED in shown and b"ZeroDivisionError" in after and b"given back, code 1" in after
 
 
 def test_ctrl_z_gives_the_terminal_back_until_it_goes_on(lines: Path) -> None:
@@ -830,7 +830,7 @@ def test_ctrl_z_gives_the_terminal_back_until_it_goes_on(lines: Path) -> None:
         session.wait_for("stopped with 148")
         assert session.output.count(BACK) == 1
         session.press(b"\n")
-        wait_until(lambda: session.rows and session.output.count(TAKEN) == 2, "it is drawn again")
+        wait_until(lambda: session.rows and session.output.count(CONSUMED) == 2, "it is drawn again")
         session.wait_for("q quit", "No TCP timestamp has left")
         session.press(b"q")
         session.wait_for("ended with 0")
@@ -874,7 +874,7 @@ def test_why_tsproxy_did_not_start_stays_to_be_read() -> None:
     words = " ".join(map(shlex.quote, CHECKOUT))
     with PtySession(["bash", "-c", f"{words} -t exchange.example:0 | {words} top; echo ended with $?"]) as session:
         session.wait()
-        assert TAKEN not in session.output
+        assert CONSUMED not in session.output
         first, second, third = session.output.decode().splitlines()
         assert first.startswith("tsproxy: --target: given 'exchange.example:0'")
         assert (second, third) == ("tsproxy: standard input: ended before its first line", "ended with 1")

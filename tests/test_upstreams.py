@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, List
 
 import pytest
-from _tsproxy.config import MOST_UPSTREAMS, Target
-from _tsproxy.host.addresses import Address
-from _tsproxy.server.resolver import Resolver
+from _tsproxy.cli.config import MOST_UPSTREAMS, Target
+from _tsproxy.linux.addresses import Address
+from _tsproxy.supervisor.resolver import Resolver
 from conftest import CHECKOUT
 from harness import Exchange, Proxy, echo, receive_exactly
 from namespaces import require_root

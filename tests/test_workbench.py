@@ -8,43 +8,43 @@ import socket
 from typing import Any, Iterator, List
 
 import pytest
-from _tsproxy.dataplane.buffers import Buffers
-from _tsproxy.dataplane.poller import READ, WRITE, Poller
-from _tsproxy.dataplane.states import Event, Flow, IllegalTransition, Phase, flow_after, phase_after
-from _tsproxy.dataplane.timers import TICK_NS, Timers
-from _tsproxy.dataplane.workbench import Workbench
-from _tsproxy.host.addresses import Address
+from _tsproxy.linux.addresses import Address
+from _tsproxy.loop.poller import READ, WRITE, Poller
+from _tsproxy.loop.timers import TICK_NS, Timers
+from _tsproxy.proxy.buffers import Buffers
+from _tsproxy.proxy.context import WorkerContext
+from _tsproxy.proxy.states import Event, Flow, IllegalTransition, Phase, flow_after, phase_after
 from hypothesis import given
 from hypothesis import strategies as st
-from lone_bench import lone_bench
+from lone_context import lone_context
 
 
 @pytest.fixture
-def bench() -> Iterator[Workbench]:
-    with lone_bench(4096, [Address(socket.AF_INET, f"127.0.0.{last}", 0) for last in (2, 3, 4)]) as bench:
-        yield bench
+def context() -> Iterator[WorkerContext]:
+    with lone_context(4096, [Address(socket.AF_INET, f"127.0.0.{last}", 0) for last in (2, 3, 4)]) as context:
+        yield context
 
 
-def test_a_buried_socket_keeps_its_number_until_the_end_of_the_turn(bench: Workbench) -> None:
+def test_a_buried_socket_keeps_its_number_until_the_end_of_the_turn(context: WorkerContext) -> None:
     """Else an event of this turn that was meant for it would reach the connection that got its number."""
     one, other = socket.socketpair()
     number = one.fileno()
-    bench.watch(number, READ, "handler")
-    bench.bury(one)
-    assert number not in bench.handlers
+    context.watch(number, READ, "handler")
+    context.close_later(one)
+    assert number not in context.handlers
     assert os.fstat(number)
     with socket.socket() as later:
         assert later.fileno() != number
-    bench.close_buried()
+    context.close_pending()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(number)
     other.close()
 
 
-def test_sources_are_tried_each_once_beginning_one_further_each_time(bench: Workbench) -> None:
-    turns = [[source.ip[-1] for source in bench.sources(socket.AF_INET) if source] for _ in range(4)]
+def test_sources_are_tried_each_once_beginning_one_further_each_time(context: WorkerContext) -> None:
+    turns = [[source.ip[-1] for source in context.sources(socket.AF_INET) if source] for _ in range(4)]
     assert turns == [["2", "3", "4"], ["3", "4", "2"], ["4", "2", "3"], ["2", "3", "4"]]
-    assert bench.sources(socket.AF_INET6) == [None]
+    assert context.sources(socket.AF_INET6) == [None]
 
 
 def test_a_pool_gives_buffers_of_its_size_and_keeps_only_a_few() -> None:

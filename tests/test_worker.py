@@ -9,23 +9,23 @@ import threading
 from typing import Any, Callable, Iterator, List, NamedTuple, Tuple
 
 import pytest
-from _tsproxy.dataplane import half as half_module
-from _tsproxy.dataplane import posted
-from _tsproxy.dataplane.door import Door
-from _tsproxy.dataplane.half import FROM_DOWNSTREAM, Half
-from _tsproxy.dataplane.inbox import ACCEPTED, DRAIN, OPEN, Entry, RingConsumer, RingProducer, create_ring
-from _tsproxy.dataplane.liveness import Liveness
-from _tsproxy.dataplane.poller import BROKEN, READ, READ_EDGES, READABLE, WRITE
-from _tsproxy.dataplane.posted import BULK, ENDING, NEW, NOW
-from _tsproxy.dataplane.timers import TICK_NS
-from _tsproxy.dataplane.worker import Worker
-from _tsproxy.host.addresses import pack
-from _tsproxy.telemetry.counters import Counter
-from _tsproxy.telemetry.endings import Ending
-from _tsproxy.telemetry.records import Notice, decode
-from _tsproxy.timestamps.gates import Preserve
+from _tsproxy.linux.addresses import pack
+from _tsproxy.loop import posted
+from _tsproxy.loop.poller import BROKEN, READ, READ_EDGES, READABLE, WRITE
+from _tsproxy.loop.posted import BULK, ENDING, NEW, NOW
+from _tsproxy.loop.timers import TICK_NS
+from _tsproxy.policy.gates import Preserve
+from _tsproxy.proxy import direction as direction_module
+from _tsproxy.proxy.direction import FROM_DOWNSTREAM, Direction
+from _tsproxy.proxy.inbox import ACCEPTED, DRAIN, OPEN, Message, RingConsumer, RingProducer, create_ring
+from _tsproxy.proxy.listener import Listener
+from _tsproxy.proxy.liveness import Liveness
+from _tsproxy.proxy.worker import Worker
+from _tsproxy.stats.counters import Counter
+from _tsproxy.stats.endings import Ending
+from _tsproxy.stats.records import Notice, decode
 from harness import Exchange, wait_until
-from lone_bench import lone_bench
+from lone_context import lone_context
 
 PATIENCE = 10
 
@@ -75,9 +75,9 @@ class Stand(NamedTuple):
 def stand() -> Iterator[Stand]:
     reader, writer = os.pipe()
     ring, gate = create_ring(), Gate()
-    with lone_bench(4096, gate=gate, records=writer) as bench:
-        consumer, producer = RingConsumer(ring, bench.counters), RingProducer(ring, bench.counters)
-        worker = Worker(bench, consumer)
+    with lone_context(4096, gate=gate, records=writer) as context:
+        consumer, producer = RingConsumer(ring, context.counters), RingProducer(ring, context.counters)
+        worker = Worker(context, consumer)
         yield Stand(worker, producer, gate, reader)
         worker.close()
         vars(consumer).clear()
@@ -92,7 +92,7 @@ def client_of(stand: Stand, listener: socket.socket, number: int, upstreams: byt
     client = socket.create_connection(listener.getsockname(), PATIENCE)
     accepted, address = listener.accept()
     packed = pack(socket.AF_INET, address)
-    assert stand.inbox.put(Entry(ACCEPTED, accepted.detach(), number, 0, packed, upstreams))
+    assert stand.inbox.put(Message(ACCEPTED, accepted.detach(), number, 0, packed, upstreams))
     return client
 
 
@@ -106,9 +106,9 @@ def test_a_bug_costs_the_connection_it_happened_in(stand: Stand, echoing: Exchan
         with client_of(stand, listener, 2, upstreams) as client:
             client.sendall(b"x")
             assert client.recv(1) == b"x"
-    assert stand.inbox.put(Entry(DRAIN))
+    assert stand.inbox.put(Message(DRAIN))
     thread.join(PATIENCE)
-    counters = stand.worker.bench.counters
+    counters = stand.worker.context.counters
     assert (counters[Counter.BUGS], counters[Counter.BEGUN], counters[Counter.ENDED]) == (1, 2, 2)
     (said,) = stand.said()
     assert said.startswith("Traceback") and said.endswith("ValueError: a bug\n")
@@ -118,8 +118,8 @@ def test_a_bug_in_accepting_ends_the_worker(stand: Stand) -> None:
     """It is outside any connection: a successor begins anew, and one that dies at once again and again is the end."""
     broken: Any = BrokenAcceptor()
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        stand.worker.doors.append(Door(stand.worker, stand.worker.bench, broken, listener.dup()))
-        assert stand.inbox.put(Entry(OPEN))
+        stand.worker.listeners.append(Listener(stand.worker, stand.worker.context, broken, listener.dup()))
+        assert stand.inbox.put(Message(OPEN))
         with socket.create_connection(listener.getsockname(), PATIENCE), pytest.raises(ValueError, match="a bug"):
             stand.worker.run()
     assert stand.said()[0].endswith("ValueError: a bug\n")
@@ -127,23 +127,23 @@ def test_a_bug_in_accepting_ends_the_worker(stand: Stand) -> None:
 
 def test_a_door_that_is_shut_wakes_nobody_though_the_main_process_has_the_listener_open(stand: Stand) -> None:
     acceptor: Any = BrokenAcceptor()
-    bench = stand.worker.bench
+    context = stand.worker.context
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        door = Door(stand.worker, bench, acceptor, listener.dup())
-        door.open()
+        opened = Listener(stand.worker, context, acceptor, listener.dup())
+        opened.open()
         with socket.create_connection(listener.getsockname(), PATIENCE):
-            assert len(bench.poller.wait(PATIENCE, 8)) == 1
-            door.close()
-            bench.close_buried()
-            assert bench.poller.wait(0, 8) == []
+            assert len(context.poller.wait(PATIENCE, 8)) == 1
+            opened.close()
+            context.close_pending()
+            assert context.poller.wait(0, 8) == []
 
 
 def test_an_event_of_a_descriptor_that_nobody_handles_any_more_is_ignored(stand: Stand) -> None:
     """Closed here, but not yet by the process that handed it over: epoll(7), Questions and answers, 6."""
     reader, writer = os.pipe()
     os.write(writer, b"x")
-    stand.worker.bench.poller.expect(reader, READ_EDGES)
-    assert stand.inbox.put(Entry(DRAIN))
+    stand.worker.context.poller.expect(reader, READ_EDGES)
+    assert stand.inbox.put(Message(DRAIN))
     stand.worker.run()
     os.close(reader)
     os.close(writer)
@@ -170,12 +170,12 @@ def peers(stand: Stand, *watched: Tuple[Peer, int]) -> List[Tuple[socket.socket,
     """A pair of sockets for each: ours, watched, and the peer's."""
     pairs = [socket.socketpair() for _ in watched]
     for (peer, events), (ours, _) in zip(watched, pairs):
-        stand.worker.bench.watch(ours.fileno(), events, peer)
+        stand.worker.context.watch(ours.fileno(), events, peer)
     return pairs
 
 
 def one_turn(stand: Stand, pairs: List[Tuple[socket.socket, socket.socket]]) -> None:
-    assert stand.inbox.put(Entry(DRAIN))
+    assert stand.inbox.put(Message(DRAIN))
     stand.worker.run()
     for ours, theirs in pairs:
         ours.close()
@@ -195,20 +195,22 @@ def test_in_a_turn_those_who_leave_come_last(stand: Stand) -> None:
 
 def test_who_was_closed_in_this_turn_does_not_leave_once_more(stand: Stand) -> None:
     log: List[str] = []
-    leaver, speaker = Peer("leaver", log), Peer("speaker", log, then=lambda: stand.worker.bench.bury(pairs[0][0]))
+    leaver, speaker = Peer("leaver", log), Peer("speaker", log, then=lambda: stand.worker.context.close_later(pairs[0][0]))
     pairs = peers(stand, (leaver, READ_EDGES), (speaker, READ_EDGES))
     pairs[0][1].close()
     pairs[1][1].send(b"order")
     one_turn(stand, pairs)
     assert log == ["speaker says something"]
-    assert stand.worker.bench.counters[Counter.BUGS] == 0
+    assert stand.worker.context.counters[Counter.BUGS] == 0
 
 
 def test_who_leaves_is_told_once(stand: Stand) -> None:
     log: List[str] = []
     leaver, speaker = Peer("leaver", log), Peer("speaker", log)
     stubborn: Any = speaker
-    stubborn.readable = lambda: log.append("speaker says something") or stand.inbox.put(Entry(DRAIN))  # so there is a turn more
+    stubborn.readable = lambda: (
+        log.append("speaker says something") or stand.inbox.put(Message(DRAIN))
+    )  # so there is a turn more
     pairs = peers(stand, (leaver, READ_EDGES), (speaker, READ_EDGES))
     pairs[0][1].close()
     pairs[1][1].send(b"order")
@@ -234,8 +236,10 @@ def test_a_bug_in_burying_one_keeps_no_other_from_it(stand: Stand) -> None:
 
 @pytest.fixture
 def one_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slice of time is over after one event."""
+    """A slice of time is over after one event, however long the rest of the iteration took."""
+    serve = posted.Posted.serve
     monkeypatch.setattr(posted, "SLICE_NS", 1)
+    monkeypatch.setattr(posted.Posted, "serve", lambda self, handle, now, share_ns: serve(self, handle, now, 0))
 
 
 @pytest.mark.usefixtures("one_a_slice")
@@ -277,14 +281,14 @@ def test_an_order_comes_between_two_entries_of_the_inbox(stand: Stand) -> None:
     ours, theirs = socket.socketpair()
 
     def order() -> None:
-        begun.append(stand.worker.bench.counters[Counter.BEGUN])
+        begun.append(stand.worker.context.counters[Counter.BEGUN])
         ours.recv(1)
 
-    stand.worker.bench.watch(ours.fileno(), READ, Peer("speaker", [], then=order))
+    stand.worker.context.watch(ours.fileno(), READ, Peer("speaker", [], then=order))
     theirs.send(b"orders")
     for number in range(3):
-        assert stand.inbox.put(Entry(ACCEPTED, -1, number))
-    assert stand.inbox.put(Entry(DRAIN))
+        assert stand.inbox.put(Message(ACCEPTED, -1, number))
+    assert stand.inbox.put(Message(DRAIN))
     stand.worker.run()
     assert begun == [0, 1, 2, 3]
     assert stand.inbox.is_empty
@@ -293,17 +297,17 @@ def test_an_order_comes_between_two_entries_of_the_inbox(stand: Stand) -> None:
 
 
 def test_a_number_that_comes_back_has_no_event_of_the_closed_descriptor(stand: Stand) -> None:
-    bench = stand.worker.bench
+    context = stand.worker.context
     log: List[str] = []
     (gone, other), (ours, theirs) = socket.socketpair(), socket.socketpair()
     fd = gone.fileno()
-    bench.watch(fd, READ_EDGES, Peer("first", log, BULK))
-    bench.posted.put(BULK, fd, READABLE, bench.woke)
-    bench.bury(gone)
-    bench.close_buried()
+    context.watch(fd, READ_EDGES, Peer("first", log, BULK))
+    context.posted.put(BULK, fd, READABLE, context.loop_now)
+    context.close_later(gone)
+    context.close_pending()
     os.dup2(ours.fileno(), fd)
-    bench.watch(fd, READ_EDGES, Peer("second", log, BULK))
-    assert stand.inbox.put(Entry(DRAIN))
+    context.watch(fd, READ_EDGES, Peer("second", log, BULK))
+    assert stand.inbox.put(Message(DRAIN))
     stand.worker.run()
     assert log == []
     os.close(fd)
@@ -314,29 +318,29 @@ def test_a_number_that_comes_back_has_no_event_of_the_closed_descriptor(stand: S
 class Ear:
     """What a half tells, unheard."""
 
-    def on_event(self, half: Half, mask: int) -> None:
-        half.readable()
+    def on_event(self, direction: Direction, mask: int) -> None:
+        direction.readable()
 
     def on_flow(self) -> None:
         pass
 
 
 def test_who_fills_the_buffer_is_bulk_until_it_does_not(stand: Stand) -> None:
-    bench, ear = stand.worker.bench, Ear()
+    context, ear = stand.worker.context, Ear()
     near, source = socket.socketpair()
     sink, far = socket.socketpair()
-    half = Half(ear, bench, source, FROM_DOWNSTREAM)  # type: ignore[arg-type]
-    half.sink = sink
-    assert half.lane == NEW, "it does not relay yet"
-    half.lane = NOW
+    direction = Direction(ear, context, source, FROM_DOWNSTREAM)  # type: ignore[arg-type]
+    direction.sink = sink
+    assert direction.lane == NEW, "it does not relay yet"
+    direction.lane = NOW
     lanes = []
     for size in (100, 5000, 100, 100):
         near.send(bytes(size))
-        half.ready(READABLE)
-        lanes.append(half.lane)
+        direction.ready(READABLE)
+        lanes.append(direction.lane)
     assert lanes == [NOW, BULK, NOW, NOW]
-    bench.poller.forget(half.fd)
-    half.detach()
+    context.poller.forget(direction.fd)
+    direction.detach()
     for sock in (near, source, sink, far):
         sock.close()
 
@@ -344,26 +348,26 @@ def test_who_fills_the_buffer_is_bulk_until_it_does_not(stand: Stand) -> None:
 class Ender:
     """A deadline of something else that ends a connection, as a look at its peers may."""
 
-    def __init__(self, relay: Any) -> None:
-        self._relay = relay
+    def __init__(self, session: Any) -> None:
+        self._session = session
 
     def on_deadline(self, now_ns: int) -> None:
-        self._relay.end(Ending.SERVER_TIMEOUT)
+        self._session.end(Ending.SERVER_TIMEOUT)
 
 
 @pytest.mark.parametrize("idle_ns", [1, 3_600_000_000_000], ids=["that is over", "that begins anew"])
 def test_a_connection_that_one_deadline_ends_has_no_idle_timeout_in_the_same_turn(
     stand: Stand, echoing: Exchange, idle_ns: int
 ) -> None:
-    bench = stand.worker.bench
-    bench.rules = bench.rules._replace(idle_timeout_ns=idle_ns)
-    with relayed(stand, echoing) as relay:
-        bench.timers.arm(Ender(relay), TICK_NS)
-        bench.timers.arm(relay, 2 * TICK_NS)
+    context = stand.worker.context
+    context.settings = context.settings._replace(idle_timeout_ns=idle_ns)
+    with relayed(stand, echoing) as session:
+        context.timers.arm(Ender(session), TICK_NS)
+        context.timers.arm(session, 2 * TICK_NS)
         stand.worker._expire(TICK_NS)
-        bench.close_buried()
-    assert (bench.counters[Counter.BUGS], bench.counters[Counter.ENDED]) == (0, 1)
-    assert relay not in list(bench.timers.due(2**62))
+        context.close_pending()
+    assert (context.counters[Counter.BUGS], context.counters[Counter.ENDED]) == (0, 1)
+    assert session not in list(context.timers.due(2**62))
 
 
 @contextlib.contextmanager
@@ -373,31 +377,31 @@ def relayed(stand: Stand, echoing: Exchange) -> Iterator[Any]:
         client = client_of(stand, listener, 1, pack(socket.AF_INET, ("127.0.0.1", echoing.port)))
     with client:
         stand.worker.readable()
-        (relay,) = stand.worker.bench.relays.values()
-        wait_until(lambda: not relay.is_connecting or one_event(stand), "it relays")
-        yield relay
+        (session,) = stand.worker.context.sessions.values()
+        wait_until(lambda: not session.is_connecting or one_event(stand), "it relays")
+        yield session
 
 
 def one_event(stand: Stand) -> None:
     """Handle what comes next."""
-    for fd, mask in stand.worker.bench.poller.wait(PATIENCE, 1):
-        stand.worker.bench.handlers[fd].ready(mask)
+    for fd, mask in stand.worker.context.poller.wait(PATIENCE, 1):
+        stand.worker.context.handlers[fd].ready(mask)
 
 
 @pytest.mark.parametrize("what", ["look at its peers", "rest"])
 def test_a_bug_in_a_connections_other_deadlines_costs_that_connection(stand: Stand, echoing: Exchange, what: str) -> None:
-    bench = stand.worker.bench
-    with relayed(stand, echoing) as relay:
-        half = relay._halves[0]
-        bench.liveness = Liveness(bench.timers, bench.relays, 1)
+    context = stand.worker.context
+    with relayed(stand, echoing) as session:
+        direction = session._directions[0]
+        context.liveness = Liveness(context.timers, context.sessions, 1)
         if what == "rest":
-            bench.timers.arm(half_module._Rest(half), TICK_NS)
-            half.twin = None  # which it derives from what it waits for
+            context.timers.arm(direction_module._Rest(direction), TICK_NS)
+            direction.reverse = None  # which it derives from what it waits for
         else:
-            bench.liveness.begin(0)
-            half.doubt = "no doubt"  # type: ignore[assignment]
-        bench.woke = 10**9
+            context.liveness.begin(0)
+            direction.stall = "no doubt"  # type: ignore[assignment]
+        context.loop_now = 10**9
         stand.worker._expire(TICK_NS)
-        assert (bench.counters[Counter.BUGS], bench.counters[Counter.ENDED]) == (1, 1)
-        bench.close_buried()
+        assert (context.counters[Counter.BUGS], context.counters[Counter.ENDED]) == (1, 1)
+        context.close_pending()
     assert "Traceback" in stand.said()[0]

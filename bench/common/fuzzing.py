@@ -66,7 +66,7 @@ class FarEnd:
         self._flows: Dict[End, Flow] = {}
         self._live: Deque[Flow] = deque(maxlen=_LIVE)
         self._dead: Deque[Flow] = deque(maxlen=_DEAD)
-        self._owed, self._looked = 0.0, time.monotonic()
+        self._pending_commands, self._looked = 0.0, time.monotonic()
         self.counts: Counter[str] = Counter()
         self.violations: List[str] = []
         self._plans = [self._behave] * 8 + [self._turn_coat] * 6 + [self._answer_anything] * 4 + [self._open_too] * 2
@@ -85,10 +85,10 @@ class FarEnd:
             if segment:
                 self._take(segment)
         now = time.monotonic()
-        self._owed = min(self._owed + (now - self._looked) * self._rate, self._rate)
+        self._pending_commands = min(self._pending_commands + (now - self._looked) * self._rate, self._rate)
         self._looked = now
-        while self._owed >= 1:
-            self._owed -= 1
+        while self._pending_commands >= 1:
+            self._pending_commands -= 1
             self._make_noise()
 
     def rest(self) -> None:

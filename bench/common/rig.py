@@ -12,14 +12,14 @@ import time
 from time import monotonic_ns
 from typing import Any, Callable, Dict, Iterator, Tuple
 
-from _tsproxy.dataplane.half import FROM_DOWNSTREAM, Half
-from _tsproxy.dataplane.poller import READ, Poller
-from _tsproxy.dataplane.workbench import Rules, Workbench
-from _tsproxy.host import sockets
-from _tsproxy.host.sockets import Tuning
-from _tsproxy.telemetry.counters import Counter, Ledger
-from _tsproxy.telemetry.histogram import slot
-from _tsproxy.telemetry.records import RecordWriter
+from _tsproxy.linux import sockets
+from _tsproxy.linux.sockets import Tuning
+from _tsproxy.loop.poller import READ, Poller
+from _tsproxy.proxy.context import SessionSettings, WorkerContext
+from _tsproxy.proxy.direction import FROM_DOWNSTREAM, Direction
+from _tsproxy.stats.counters import Counter, SharedCounters
+from _tsproxy.stats.histogram import slot
+from _tsproxy.stats.records import RecordWriter
 
 from common.sandbox import TIMESTAMPS
 
@@ -71,18 +71,18 @@ class Route:
         self.client, self.downstream = client_side
         self.upstream, self.far = far_side
         self.message, self.drained = bytes(size), bytearray(size)
-        self.ledger = Ledger.create(1)
-        row = self.ledger.worker(0)
+        self.shared_counters = SharedCounters.create(1)
+        row = self.shared_counters.worker(0)
         beside: Any = None  # the gate and the client's SYN: a forward asks neither
-        rules = Rules(Tuning(), 0, 0, 0, log_connections=True, log_debug=False, zero_copy=True)
-        self.bench = Workbench(0, rules, beside, beside, row, RecordWriter(-1, row), (), 65536)
-        self.half = Half(self, self.bench, self.downstream, FROM_DOWNSTREAM)  # type: ignore[arg-type]
-        self.half.sink = self.upstream
+        settings = SessionSettings(Tuning(), 0, 0, 0, log_connections=True, log_debug=False, zero_copy=True)
+        self.context = WorkerContext(0, settings, beside, beside, row, RecordWriter(-1, row), (), 65536)
+        self.direction = Direction(self, self.context, self.downstream, FROM_DOWNSTREAM)  # type: ignore[arg-type]
+        self.direction.sink = self.upstream
 
     @property
     def naked(self) -> Callable[[], None]:
         """The two system calls, into and out of the same buffer."""
-        receive, send, buffer = self.downstream.recv_into, self.upstream.send, self.bench.buffer
+        receive, send, buffer = self.downstream.recv_into, self.upstream.send, self.context.buffer
 
         def forward() -> None:
             send(buffer[: receive(buffer)])
@@ -92,14 +92,14 @@ class Route:
     def timed(self, forward: Callable[[], None]) -> Callable[[int], float]:
         """A function that forwards so many messages, and returns what each forward took; the ends are not timed."""
         feed, message, drain, drained = self.client.send, self.message, self.far.recv_into, self.drained
-        bench, clock = self.bench, monotonic_ns
+        context, clock = self.context, monotonic_ns
 
         def run(count: int) -> float:
             total = 0
             gc.disable()
             for _ in range(count):
                 feed(message)
-                bench.woke = began = clock()
+                context.loop_now = began = clock()
                 forward()
                 total += clock() - began
                 drain(drained)
@@ -110,8 +110,8 @@ class Route:
 
     def close(self) -> None:
         """Let go of what is not the sockets."""
-        self.bench.close()
-        os.close(self.ledger.fd)
+        self.context.close()
+        os.close(self.shared_counters.fd)
 
 
 def _clock_ns() -> float:
@@ -145,7 +145,7 @@ def pieces(route: Route) -> Iterator[Dict[str, Any]]:
 
     def receive_nothing() -> None:
         try:
-            route.downstream.recv_into(route.bench.buffer)
+            route.downstream.recv_into(route.context.buffer)
         except BlockingIOError:
             pass  # that is what is timed
 
@@ -153,8 +153,8 @@ def pieces(route: Route) -> Iterator[Dict[str, Any]]:
     try:
         yield {
             "nothing": lambda: None,
-            "buffer": route.bench.buffer,
-            "counters": route.bench.counters,
+            "buffer": route.context.buffer,
+            "counters": route.context.counters,
             "received": int(Counter.RECEIVED_DOWNSTREAM),
             "monotonic_ns": monotonic_ns,
             "perf_counter_ns": time.perf_counter_ns,

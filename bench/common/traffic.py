@@ -131,7 +131,7 @@ class Scribe:
         with self._lock:
             self._row[self._place[name]] += count
 
-    def complain(self, where: str, what: object) -> None:
+    def log_ratelimited(self, where: str, what: object) -> None:
         """Something that a relay must not do."""
         try:
             os.write(self._complaints, json.dumps(f"{where}: {what}"[:_LONGEST]).encode() + b"\n")
@@ -176,7 +176,7 @@ class Client:
             try:
                 self._connect(kind, plan)
             except OSError as problem:
-                self.scribe.complain(kind, f"can't connect: {problem}")
+                self.scribe.log_ratelimited(kind, f"can't connect: {problem}")
                 time.sleep(0.1)
             self.scribe.add(kind)
 
@@ -208,10 +208,10 @@ def _converse(talk: Talk, plan: Plan, where: str, scribe: Scribe) -> None:
     try:
         talk.run()
     except Wrong as problem:
-        scribe.complain(where, problem)
+        scribe.log_ratelimited(where, problem)
     except OSError as problem:
         if plan.ends_well:
-            scribe.complain(
+            scribe.log_ratelimited(
                 where, f"{problem}; sent {talk.out.at} of {talk.out.total}, received {talk.into.at} of {talk.into.total}"
             )
 
@@ -247,7 +247,7 @@ def _serve(sock: socket.socket, scribe: Scribe) -> None:
         if len(header) == HEADER_SIZE:
             _answer(sock, Plan.decode(header), scribe)
         elif header:
-            scribe.complain("far end", f"an end of file after {len(header)} of {HEADER_SIZE} bytes of the header")
+            scribe.log_ratelimited("far end", f"an end of file after {len(header)} of {HEADER_SIZE} bytes of the header")
 
 
 def _answer(sock: socket.socket, plan: Plan, scribe: Scribe) -> None:

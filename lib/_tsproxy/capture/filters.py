@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Collection, Dict, Iterable, List, Sequence, Tuple, Union
 
-from _tsproxy.host.bpf import Instruction
+from _tsproxy.linux.bpf import Instruction
 
 _BYTE, _HALF, _HALF_AT_X = 0x30, 0x28, 0x48  # BPF_LD into A: from k, and from X + k
 _HEADER_LENGTH = 0xB1  # BPF_LDX: X = 4 * (the low four bits of the byte at k)

@@ -15,8 +15,8 @@ from typing import Collection, Iterator, List, NamedTuple, Optional
 from _tsproxy.capture import filters, layers
 from _tsproxy.capture.layers import Dissector
 from _tsproxy.capture.tap import Packet, Tap
-from _tsproxy.host.addresses import Address
-from _tsproxy.host.printable import printable
+from _tsproxy.linux.addresses import Address
+from _tsproxy.linux.printable import printable
 
 _FLAGS = 13  # their byte in a TCP header
 _SYN, _ACK = 0x02, 0x10

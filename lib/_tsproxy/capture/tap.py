@@ -16,8 +16,8 @@ from contextlib import suppress
 from typing import Any, NamedTuple, Optional, Sequence, Tuple
 
 from _tsproxy.capture.records import ETHERNET, RAW
-from _tsproxy.host import bpf, linux
-from _tsproxy.host.bpf import Instruction
+from _tsproxy.linux import bpf, uapi
+from _tsproxy.linux.bpf import Instruction
 
 _HEADERS = 512  # enough for TCP in two tunnels, one in the other; what is longer is read up to there
 _BUFFER = 64 << 20
@@ -48,14 +48,14 @@ class Tap:
         self._link = ETHERNET if interface and _is_ethernet(interface) else RAW
         kind = socket.SOCK_RAW if self._link == ETHERNET else socket.SOCK_DGRAM
         nothing_yet = 0  # before bind(2), which Python does not let name all interfaces
-        protocol = nothing_yet if interface else socket.htons(linux.ETH_P_ALL)
+        protocol = nothing_yet if interface else socket.htons(uapi.ETH_P_ALL)
         self._socket = socket.socket(socket.AF_PACKET, kind | socket.SOCK_NONBLOCK, protocol)
         try:
             bpf.attach(self._socket, program)
-            self._socket.setsockopt(socket.SOL_SOCKET, linux.SO_TIMESTAMPNS, 1)
+            self._socket.setsockopt(socket.SOL_SOCKET, uapi.SO_TIMESTAMPNS, 1)
             self._enlarge()
             if interface:
-                self._socket.bind((interface, linux.ETH_P_ALL))
+                self._socket.bind((interface, uapi.ETH_P_ALL))
                 self._see_what_is_for_others(socket.if_nametoindex(interface))
         except BaseException:
             self._socket.close()
@@ -63,15 +63,15 @@ class Tap:
 
     def _enlarge(self) -> None:
         """A burst shall fit. Without CAP_NET_ADMIN net.core.rmem_max bounds it."""
-        for option in (socket.SO_RCVBUF, linux.SO_RCVBUFFORCE):
+        for option in (socket.SO_RCVBUF, uapi.SO_RCVBUFFORCE):
             with suppress(OSError):
                 self._socket.setsockopt(socket.SOL_SOCKET, option, _BUFFER)
 
     def _see_what_is_for_others(self, index: int) -> None:
         """A mirror port's frames are: promiscuous mode, until this socket is closed. Where it can't be had, do without."""
         with suppress(OSError):
-            wanted = _MEMBERSHIP.pack(index, linux.PACKET_MR_PROMISC)
-            self._socket.setsockopt(linux.SOL_PACKET, linux.PACKET_ADD_MEMBERSHIP, wanted)
+            wanted = _MEMBERSHIP.pack(index, uapi.PACKET_MR_PROMISC)
+            self._socket.setsockopt(uapi.SOL_PACKET, uapi.PACKET_ADD_MEMBERSHIP, wanted)
 
     def fileno(self) -> int:
         """For poll(2)."""
@@ -93,7 +93,7 @@ class Tap:
 
     def drops(self) -> int:
         """How many packets were dropped so far because they came faster than they were read (PACKET_STATISTICS)."""
-        found = self._socket.getsockopt(linux.SOL_PACKET, linux.PACKET_STATISTICS, _STATISTICS.size)
+        found = self._socket.getsockopt(uapi.SOL_PACKET, uapi.PACKET_STATISTICS, _STATISTICS.size)
         self._drops += _STATISTICS.unpack(found)[1]
         return self._drops
 
@@ -106,13 +106,13 @@ def _is_ethernet(interface: str) -> bool:
     """Whether its frames have an Ethernet header; OSError if there is no such interface."""
     with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0) as asking:
         asking.bind((interface, 0))
-        return asking.getsockname()[3] in (linux.ARPHRD_ETHER, linux.ARPHRD_LOOPBACK)
+        return asking.getsockname()[3] in (uapi.ARPHRD_ETHER, uapi.ARPHRD_LOOPBACK)
 
 
 def _stamp(control: Sequence[Tuple[int, int, Any]]) -> int:
     """When the kernel saw the packet."""
     for level, kind, data in control:
-        if (level, kind, len(data)) == (socket.SOL_SOCKET, linux.SO_TIMESTAMPNS, _STAMP.size):
+        if (level, kind, len(data)) == (socket.SOL_SOCKET, uapi.SO_TIMESTAMPNS, _STAMP.size):
             seconds, rest = _STAMP.unpack(data)
             return int(seconds) * 1_000_000_000 + int(rest)
     return time.time_ns()

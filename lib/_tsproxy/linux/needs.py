@@ -1,0 +1,53 @@
+"""System calls that tsproxy can't do without: where the kernel or a sandbox refuses one, the error names it and its use.
+
+Knows errnos and what helps against them. Knows nothing of what becomes of the error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+from typing import Iterator
+
+from _tsproxy.linux import uapi
+
+PASSING = uapi.CAPACITY | {errno.EAGAIN}  # may be otherwise in a moment
+_SANDBOX = "; does a sandbox refuse it? SECURITY.md lists the system calls that are needed"
+_TASKS = "; raise the number of tasks that are allowed (ulimit -u, TasksMax=, pids.max)"
+_DESCRIPTORS = "; raise the number of descriptors that are allowed (ulimit -n, LimitNOFILE=)"
+_HINTS = {
+    errno.EPERM: _SANDBOX,
+    errno.EACCES: _SANDBOX,
+    errno.ENOSYS: _SANDBOX,
+    errno.EAGAIN: _TASKS,
+    errno.EMFILE: _DESCRIPTORS,
+    errno.ENFILE: _DESCRIPTORS,
+}
+
+
+class Refused(OSError):
+    """A call that was refused. `strerror` is the whole line: the call, why, what it is for, what helps."""
+
+    def __init__(self, call: str, number: int, purpose: str, why: str = "") -> None:
+        super().__init__(number, f"{call}: {why or os.strerror(number)}, needed {purpose}{_HINTS.get(number, '')}")
+
+
+@contextlib.contextmanager
+def needing(call: str, purpose: str) -> Iterator[None]:
+    """What raises OSError within raises Refused for this call; `purpose` as in "for the lines of the workers"."""
+    try:
+        yield
+    except Refused:
+        raise
+    except OSError as error:
+        raise Refused(call, error.errno or 0, purpose, error.strerror or str(error)) from None
+
+
+def start_thread(thread: threading.Thread, purpose: str) -> None:
+    """Start it. Refused if there can't be one: Python does not tell the errno of pthread_create(3), which is mostly EAGAIN."""
+    try:
+        thread.start()
+    except RuntimeError as problem:
+        raise Refused("clone(2)", errno.EAGAIN, purpose, f"{problem} (too many tasks, or a sandbox)") from None

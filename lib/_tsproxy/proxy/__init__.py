@@ -1,0 +1,1 @@
+"""The data path: listener, acceptor, session, direction, inbox, worker. Moves bytes; knows nothing of timestamps."""

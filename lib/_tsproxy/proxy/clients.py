@@ -1,0 +1,70 @@
+"""How many connections each client address has, for --max-connections-per-client. Memory is bounded; nothing is locked.
+
+A client with connections has two counters in each worker's row: begun and ended there. The acceptor
+counts what it hands over; what has not ended is open. A pair whose connections have all ended is given to another client
+when none is free. No line or pipe is needed to know of an end, so none that is dropped can make the count wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Dict, List, Optional
+
+from _tsproxy.linux.addresses import without_port
+from _tsproxy.stats.counters import SharedCounters, slot_offset
+
+
+def slots_for(max_connections: int, per_client: int) -> int:
+    """How many clients to have room for: half as many again as can be connected, so that a vacant slot is near."""
+    return max_connections + max_connections // 2 + 1 if per_client else 0
+
+
+class Clients:
+    """The acceptor's own; see the module. A client is an address, IPv4-mapped as IPv4; a link-local one with its zone."""
+
+    def __init__(self, shared_counters: SharedCounters, slots: int, limit: int) -> None:
+        """At most `limit` connections a client; 0 is no limit. The ledger has a pair for each of `slots` clients."""
+        self._counters_of_all, self._slots, self._limit = shared_counters, slots, limit
+        self._slot_of: Dict[bytes, int] = {}
+        self._owners: List[bytes] = []  # by slot; it grows to `slots` at most
+        self._given: List[int] = []  # by slot: connections handed over, whoever the owner was
+        self._hand = 0  # where the next search for a vacant slot begins, as in the clock algorithm
+
+    def enter(self, packed: bytes) -> Optional[int]:
+        """Count one more connection of the client; its pair in the rows (0: not counted), or None if it has its share."""
+        if not self._limit:
+            return 0
+        slot = self._find(without_port(packed))
+        if slot is None or self._open(slot) >= self._limit:
+            return None
+        self._given[slot] += 1
+        return slot_offset(slot)
+
+    def leave(self, packed: bytes) -> None:
+        """Take back the last enter(): no worker has taken the connection."""
+        if self._limit:
+            self._given[self._slot_of[without_port(packed)]] -= 1
+
+    def _open(self, slot: int) -> int:
+        return self._given[slot] - self._counters_of_all.client_ended(slot_offset(slot))
+
+    def _find(self, client: bytes) -> Optional[int]:
+        """The client's slot, or a vacant one that becomes its; None if all have connections."""
+        slot = self._slot_of.get(client)
+        if slot is None:
+            slot = self._fresh() if len(self._owners) < self._slots else self._vacant()
+            if slot is not None:
+                self._slot_of.pop(self._owners[slot], None)
+                self._slot_of[client], self._owners[slot] = slot, client
+        return slot
+
+    def _fresh(self) -> int:
+        self._owners.append(b"")
+        self._given.append(0)
+        return len(self._owners) - 1
+
+    def _vacant(self) -> Optional[int]:
+        for _ in range(self._slots):
+            self._hand = (self._hand + 1) % self._slots
+            if self._open(self._hand) == 0:
+                return self._hand
+        return None

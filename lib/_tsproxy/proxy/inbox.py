@@ -1,0 +1,215 @@
+"""What the acceptor hands to a worker: accepted descriptors and orders, in order, without a lock.
+
+Within one process: a lock-free ring in shared memory, one producer, one consumer. Its wake-up counts the entries that
+were put, and the kernel's own locking of that counter is the memory barrier between writing an entry and reading it:
+the consumer never looks at an entry that it was not told of. Put, then always wake; the reader clears the wake-up,
+and takes as many as it counted, one at a time. Between processes: a socket pair that carries the entry with the
+descriptor itself (SCM_RIGHTS, unix(7)). How many were taken stands in the worker's row of the shared counters, so that a
+replacement goes on there.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import socket
+import struct
+from typing import NamedTuple, Optional, Protocol, Union
+
+from _tsproxy.linux import memory, uapi, wakeup
+from _tsproxy.linux.addresses import PACKED_SIZE
+from _tsproxy.linux.needs import Refused, needing
+from _tsproxy.linux.wakeup import Wakeup
+from _tsproxy.stats.counters import Counter
+
+CAPACITY = 256  # a slot is large, and each that was once in use stays in memory
+_SLOT = 2048  # room for config.MOST_UPSTREAMS addresses
+_MESSAGE = struct.Struct(f"=BiQqHI{PACKED_SIZE}s")
+_RIGHT = struct.Struct("i")  # the one descriptor in a message (SCM_RIGHTS, unix(7))
+_ROOM = socket.CMSG_LEN(_RIGHT.size)
+_FULL = uapi.RETRY | uapi.CAPACITY | {errno.EPIPE, errno.ECONNRESET, errno.ETOOMANYREFS}
+
+ACCEPTED, DRAIN, KILL, DRIFTED, EVIDENCE, PING, OPEN, LEAVE = range(8)
+
+
+class Message(NamedTuple):
+    """An accepted client (its descriptor goes over to the worker) with the upstream addresses to try, or an order."""
+
+    kind: int
+    fd: int = -1
+    connection_id: int = 0
+    accepted_ns: int = 0  # CLOCK_MONOTONIC
+    client: bytes = bytes(PACKED_SIZE)
+    upstreams: bytes = b""  # packed addresses, one after the other, at most config.MOST_UPSTREAMS
+    client_slot: int = 0  # where in the worker's row this client's connections are counted; 0: they are not
+
+    def encode(self) -> bytes:
+        """At most one slot of bytes."""
+        head = (self.kind, self.fd, self.connection_id, self.accepted_ns, len(self.upstreams), self.client_slot, self.client)
+        return _MESSAGE.pack(*head) + self.upstreams
+
+    @classmethod
+    def decode(cls, data: bytes) -> Message:
+        """The entry in a slot."""
+        kind, fd, connection_id, accepted_ns, length, client_slot, client = _MESSAGE.unpack_from(data)
+        upstreams = data[_MESSAGE.size : _MESSAGE.size + length]
+        return cls(kind, fd, connection_id, accepted_ns, client, upstreams, client_slot)
+
+
+class Consumer(Protocol):
+    """The worker's side of either kind."""
+
+    fileno: int  # readable when there is something to take
+
+    def take(self) -> Optional[Message]:
+        """The next entry that was put, None if there is none. It counts as taken."""
+        ...
+
+    @property
+    def has_more(self) -> bool:
+        """Whether there is more to take though the descriptor is not readable any more."""
+        ...
+
+
+class Ring(NamedTuple):
+    """What both sides need to map the ring: plain numbers, so it can be handed to another interpreter."""
+
+    memory: int
+    bell: Wakeup
+
+
+class Channel(NamedTuple):
+    """The worker's end of the socket pair."""
+
+    fd: int
+
+
+def create_ring() -> Ring:
+    """A new, empty ring."""
+    return Ring(memory.create("tsproxy-inbox", CAPACITY * _SLOT), wakeup.create())
+
+
+def consumer(inbox: Union[Ring, Channel], row: memoryview) -> Consumer:
+    """The worker's side; `row` is the worker's own."""
+    return RingConsumer(inbox, row) if isinstance(inbox, Ring) else ChannelConsumer(inbox, row)
+
+
+class _Producer:
+    """How far the other side is. Entries are numbered from 1; `put_last` is the number of the last one."""
+
+    def __init__(self, row: memoryview) -> None:
+        """`row` is that of the worker that takes; it is only read here."""
+        self._row = row
+        self.last_put = 0
+
+    def has_consumed(self, number: int) -> bool:
+        """Whether the worker has taken the entry of that number."""
+        return bool(self._row[Counter.CONSUMED] >= number)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the worker has taken all that was put."""
+        return self.has_consumed(self.last_put)
+
+
+class RingProducer(_Producer):
+    """The acceptor's side of a ring."""
+
+    def __init__(self, ring: Ring, row: memoryview) -> None:
+        """Attach to the ring."""
+        super().__init__(row)
+        self._bell = ring.bell
+        self._map = mmap.mmap(ring.memory, 0)
+
+    def put(self, message: Message) -> bool:
+        """Hand over one entry and wake the worker; False, with nothing done, if the ring is full."""
+        if self.last_put - self._row[Counter.CONSUMED] >= CAPACITY:
+            return False
+        data = message.encode()
+        start = (self.last_put % CAPACITY) * _SLOT
+        self._map[start : start + len(data)] = data
+        self.last_put += 1
+        self._bell.ring()
+        return True
+
+    def redispatch(self) -> None:
+        """The worker is gone: announce to its replacement what it was told of but has not taken."""
+        self._bell.collect()
+        for _ in range(self.last_put - self._row[Counter.CONSUMED]):
+            self._bell.ring()
+
+
+class RingConsumer:
+    """The worker's side of a ring."""
+
+    def __init__(self, ring: Ring, row: memoryview) -> None:
+        self._bell, self._row = ring.bell, row
+        self._map = mmap.mmap(ring.memory, 0)
+        self.fileno = ring.bell.reader
+        self._told = 0  # entries that we know of and have not taken
+
+    @property
+    def has_more(self) -> bool:
+        """See Consumer."""
+        return self._told > 0
+
+    def take(self) -> Optional[Message]:
+        """See Consumer."""
+        self._told = self._told or self._bell.collect()
+        if not self._told:
+            return None
+        self._told -= 1
+        start = (self._row[Counter.CONSUMED] % CAPACITY) * _SLOT
+        message = Message.decode(self._map[start : start + _SLOT])
+        self._row[Counter.CONSUMED] += 1
+        return message
+
+
+class ChannelProducer(_Producer):
+    """The acceptor's side of a socket pair. What was sent and not taken waits in the socket for the next worker, too."""
+
+    def __init__(self, row: memoryview) -> None:
+        """`theirs` is the worker's end: pass it on; keep it open for a replacement."""
+        super().__init__(row)
+        with needing("socketpair(2)", "for a worker's inbox"):
+            self._ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+
+    def put(self, message: Message) -> bool:
+        """Send one entry with its descriptor, which is closed here then; False, with nothing done, if there is no room."""
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _RIGHT.pack(message.fd))] if message.fd >= 0 else []
+        try:
+            self._ours.sendmsg([message.encode()], rights)
+        except OSError as error:
+            if error.errno in _FULL:
+                return False
+            raise Refused("sendmsg(2)", error.errno or 0, "to reach a worker") from None
+        if message.fd >= 0:
+            os.close(message.fd)
+        self.last_put += 1
+        return True
+
+    def redispatch(self) -> None:
+        """Nothing to do: the socket keeps what was not taken."""
+
+
+class ChannelConsumer:
+    """The worker's side of a socket pair. Its end of file means that the acceptor's process is gone: KILL."""
+
+    def __init__(self, channel: Channel, row: memoryview) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=channel.fd)
+        self._socket.setblocking(False)
+        self._row = row
+        self.fileno = channel.fd
+        self.has_more = False
+
+    def take(self) -> Optional[Message]:
+        """See Consumer. An entry whose descriptor the kernel could not give (EMFILE) has -1 for it."""
+        try:
+            data, ancillary, _, _ = self._socket.recvmsg(_SLOT, _ROOM, socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            return None
+        if not data:
+            return Message(KILL)
+        self._row[Counter.CONSUMED] += 1
+        return Message.decode(data)._replace(fd=_RIGHT.unpack(ancillary[0][2])[0] if ancillary else -1)

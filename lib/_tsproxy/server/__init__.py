@@ -1,1 +1,0 @@
-"""The main thread: bind, accept, hand over, resolve, drain. Relays nothing itself."""

@@ -1,0 +1,67 @@
+"""The `metrics` line: the shared counters, named in Envoy's style. Only reads; whoever writes the line keeps the interval."""
+
+from __future__ import annotations
+
+from typing import Dict
+
+from _tsproxy.stats import counters, histogram
+from _tsproxy.stats.counters import Counter, SharedCounters
+
+_PLAIN = {
+    "downstream_cx_total": Counter.ACCEPTED,
+    "downstream_cx_overflow": Counter.OVERFLOW,
+    "downstream_cx_denied": Counter.DENIED,
+    "downstream_client_cx_overflow": Counter.CLIENT_OVERFLOW,
+    # What was acknowledged before what was received: a look in between must not find more of it.
+    "downstream_cx_tx_bytes_total": Counter.ACKNOWLEDGED_DOWNSTREAM,
+    "upstream_cx_tx_bytes_total": Counter.ACKNOWLEDGED_UPSTREAM,
+    "downstream_cx_rx_bytes_total": Counter.RECEIVED_DOWNSTREAM,
+    "upstream_cx_total": Counter.CONNECTS,
+    "upstream_cx_rx_bytes_total": Counter.RECEIVED_UPSTREAM,
+    "upstream_cx_connect_fail": Counter.CONNECT_FAIL,
+    "upstream_cx_connect_timeout": Counter.CONNECT_TIMEOUT,
+    "downstream_cx_timestamps_total": Counter.DOWNSTREAM_TIMESTAMPS,
+    "upstream_cx_timestamps_total": Counter.UPSTREAM_TIMESTAMPS,
+    "upstream_cx_policy_refused_total": Counter.POLICY_REFUSED,
+    "upstream_cx_policy_ended_total": Counter.POLICY_ENDED,
+    "downstream_flow_control_paused_reading_total": Counter.PAUSED_DOWNSTREAM,
+    "upstream_flow_control_paused_reading_total": Counter.PAUSED_UPSTREAM,
+    "cx_reset_by_peer_total": Counter.RESET_BY_PEER,
+    "idle_timeout_total": Counter.IDLE_TIMEOUT,
+    "internal_errors_total": Counter.BUGS,
+    "log_lines_dropped_total": Counter.LINES_DROPPED,
+    "worker_restarts_total": Counter.WORKER_RESTARTS,
+    "downstream_cx_lost_with_worker_total": Counter.LOST_WITH_WORKER,
+}
+
+HISTOGRAMS = {
+    "connect_us": (counters.CONNECT, histogram.LIMITS_US),
+    "relay_us": (counters.RELAY, histogram.LIMITS_US),
+    "loop_lag_us": (counters.LOOP_LAG, histogram.COARSE_US),
+}
+"""Where the counts of each begin in a worker's row, and the limits of its `le` fields."""
+
+
+def totals(shared_counters: SharedCounters) -> Dict[str, int]:
+    """Each counter since the start, and the two gauges derived from pairs of them."""
+    total = shared_counters.total
+    fields = {name: total(counter) for name, counter in _PLAIN.items()}
+    fields["downstream_cx_active"] = active(shared_counters)
+    ended = total(Counter.CONNECTS_ENDED)  # before what has begun, or a gauge could be negative
+    fields["upstream_cx_active"] = total(Counter.CONNECTS) - ended
+    return fields
+
+
+def active(shared_counters: SharedCounters) -> int:
+    """Client connections now."""
+    ended = shared_counters.total(Counter.ENDED)
+    return shared_counters.total(Counter.ACCEPTED) - ended
+
+
+def latencies(shared_counters: SharedCounters) -> Dict[str, object]:
+    """The fields of all histograms."""
+    fields: Dict[str, object] = {}
+    for name, (start, limits_us) in HISTOGRAMS.items():
+        counts = shared_counters.histogram(start)  # before the longest one, which a worker notes first
+        fields.update(histogram.summary(name, counts, shared_counters.longest_ns(start), limits_us))
+    return fields

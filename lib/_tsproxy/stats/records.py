@@ -1,0 +1,230 @@
+"""What a worker tells the reporter, as bytes in a pipe: one frame, one write, never a wait.
+
+A frame is at most PIPE_BUF (4,096) bytes, so that write(2) puts it in whole or not at all (pipe(7)) and several
+workers may share the pipe. A full pipe means: count and drop.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import sys
+import termios
+import time
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+
+from _tsproxy.linux import uapi
+from _tsproxy.linux.addresses import PACKED_SIZE, is_packed, unpack
+from _tsproxy.linux.needs import needing
+from _tsproxy.stats.counters import Counter
+from _tsproxy.stats.endings import WORDS, Ending
+
+_HEAD = struct.Struct("=HB")  # size of the whole frame, kind
+_CONNECTION, _NOTICE = 1, 2
+_BODY = struct.Struct(f"=HQq{PACKED_SIZE}s{PACKED_SIZE}s{PACKED_SIZE}sqqQQQQQbbqqqB B")
+_NOTICE_BODY = struct.Struct("=HqB")
+_MOST = 4096
+_PIPE_BYTES = 1 << 20  # fs.pipe-max-size, what an unprivileged process may ask for
+_PIECE = 1 << 16
+_INT = struct.Struct("i")  # what FIONREAD answers (ioctl_tty(2))
+_NOWHERE = bytes(PACKED_SIZE)
+NOTICE_LEVELS = ("debug", "info", "warning", "error")
+
+Fields = Dict[str, object]
+
+
+class ConnectionRecord(NamedTuple):
+    """One closed connection. Addresses are packed; times in microseconds; None where there was nothing to see."""
+
+    worker: int
+    connection_id: int
+    closed_at_ns: int  # CLOCK_REALTIME
+    client: bytes
+    upstream: Optional[bytes]
+    upstream_local: Optional[bytes]
+    duration_us: int
+    connect_us: Optional[int]
+    rx_bytes: int
+    tx_bytes: int  # acknowledged by the client's kernel
+    upstream_tx_bytes: int  # acknowledged by the upstream one's
+    discarded_bytes: int  # received, not acknowledged by the other side, and given up
+    unacknowledged_bytes: int  # received, not acknowledged by the other side, and left to the kernel to deliver
+    client_timestamps: Optional[bool]
+    upstream_timestamps: Optional[bool]
+    client_syn_tsval: Optional[int]
+    upstream_rtt_us: Optional[int]
+    upstream_retransmits: Optional[int]
+    ending: Ending
+    witness: int
+
+    def fields(self) -> Fields:
+        """The fields of its JSON line, in their order, without the witness's word."""
+        client, words = unpack(self.client), WORDS[self.ending]
+        upstream = unpack(self.upstream) if self.upstream else None
+        local = unpack(self.upstream_local) if self.upstream_local else None
+        return {
+            "connection_id": self.connection_id,
+            "worker": self.worker,
+            "client_address": client.ip,
+            "client_port": client.port,
+            "upstream_address": upstream and upstream.ip,
+            "upstream_port": upstream and upstream.port,
+            "upstream_local_address": local and local.ip,
+            "upstream_local_port": local and local.port,
+            "duration_us": self.duration_us,
+            "connect_us": self.connect_us,
+            "rx_bytes": self.rx_bytes,
+            "tx_bytes": self.tx_bytes,
+            "upstream_tx_bytes": self.upstream_tx_bytes,
+            "discarded_bytes": self.discarded_bytes,
+            "unacknowledged_bytes": self.unacknowledged_bytes,
+            "client_timestamps": self.client_timestamps,
+            "client_syn_tsval": self.client_syn_tsval,
+            "upstream_timestamps": self.upstream_timestamps,
+            "upstream_rtt_us": self.upstream_rtt_us,
+            "upstream_retransmits": self.upstream_retransmits,
+            "reason": words.reason,
+            "termination_state": words.termination_state,
+        }
+
+
+class Notice(NamedTuple):
+    """Something a worker wants said, e.g. a bug's traceback. `event` is error or warning."""
+
+    worker: int
+    at_ns: int
+    level: str
+    message: str
+
+
+Record = Union[ConnectionRecord, Notice]
+_AT = {name: position for position, name in enumerate(ConnectionRecord._fields)}
+_UPSTREAMS = (_AT["upstream"], _AT["upstream_local"])
+_VERDICTS = (_AT["client_timestamps"], _AT["upstream_timestamps"])
+# What may be missing, and the most that it can be: -1 stands for None in a frame.
+_NUMBERS = {
+    **dict.fromkeys(_VERDICTS, 1),
+    _AT["connect_us"]: 2**63 - 1,
+    **{_AT[name]: 2**32 - 1 for name in ("client_syn_tsval", "upstream_rtt_us", "upstream_retransmits")},
+}
+
+
+def _without_none(record: ConnectionRecord) -> List[Any]:
+    values: List[Any] = list(record)
+    for position in _UPSTREAMS:
+        values[position] = values[position] or _NOWHERE
+    for position in _NUMBERS:
+        if values[position] is None:
+            values[position] = -1
+    return values
+
+
+def encode(record: Record) -> bytes:
+    """The frame of one record."""
+    if isinstance(record, ConnectionRecord):
+        body, kind = _BODY.pack(*_without_none(record)), _CONNECTION
+    else:
+        text = record.message.encode("utf-8", "backslashreplace")[: _MOST - _HEAD.size - _NOTICE_BODY.size]
+        body = _NOTICE_BODY.pack(record.worker, record.at_ns, NOTICE_LEVELS.index(record.level)) + text
+        kind = _NOTICE
+    return _HEAD.pack(_HEAD.size + len(body), kind) + body
+
+
+def decode(data: bytes) -> Tuple[List[Record], bytes]:
+    """The whole records in `data`, and the bytes of the last, cut one.
+
+    A frame that no worker can have meant is a Notice that says so; behind one of no possible size, all is lost.
+    """
+    found: List[Record] = []
+    start = 0
+    while len(data) - start >= _HEAD.size:
+        size, kind = _HEAD.unpack_from(data, start)
+        if not _HEAD.size <= size <= _MOST:
+            return [*found, _unreadable(kind, data[start + _HEAD.size :])], b""
+        if len(data) - start < size:
+            break
+        found.append(_decode_one(kind, data[start + _HEAD.size : start + size]))
+        start += size
+    return found, data[start:]
+
+
+def _decode_one(kind: int, body: bytes) -> Record:
+    try:
+        return _notice(body) if kind == _NOTICE else _connection(kind, body)
+    except (IndexError, ValueError, struct.error):
+        return _unreadable(kind, body)
+
+
+def _unreadable(kind: int, body: bytes) -> Notice:
+    worker = int.from_bytes(body[:2], sys.byteorder)  # first in either body
+    return Notice(worker, time.time_ns(), "error", f"a record can't be read: kind {kind}, {len(body)} bytes: {body[:64].hex()}")
+
+
+def _notice(body: bytes) -> Notice:
+    worker, at_ns, level = _NOTICE_BODY.unpack_from(body)
+    if at_ns < 0:
+        raise ValueError
+    return Notice(worker, at_ns, NOTICE_LEVELS[level], body[_NOTICE_BODY.size :].decode("utf-8", "replace"))
+
+
+def _connection(kind: int, body: bytes) -> ConnectionRecord:
+    """The record in a frame. ValueError for what no worker can have meant: the memory of one that went wrong is anything."""
+    values = list(_BODY.unpack(body))
+    for position in _UPSTREAMS:
+        values[position] = None if values[position] == _NOWHERE else values[position]
+    addresses = [values[position] for position in (_AT["client"], *_UPSTREAMS) if values[position] is not None]
+    if kind != _CONNECTION or not all(map(is_packed, addresses)):
+        raise ValueError
+    if values[_AT["closed_at_ns"]] < 0 or values[_AT["duration_us"]] < 0:
+        raise ValueError
+    for position, most in _NUMBERS.items():
+        if values[position] == -1:
+            values[position] = None
+        elif not 0 <= values[position] <= most:
+            raise ValueError
+        elif position in _VERDICTS:
+            values[position] = bool(values[position])
+    values[_AT["ending"]] = Ending(values[_AT["ending"]])
+    return ConnectionRecord(*values)
+
+
+class RecordPipe(NamedTuple):
+    """The pipe's two ends, both non-blocking. Plain numbers, so the writer can be handed to another interpreter."""
+
+    reader: int
+    writer: int
+
+    @classmethod
+    def create(cls) -> RecordPipe:
+        """A pipe as large as the host gives."""
+        with needing("pipe2(2)", "for what workers report"):
+            pipe = cls(*os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC))
+        try:
+            fcntl.fcntl(pipe.writer, uapi.F_SETPIPE_SZ, _PIPE_BYTES)
+        except OSError:
+            pass  # fs.pipe-user-pages-soft is used up: the default size drops earlier, and the drops are counted
+        return pipe
+
+    def read(self) -> Iterator[bytes]:
+        """What is there now, in pieces. What comes meanwhile is for the next time: busy writers must not keep the reader."""
+        left = _INT.unpack(fcntl.ioctl(self.reader, termios.FIONREAD, bytes(_INT.size)))[0]
+        while left:
+            data = os.read(self.reader, min(left, _PIECE))
+            left -= len(data)
+            yield data
+
+
+class RecordWriter:
+    """A worker's end of the pipe: puts a record in, or counts it as dropped in the worker's own row."""
+
+    def __init__(self, fd: int, row: memoryview) -> None:
+        self._fd = fd
+        self._row = row
+
+    def put(self, record: Record) -> None:
+        """Write one record. A full pipe, or one that nobody reads, costs a line and nothing else."""
+        try:
+            os.write(self._fd, encode(record))
+        except (BlockingIOError, BrokenPipeError):
+            self._row[Counter.LINES_DROPPED] += 1

@@ -1,0 +1,128 @@
+"""The listeners: those that were handed over, or one of our own; that they are no way back to ourselves; who can reach them.
+
+Knows addresses, inherited descriptors and the options that bound clients. Knows nothing of accepting.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import socket
+from typing import Dict, Iterator, List, Mapping, Optional, Sequence
+
+from _tsproxy.cli import exits
+from _tsproxy.cli.config import Config
+from _tsproxy.cli.exits import Exit
+from _tsproxy.linux import reuseport, sockets, systemd
+from _tsproxy.linux.addresses import Address, from_sockaddr
+from _tsproxy.supervisor.worker_args import tuning_of
+
+_BACKLOG = 4096  # the kernel takes the smaller of this and net.core.somaxconn
+_SANDBOX = " (does a sandbox refuse socket(2), setsockopt(2), bind(2) or listen(2)? SECURITY.md lists the system calls)"
+_HINTS = {
+    errno.EADDRINUSE: " (ss -ltnp shows by whom; --reuse-port shares a port)",
+    errno.EACCES: " (ports below 1024 need root; --user drops it after binding)",
+    errno.EADDRNOTAVAIL: " (--bind takes an address of this host)",
+    errno.EPERM: _SANDBOX,
+    errno.ENOSYS: _SANDBOX,
+}
+_ANY: Dict[int, str] = {socket.AF_INET: "0.0.0.0", socket.AF_INET6: "::"}
+_LOOPBACK: Dict[int, str] = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
+
+
+def listeners(
+    config: Config, upstreams: Sequence[Address], sources: Sequence[Address], environment: Mapping[str, str]
+) -> List[socket.socket]:
+    """The listeners that were handed over, or one of our own, each keeping its clients' SYNs. Exit 2 or 69 if there is none."""
+    found = _inherited(config, upstreams, sources, environment) or [_own(config, upstreams, sources)]
+    for listener in found:
+        sockets.save_syns(listener)
+    return found
+
+
+def family_of(ip: str) -> int:
+    """The address family of a bare address."""
+    return socket.AF_INET6 if ":" in ip else socket.AF_INET
+
+
+def is_local(address: Address) -> bool:
+    """Whether it is an address of this network namespace: one that can be bound to."""
+    try:
+        with socket.socket(address.family, socket.SOCK_STREAM) as probe:
+            probe.bind(address._replace(port=0).sockaddr)
+    except OSError:  # the family may not be there at all
+        return False
+    return True
+
+
+def unbounded(config: Config, found: Sequence[socket.socket]) -> Optional[str]:
+    """What to warn of: a listener that other hosts can reach, where nothing keeps one client from taking all there is."""
+    if config.max_connections_per_client or config.idle_timeout_s or config.allow:
+        return None
+    addresses = [from_sockaddr(listener.family, listener.getsockname()) for listener in found]
+    reachable = [str(address) for address in addresses if not ipaddress.ip_address(address.ip).is_loopback]
+    if not reachable:
+        return None
+    return (
+        f"one client of {', '.join(reachable)} can hold all {config.max_connections} connections for ever: "
+        "missing --max-connections-per-client, --idle-timeout or --allow"
+    )
+
+
+def _inherited(
+    config: Config, upstreams: Sequence[Address], sources: Sequence[Address], environment: Mapping[str, str]
+) -> List[socket.socket]:
+    try:
+        found = [systemd.take(handed) for handed in systemd.inherited(environment, os.getpid())]
+    except systemd.BadHandover as problem:
+        raise Exit(exits.USAGE, str(problem)) from None
+    ours = (*config.listen_options, *(["--reuse-port"] if config.reuse_port else []))
+    if found and ours:
+        raise Exit(exits.USAGE, f"{ours[0]}: given with LISTEN_FDS; allowed: only without inherited listeners")
+    for listener in found:
+        if sockets.shares_our_namespace(listener):
+            address = from_sockaddr(listener.family, listener.getsockname())
+            _refuse_loop(address, sockets.takes_ipv4(listener), upstreams, sources)
+        sockets.forget_options(listener)
+        tuning_of(config).apply(listener)
+    return found
+
+
+def _own(config: Config, upstreams: Sequence[Address], sources: Sequence[Address]) -> socket.socket:
+    address = Address(family_of(config.bind), config.bind, config.port)
+    _refuse_loop(address, True, upstreams, sources)
+    try:
+        listener = sockets.listener(address, _BACKLOG, tuning_of(config), config.reuse_port)
+    except OSError as error:
+        hint = _HINTS.get(error.errno or 0, "")
+        raise Exit(exits.CANNOT_BIND, f"can't listen on {address}: {error.strerror}{hint}") from None
+    if config.reuse_port:
+        reuseport.attach(listener)
+    return listener
+
+
+def _refuse_loop(listening: Address, takes_ipv4: bool, upstreams: Sequence[Address], sources: Sequence[Address]) -> None:
+    """A proxy that is its own target would connect to itself until it has no room left."""
+    for upstream in upstreams:
+        if upstream.port == listening.port and any(_takes(listening, takes_ipv4, end) for end in _ends(upstream, sources)):
+            raise Exit(exits.USAGE, f"--target: given {str(upstream)!r}; allowed: any address but tsproxy's own")
+
+
+def _ends(upstream: Address, sources: Sequence[Address]) -> Iterator[Address]:
+    """Where connect(2) leads. 0.0.0.0 and :: are this host: its loopback address or, in IPv4, the source that is bound.
+
+    (tcp_v6_connect() and ip_route_output_key_hash_rcu() in net/.)
+    """
+    if upstream.ip != _ANY[upstream.family]:
+        yield upstream
+        return
+    yield upstream._replace(ip=_LOOPBACK[upstream.family])
+    yield from (source for source in sources if source.family == upstream.family)
+
+
+def _takes(listening: Address, takes_ipv4: bool, end: Address) -> bool:
+    """Whether who connects to `end` comes to the listener, the ports being the same."""
+    if listening.ip == _ANY[listening.family]:
+        return (end.family == listening.family or (takes_ipv4 and end.family == socket.AF_INET)) and is_local(end)
+    return listening.ip == end.ip and (listening.scope == end.scope or not (listening.scope and end.scope))

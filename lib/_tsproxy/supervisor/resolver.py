@@ -1,0 +1,179 @@
+"""Targets into addresses, off the loops: at the start, again when connecting fails, and every half minute.
+
+Knows names and getaddrinfo(3). A name that can't be resolved any more keeps its last good answer, and that is said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import select
+import signal
+import socket
+import threading
+import time
+from typing import Callable, Dict, List, Sequence, Tuple
+
+from _tsproxy.cli.config import MOST_UPSTREAMS, Target
+from _tsproxy.linux import children, namespaces, needs
+from _tsproxy.linux.addresses import Address, from_sockaddr, pack
+from _tsproxy.supervisor.signals import Signals
+
+_INTERVAL_S = 30.0
+_LOOK_S = 1.0
+Log = Callable[[str, str, str], None]  # event, level, message
+
+
+class Resolver:
+    """The upstream addresses to try, in order. `packed` is replaced as a whole, so any thread may read it at any time."""
+
+    def __init__(self, targets: Sequence[Target], families: Sequence[int] = ()) -> None:
+        """`families` limits the answers to address families that can be used (those of --source); empty is all."""
+        self._targets = targets
+        self._families = frozenset(families)
+        self._answers: Dict[Target, List[Address]] = {}
+        self._failures: Dict[Target, str] = {}
+        self.addresses: List[Address] = []
+        self.packed = b""
+        self.left_out = 0  # addresses of the targets that are beyond what can be tried
+
+    def resolve(self) -> None:
+        """Ask for all targets now; blocks as long as the resolver does."""
+        for target in self._targets:
+            try:
+                answer = self._usable(_lookup(target))
+            except (OSError, UnicodeError) as error:
+                self._failures[target] = getattr(error, "strerror", None) or str(error)
+            else:
+                self._answers[target] = answer
+                self._failures.pop(target, None)
+        self._publish()
+
+    def resolve_unless(self, signals: Signals) -> bool:
+        """resolve(), unless a signal asks for the end first: then False, at once.
+
+        No signal ends getaddrinfo(3) early, and it may take a minute. So it runs in a child process: a thread would have
+        to be gone before root is dropped and workers are forked. The child is gone when this returns, and should this
+        process be killed, it ends with it: standard output and inherited listeners are open in it, too.
+        """
+        if not self._may_change:
+            self.resolve()
+            return True
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        with open(reader, "rb") as answer:
+            try:
+                pid = children.fork_deaf()
+                if pid == 0:
+                    self._be_the_child(writer)
+            except OSError:  # a limit on tasks, or a sandbox: then a signal waits for the answer
+                self.resolve()
+                return True
+            finally:
+                os.close(writer)
+            comes = _comes_before_the_end(reader, signals)
+            said = answer.read() if comes else b""
+        with contextlib.suppress(OSError):  # a sandbox refuses kill(2) or wait4(2): then it ends, or is reaped, later
+            if not comes:
+                os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        if said:
+            self._answers, self._failures = pickle.loads(said)  # noqa: S301 -- from our own child, by a pipe
+            self._publish()
+        else:
+            self._failures = dict.fromkeys(self._targets, "the process that looks names up ended without an answer")
+        return comes
+
+    def _be_the_child(self, writer: int) -> None:
+        """Never returns."""
+        try:
+            with contextlib.suppress(OSError):
+                namespaces.die_with_parent(signal.SIGKILL)
+            self.resolve()
+            with open(writer, "wb") as pipe:
+                pickle.dump((self._answers, self._failures), pipe)
+        finally:
+            os._exit(0)
+
+    @property
+    def _may_change(self) -> bool:
+        """Whether an answer can become another: that of a name, and the number of an interface that is made again."""
+        return any(target.scope or not target.is_literal for target in self._targets)
+
+    def _usable(self, found: List[Address]) -> List[Address]:
+        usable = [address for address in found if not self._families or address.family in self._families]
+        if not usable:
+            raise OSError(0, "no address of a family that --source can reach")
+        return usable
+
+    def _publish(self) -> None:
+        found = [list(dict.fromkeys(self._answers.get(target, ()))) for target in self._targets]
+        distinct = len({address for answer in found for address in answer})
+        kept = _distinct(found)
+        while len(kept) > MOST_UPSTREAMS:
+            max(found, key=len).pop()  # of the longest answer: no target pushes another one out
+            kept = _distinct(found)
+        self.addresses, self.left_out = kept, distinct - len(kept)
+        self.packed = b"".join(pack(address.family, address.sockaddr) for address in self.addresses)
+
+    @property
+    def excess(self) -> str:
+        """What is left out, for people; empty if nothing is."""
+        tried = f"the targets have {self.left_out + len(self.addresses)} addresses, and {MOST_UPSTREAMS} can be tried"
+        return f"{tried}: {self.left_out} are left out, the last ones of the longest answers" if self.left_out else ""
+
+    @property
+    def failures(self) -> List[Tuple[Target, str]]:
+        """Each target whose last look-up failed, with the reason."""
+        return list(self._failures.items())
+
+    def follow(self, connect_failures: Callable[[], int], log: Log) -> None:
+        """Keep the answers fresh from now on, in a thread of its own; nothing to do if all are addresses without a zone."""
+        if self._may_change:
+            thread = threading.Thread(target=self._follow, args=(connect_failures, log), name="resolver", daemon=True)
+            needs.start_thread(thread, "to resolve the targets again")
+
+    def _follow(self, connect_failures: Callable[[], int], log: Log) -> None:
+        seen, due = connect_failures(), time.monotonic() + _INTERVAL_S
+        while True:
+            time.sleep(_LOOK_S)
+            failed = connect_failures()
+            if failed != seen or time.monotonic() >= due:
+                seen, due = failed, time.monotonic() + _INTERVAL_S
+                self._refresh(log)
+
+    def _refresh(self, log: Log) -> None:
+        """Ask again, and say what is different."""
+        before, failures, excess = self.addresses, dict(self._failures), self.excess
+        self.resolve()
+        for target, reason in self.failures:
+            if failures.get(target) != reason:
+                log("warning", "warning", f"can't resolve {target}: {reason}; the last answer stays in use")
+        for target in failures.keys() - self._failures.keys():
+            log("resolve", "info", f"{target} can be resolved again")
+        if self.addresses != before:
+            log("resolve", "info", f"upstream addresses are now {', '.join(map(str, self.addresses))}")
+        if self.excess and self.excess != excess:
+            log("warning", "warning", self.excess)
+
+
+def _distinct(answers: List[List[Address]]) -> List[Address]:
+    return list(dict.fromkeys(address for answer in answers for address in answer))
+
+
+def _comes_before_the_end(fd: int, signals: Signals) -> bool:
+    """Wait until `fd` is readable: True; or until a signal asks for the end: False. poll(2) takes any descriptor."""
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    poller.register(signals.fd, select.POLLIN)
+    while not signals.ask_for_the_end:
+        if fd in dict(poller.poll()):
+            return True
+    return False
+
+
+def _lookup(target: Target) -> List[Address]:
+    host = f"{target.host}%{target.scope}" if target.scope else target.host
+    flags = socket.AI_NUMERICHOST if target.is_literal else 0
+    answers = socket.getaddrinfo(host, target.port, type=socket.SOCK_STREAM, flags=flags)
+    return [from_sockaddr(family, sockaddr) for family, _, _, _, sockaddr in answers]  # type: ignore[arg-type, unused-ignore]

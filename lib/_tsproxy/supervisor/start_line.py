@@ -1,0 +1,71 @@
+"""The fields of the `start` line: what this process is, what it proved, and which knobs took effect."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any, Dict, List, Tuple
+
+import _tsproxy
+from _tsproxy.cli.config import Config, compact
+from _tsproxy.linux.addresses import from_sockaddr
+from _tsproxy.proxy import pipes
+from _tsproxy.stats import encoder
+from _tsproxy.supervisor.startup import Prepared
+
+
+def fields(prepared: Prepared, wakeup: str) -> Dict[str, Any]:
+    """Flat, but for lists of short texts. `wakeup` is the kind that is in use."""
+    config = prepared.shared.config
+    addresses = [from_sockaddr(listener.family, listener.getsockname()) for listener in prepared.listeners]
+    return {
+        "version": _tsproxy.__version__,
+        "listen_address": addresses[0].ip,
+        "listen_port": addresses[0].port,
+        "listeners": [str(address) for address in addresses],
+        "targets": [str(target) for target in config.targets],
+        "upstream_addresses": [str(upstream) for upstream in prepared.resolver.addresses],
+        "timestamps": config.timestamps,
+        "static_timestamp": config.static_timestamp,
+        "witness": prepared.shared.lever.word,
+        "workers": config.workers,
+        "runtime": config.runtime,
+        "python": platform.python_version(),
+        "json_encoder": encoder.ENCODER,
+        "knobs": _knobs(config, wakeup),
+        "limits": _limits(config, prepared.nofile),
+    }
+
+
+def _knobs(config: Config, wakeup: str) -> List[str]:
+    """What took effect, as name=value."""
+    values: Dict[str, object] = {
+        "wakeup": wakeup,
+        "tcp_nodelay": 1,
+        "tcp_quickack": 1,
+        "tcp_save_syn": 1,
+        "keepalive_s": config.keepalive_s,
+        "user_timeout_ms": config.user_timeout_ms,
+        "buffer_size": config.buffer_size,
+        "zero_copy": "splice" if config.zero_copy == "auto" and pipes.HAS_SPLICE else "",
+        "busy_poll_us": config.busy_poll_us,
+        "cpus": compact(config.cpus),
+        "sources": ",".join(config.sources),
+        "allow": ",".join(map(str, config.allow)),
+        "reuse_port": int(config.reuse_port),
+        "user": config.user,
+    }
+    return [f"{name}={value}" for name, value in values.items() if value]
+
+
+def _limits(config: Config, nofile: int) -> List[str]:
+    values: Tuple[Tuple[str, object], ...] = (
+        ("max_connections", config.max_connections),
+        ("max_connections_per_client", config.max_connections_per_client),
+        ("on_full", config.on_full),
+        ("nofile", nofile),
+        ("connect_timeout_s", config.connect_timeout_s),
+        ("idle_timeout_s", config.idle_timeout_s),
+        ("half_close_timeout_s", config.half_close_timeout_s),
+        ("drain_timeout_s", config.drain_timeout_s),
+    )
+    return [f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in values]

@@ -1,0 +1,72 @@
+"""The fork server's messages: whatever a worker dies of has a name, and an order of any length arrives."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from typing import Any
+
+import pytest
+from _tsproxy.supervisor import fork_server
+from harness import Exchange, children, receive_exactly, wait_until
+from hypothesis import given
+from hypothesis import strategies as st
+from test_systemd import hand_over, listeners
+
+
+@given(st.integers(1, 64), st.booleans())
+def test_each_signal_that_ends_a_worker_has_a_word(number: int, dumped: bool) -> None:
+    exit_status = fork_server._exit_status(number | (0x80 if dumped else 0))  # wait(2): the signal, and whether there is a core
+    named = {known.value: known.name for known in signal.Signals}
+    assert exit_status == f"killed by {named.get(number, f'signal {number}')}"
+
+
+@given(st.integers(0, 255))
+def test_each_exit_code_of_a_worker_is_told(code: int) -> None:
+    assert fork_server._exit_status(code << 8) == f"exit code {code}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGRTMIN + 6], ids=["KILL", "real-time"])
+def test_a_worker_that_any_signal_kills_is_named_and_replaced(start: Any, echoing: Exchange, number: int) -> None:
+    proxy = start(echoing, "--runtime=processes", "--workers=1")
+    with proxy.connect() as client:
+        client.sendall(b"x")
+        assert receive_exactly(client, 1) == b"x"
+        (fork_server_pid,) = children(proxy.process.pid)
+        (worker,) = children(fork_server_pid)
+        os.kill(worker, number)
+        line = proxy.line("error")
+    named = {known.value: known.name for known in signal.Signals}
+    assert f"killed by {named.get(int(number), f'signal {int(number)}')}" in line["message"]
+    wait_until(lambda: children(fork_server_pid) not in ([], [worker]))
+    with proxy.connect() as client:
+        client.sendall(b"again")
+        assert receive_exactly(client, 5) == b"again"
+    assert proxy.stop() == 0
+
+
+def test_ten_thousand_networks_may_be_allowed(start: Any, echoing: Exchange) -> None:
+    blocks = [f"--allow=10.{number >> 8}.{number & 255}.0/24" for number in range(10_000)]
+    proxy = start(echoing, "--runtime=processes", "--workers=1", "--allow=127.0.0.1", *blocks)
+    with proxy.connect() as client:
+        client.sendall(b"x")
+        assert receive_exactly(client, 1) == b"x"
+    assert proxy.stop() == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_fork_server_works_behind_a_thousand_handed_over_listeners(echoing: Exchange, workers: int) -> None:
+    """Its descriptors have numbers then that select(2) can't take (FD_SETSIZE is 1,024)."""
+    with listeners(1) as (listener,):
+        words = ["-t", echoing.target, "--timestamps=preserve", "--runtime=processes", f"--workers={workers}"]
+        proxy = hand_over([listener] * 1024, *words)
+    with contextlib.closing(proxy):
+        for _ in range(2):
+            with proxy.connect() as client:
+                client.sendall(b"x")
+                assert receive_exactly(client, 1) == b"x"
+            (fork_server_pid,) = children(proxy.process.pid)
+            os.kill(children(fork_server_pid)[0], signal.SIGKILL)
+            assert "a successor took its place" in proxy.line("error", after=len(proxy.lines))["message"]
+        assert proxy.stop() == 0
