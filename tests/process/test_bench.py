@@ -226,7 +226,7 @@ def test_a_far_end_that_wakes_for_whole_messages_answers_them_in_one_piece() -> 
         assert len(client.recv(4096)) == 1000
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [*SMALL, "audit"])
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_argument_costs_one_line_and_exit_2(name: str, wrong: str) -> None:
     done = bench(name, wrong)
@@ -235,7 +235,7 @@ def test_a_wrong_argument_costs_one_line_and_exit_2(name: str, wrong: str) -> No
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [*SMALL, "audit"])
 def test_help_tells_how_to_read_the_result(name: str) -> None:
     done = bench(name, "--help")
     assert done.returncode == 0
@@ -305,6 +305,32 @@ def test_a_tsproxy_that_does_not_start_is_told_once_and_ends_with_1() -> None:
     assert done.returncode == 1
     assert done.stderr.count("--no-such-option") == 1
     assert "direct" in done.stdout
+
+
+def test_audit_is_measured_beside_tshark_where_there_is_one(tmp_path: Path) -> None:
+    words = ["--rounds=2", "--segments=200"]
+    setup, *figures = json_of(bench("audit", *words, "--only=vxlan", "--json"))
+    assert (setup["benchmark"], setup["event"], setup["segments"]) == ("audit", "setup", 200)
+    tools = ["audit", "tshark"] if shutil.which("tshark") else ["audit"]
+    wanted = {(tool, figure) for tool in tools for figure in ("seconds", "us_per_segment", "peak_mib")}
+    assert {(line["tool"], line["figure"]) for line in figures} == wanted
+    assert all(line.keys() >= FIGURE and line["value"] > 0 and len(line["rounds"]) == 2 for line in figures)
+    ratios = {line["ratio_to_tshark"] is not None for line in figures if (line["tool"], line["figure"]) == ("audit", "seconds")}
+    assert ratios == {len(tools) == 2}
+    table = bench("audit", *words)
+    assert table.returncode == 0, table.stderr
+    assert all(f"{case}: audit" in table.stdout for case in ("stamped", "clean", "vxlan"))
+
+
+@pytest.mark.parametrize("case", ["stamped", "clean", "vxlan"])
+def test_the_captures_that_audit_is_measured_with_are_read_whole(case: str, tmp_path: Path) -> None:
+    import audit
+
+    audit.write(tmp_path / "x", case, 1000)
+    command = [sys.executable, str(ROOT / "tsproxy.py"), "audit", str(tmp_path / "x"), "--json"]
+    end = json.loads(subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()[-1])
+    assert (end["segments"], end["flows"], end["segments_with_timestamps"]) == (1000, 40, 0 if case == "clean" else 1000)
+    assert (end["verdict"], end["unparsed"]) == ("CLEAN" if case == "clean" else "LEAK", 0)
 
 
 def test_hotpath_without_the_checkout_says_so_in_one_line(tmp_path: Path) -> None:

@@ -404,7 +404,11 @@ def test_a_file_that_this_user_may_not_read_ends_with_2(bundle: Path) -> None:
     assert "it can't be read" in done.stderr
 
 
-@pytest.mark.parametrize("data", [b"", b"no capture", gzip.compress(b"no capture", mtime=0), captures.pcap([])[:10]])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"no capture", gzip.compress(b"no capture", mtime=0), captures.pcap([])[:10]],
+    ids=["empty", "text", "gzip of text", "cut in its header"],
+)
 def test_what_is_no_capture_ends_with_65_and_one_line(data: bytes, tmp_path: Path) -> None:
     path = captures.write(tmp_path / "x", data)
     with pytest.raises(Exit) as caught:
