@@ -55,7 +55,7 @@ def make(out: Any, **how: Any) -> Ended[str]:
 def refused(ended: Ended[str], code: int, *words: str) -> None:
     """It ended with that code and one line on standard error that has these words."""
     assert (ended.returncode, ended.stdout) == (code, ""), ended.stderr
-    assert ended.stderr.startswith("tsproxy.py: ") and ended.stderr.count("\n") == 1, ended.stderr
+    assert re.match(r"tsproxy(\.py)?: ", ended.stderr) and ended.stderr.count("\n") == 1, ended.stderr
     for word in words:
         assert word in ended.stderr
 
@@ -264,7 +264,7 @@ def test_version_and_manual_come_from_an_empty_directory(python: str, bundle: Pa
     version = re.search(r'__version__ = "(.*)"', (LIB / "_tsproxy/__init__.py").read_text())
     assert version and answer("--version") == f"tsproxy {version[1]}\n"
     manual = ast.get_docstring(ast.parse((ROOT / "tsproxy.py").read_text()), clean=False) or ""
-    assert answer("--help") == f"{manual.strip()}\n"
+    assert answer("--help") == f"{manual.strip()}\n".replace("tsproxy.py", "tsproxy"), "the name it was started by"
     assert list(empty.iterdir()) == []
 
 

@@ -212,4 +212,4 @@ def test_an_interface_that_is_not_there_is_refused_with_those_that_are(name: str
         command = [*namespace.enter, *CHECKOUT, "audit", f"--interface={name}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"tsproxy: --interface: given {name!r}; allowed: an interface of this host: lo\n"
+    assert done.stderr == f"tsproxy.py: --interface: given {name!r}; allowed: an interface of this host: lo\n"

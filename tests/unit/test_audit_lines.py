@@ -242,7 +242,7 @@ def test_a_file_of_lines_that_can_not_be_read_is_one_line_and_exit_2(case: str, 
     assert done.returncode == 2
     assert done.stdout == b""
     line = done.stderr.decode()
-    assert line.startswith(f"tsproxy: --lines: given {path!r}")
+    assert line.startswith(f"tsproxy.py: --lines: given {path!r}")
     assert "allowed: " in line
     assert line.count("\n") == 1
 

@@ -253,7 +253,7 @@ def test_a_place_where_no_picture_can_be_is_one_line_and_exit_2_before_anything_
     place = {"directory": str(tmp_path), "no such directory": str(tmp_path / "none" / "svg")}.get(case, "-")
     done = run(str(write(tmp_path / "pcap", HOSTS)), f"--svg={place}")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"tsproxy: --svg: given {place!r}: ")
+    assert done.stderr.startswith(f"tsproxy.py: --svg: given {place!r}: ")
     assert done.stderr.count("\n") == 1
 
 
