@@ -70,7 +70,6 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> List[Tuple[int, bytes, 
     return [(code, *((place / f"{at}.{name}").read_bytes() for name in ("out", "err"))) for at, code in enumerate(codes)]
 
 
-@pytest.mark.xdist_group("a hundred")
 @pytest.mark.parametrize("number", range(len(HUNDRED)), ids=lambda number: ascii(b" ".join(HUNDRED[number]))[2:-1][:50])
 def test_each_of_a_hundred_bad_lines_ends_with_2_and_one_line(answers: List[Tuple[int, bytes, bytes]], number: int) -> None:
     code, out, err = answers[number]
