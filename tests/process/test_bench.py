@@ -20,6 +20,7 @@ from xml.etree import ElementTree
 
 import pytest
 from harness import ROOT, Exchange, echo, wait_until
+from program import slow_but
 
 BENCH = ROOT / "bench"
 SMALL = {
@@ -44,6 +45,7 @@ OTHERS = ("flood_per_s", "bulk_gbit_per_s")  # what those beside the orders got:
 WRONG = ["--rounds=0", "--seconds=soon", "--only=nothing", "--svg=/nonexistent/x.svg", "--fast", "more"]
 PEERS = ("haproxy", "nginx", "socat")
 COMPARED = [name for name in SMALL if name != "hotpath"]
+EACH = slow_but(["hotpath", "connections"], SMALL)
 QUICK = ["--rounds=1", "--seconds=0.1", "--only=direct,tsproxy,closed"]
 FIGURE = {"benchmark", "event", "case", "figure", "value", "rounds", "statistic"}
 
@@ -80,7 +82,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Both]:
 Runs = Callable[[str], Both]
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", EACH)
 def test_json_lines_tell_the_setup_first_and_then_figures_above_zero(name: str, runs: Runs) -> None:
     ran = runs(name)
     assert ran.setup["event"] == "setup"
@@ -103,7 +105,7 @@ def test_hotpath_figures_stand_beside_the_naked_system_calls(runs: Runs) -> None
         assert line["ratio_to_baseline"] == 1 or line["figure"] != line["baseline"]
 
 
-@pytest.mark.parametrize("name", COMPARED)
+@pytest.mark.parametrize("name", EACH[1:])
 def test_every_compared_figure_stands_beside_direct_and_the_best_peer(name: str, runs: Runs) -> None:
     figures = runs(name).figures
     by_key = {(line["case"], line["figure"], line["relay"]): line for line in figures}
@@ -150,7 +152,7 @@ def test_the_relay_has_a_cpu_for_each_worker_and_the_loads_only_if_there_are_too
     assert layout.beside(frozenset([0]), [0, 1], 2) == {0, 1}
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", EACH)
 def test_a_table_has_a_line_for_each_relay(name: str, runs: Runs) -> None:
     ran = runs(name)
     names = {line["relay"] if "relay" in line else line["figure"] for line in ran.figures}
@@ -161,7 +163,7 @@ def test_a_table_has_a_line_for_each_relay(name: str, runs: Runs) -> None:
     assert "x" in ran.table.split("\n\n", 1)[1], "ratios"
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", EACH)
 def test_the_picture_is_well_formed_and_names_every_relay(name: str, runs: Runs) -> None:
     ran = runs(name)
     tree = ElementTree.parse(ran.svg).getroot()

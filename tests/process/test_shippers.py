@@ -340,6 +340,7 @@ def round_trips(client: socket.socket, count: int) -> List[float]:
     return took
 
 
+@pytest.mark.slow
 def test_a_shipper_that_stands_still_costs_lines_that_are_counted_and_no_time(
     shipper: Shipper, ship: Callable[..., Shipped], echoing: Exchange
 ) -> None:

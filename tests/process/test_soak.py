@@ -13,7 +13,7 @@ from typing import Any, Dict, List, Tuple
 
 import pytest
 from harness import ROOT, children, wait_until
-from program import EACH_RUNTIME, python_for
+from program import RUNTIMES, python_for, slow_but
 
 SOAK = ROOT / "bench/soak.py"
 SHORT = ["--seconds=1", "--clients=8", "--seed=1"]
@@ -28,6 +28,7 @@ def soak(*options: str, seconds: float = 100) -> Tuple[int, Dict[str, Any], str]
     return done.returncode, lines[-1] if lines else {}, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_minute_of_everything_leaves_nothing_behind() -> None:
     code, result, said = soak("--seconds=60", seconds=190)
@@ -41,7 +42,8 @@ def test_a_minute_of_everything_leaves_nothing_behind() -> None:
     assert result["verified_bytes"] > 100_000_000
 
 
-@pytest.mark.parametrize("kind", EACH_RUNTIME)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", RUNTIMES)
 def test_each_runtime_gets_through_a_moment_of_it(kind: str, bundle: Path) -> None:
     python = python_for(kind)
     code, result, said = soak("--seconds=5", f"--runtime={kind}", f"--python={python}", f"--tsproxy={bundle}")
@@ -151,7 +153,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", slow_but(["a byte is changed"], FAULTS))
 def test_a_fault_of_the_proxy_is_noticed_and_named(fault: str, tmp_path: Path) -> None:
     patch, word = FAULTS[fault]
     code, result, said = soak(*SHORT, "--runtime=threads", "--options=--zero-copy=never", faulty(tmp_path, patch))

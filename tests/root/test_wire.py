@@ -174,6 +174,7 @@ def test_rewrite_gives_each_packet_the_constant_and_nothing_else(
     assert all(f"TS val {TSVAL} " in line for line in outgoing)
 
 
+@pytest.mark.slow
 def test_rewrite_moves_a_gibibyte_each_way_intact_and_no_paws_is_counted(make_wire: Callable[..., Wire]) -> None:
     wire = make_wire(split=False)
     wire.rules(generated(*REWRITE))

@@ -86,14 +86,14 @@ def test_histograms_are_those_of_the_workers_and_apart_from_each_other(shared_co
     assert shared_counters.histogram(counters.CONNECT) == [(0, 4)]
 
 
-@pytest.mark.parametrize("start", [counters.RELAY, counters.CONNECT, counters.LOOP_LAG])
-def test_the_longest_time_of_all_workers_is_kept_as_it_was_measured(shared_counters: SharedCounters, start: int) -> None:
+@pytest.mark.parametrize("first", [counters.RELAY, counters.CONNECT, counters.LOOP_LAG])
+def test_the_longest_time_of_all_workers_is_kept_as_it_was_measured(shared_counters: SharedCounters, first: int) -> None:
     for worker, times in enumerate([(1,), (3_333_333, 5), (2_000_000,)]):
         for took_ns in times:
-            counters.note(shared_counters.worker(worker), start, took_ns)
-    assert shared_counters.longest_ns(start) == 3_333_333
-    assert sum(count for _, count in shared_counters.histogram(start)) == 4
-    name = {counters.RELAY: "relay_us", counters.CONNECT: "connect_us", counters.LOOP_LAG: "loop_lag_us"}[start]
+            counters.note(shared_counters.worker(worker), first, took_ns)
+    assert shared_counters.longest_ns(first) == 3_333_333
+    assert sum(count for _, count in shared_counters.histogram(first)) == 4
+    name = {counters.RELAY: "relay_us", counters.CONNECT: "connect_us", counters.LOOP_LAG: "loop_lag_us"}[first]
     found = metrics.latencies(shared_counters)
     assert (found[f"{name}_max"], found[f"{name}_p999"]) == (3333.333, 3333.333)
 
