@@ -20,8 +20,7 @@ from typing import Dict, Iterator, List, NamedTuple, Set, Tuple
 import pytest
 from _tsproxy.proxy import states
 from _tsproxy.stats.endings import WORDS
-from conftest import CHECKOUT
-from harness import ROOT
+from harness import CHECKOUT, ROOT
 
 LIB = ROOT / "lib/_tsproxy"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "bench").glob("*.md")])

@@ -14,7 +14,7 @@ from typing import Any, List
 import pytest
 import shippers
 from _tsproxy.tools.generate import templates
-from conftest import CHECKOUT
+from harness import CHECKOUT
 from shippers import environment, find
 
 FILES = {path.name: path for path in sorted(Path(next(iter(templates.__path__))).glob("*.*")) if path.suffix != ".py"}

@@ -15,8 +15,7 @@ import captures
 import pytest
 from captures import WRAPPED, ether, segment
 from common.segments import SYN
-from conftest import CHECKOUT
-from harness import Exchange, echo, receive_exactly, wait_until
+from harness import CHECKOUT, Exchange, echo, receive_exactly, wait_until
 from namespaces import Namespace
 from pty_session import PtySession
 from unprivileged import BECOME, as_nobody

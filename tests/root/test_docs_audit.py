@@ -8,8 +8,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import List, NamedTuple
 
-from conftest import CHECKOUT
-from harness import ROOT
+from harness import CHECKOUT, ROOT
 from namespaces import Namespace, require_root
 
 PAGE = ROOT / "docs" / "audit.md"

@@ -13,7 +13,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import pytest
 from _tsproxy.tools.audit.lines import Lines
 from audit_captures import BEGIN, SECOND, End, flow, write
-from conftest import CHECKOUT
+from harness import CHECKOUT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

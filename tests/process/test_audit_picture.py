@@ -16,7 +16,7 @@ from _tsproxy.tools.audit.flows import Flows
 from _tsproxy.tools.audit.report import report
 from _tsproxy.tools.audit.scope import Scope
 from audit_captures import ACK, BEGIN, SECOND, SYN, Segment, flow, write
-from conftest import CHECKOUT
+from harness import CHECKOUT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

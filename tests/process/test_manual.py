@@ -11,8 +11,7 @@ from typing import Callable, Iterator
 import pytest
 from _tsproxy.cli import config
 from _tsproxy.tools import generate
-from conftest import CHECKOUT
-from harness import wait_until
+from harness import CHECKOUT, wait_until
 from pty_session import PtySession
 from shippers import find, generated
 
