@@ -397,6 +397,7 @@ def test_a_file_that_is_not_there_ends_with_2_before_any_is_read(kind: str, why:
     assert str(caught.value).startswith(f"FILE: given {str(tmp_path / kind)!r}: {why}; allowed: ")
 
 
+@pytest.mark.root
 def test_a_file_that_this_user_may_not_read_ends_with_2(bundle: Path) -> None:
     with as_nobody(bundle) as command, tempfile.NamedTemporaryFile() as ours:
         done = subprocess.run([*command, "audit", ours.name], capture_output=True, text=True, check=False)

@@ -21,6 +21,8 @@ from pty_session import PtySession
 from unprivileged import BECOME, as_nobody
 from wire import UPSTREAM, join
 
+pytestmark = pytest.mark.root
+
 
 class Live:
     """`audit --interface=NAME --json` in a namespace; it watches once this is made."""

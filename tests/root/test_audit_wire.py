@@ -13,6 +13,8 @@ import pytest
 from harness import CHECKOUT, Exchange, Proxy, echo, receive_exactly
 from wire import DOWNSTREAM, UPSTREAM, Sniffer, Wire, tcpdump
 
+pytestmark = pytest.mark.root
+
 REWRITE = ("--timestamps=rewrite", "--static-timestamp=123456789")
 CONNECTIONS = 3
 

@@ -8,8 +8,11 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import List, NamedTuple
 
+import pytest
 from harness import CHECKOUT, ROOT
 from namespaces import Namespace, require_root
+
+pytestmark = pytest.mark.root
 
 PAGE = ROOT / "docs" / "audit.md"
 MARK = "---- command"
