@@ -101,6 +101,13 @@ def test_a_frame_that_the_snap_length_cuts_is_cut_and_never_taken_for_one_withou
             assert answer in (layers.CUT, layers.CUT_PORTS), size
 
 
+@pytest.mark.parametrize("kept", [34, 36, 38, 50, 54, 56, 60, 64, 66])
+def test_a_packet_that_its_mirror_has_cut_is_cut_though_the_frame_is_whole(kept: int) -> None:
+    inside = captures.erspan2(ether(PLAIN)[:kept])
+    answer, tsval = look(ETHERNET, ether(captures.ipv4(47, captures.gre(0x88BE, inside, 0x1000))))
+    assert (answer, tsval) == (layers.CUT_PORTS, None) if kept < 38 else tsval in (options.CUT, options.UNREADABLE, TSVAL)
+
+
 def test_a_first_fragment_that_ends_in_the_tcp_header_is_cut() -> None:
     assert look(ETHERNET, ether(captures.ipv4(6, PLAIN[20:42], fragment=0x2000))) == (layers.TCP, options.CUT)
     assert look(ETHERNET, ether(captures.ipv4(6, PLAIN[20:44], fragment=0x2000))) == (layers.TCP, options.UNREADABLE)

@@ -33,7 +33,8 @@ class _Interface(NamedTuple):
 
     def time_ns(self, high: int, low: int) -> int:
         """ns since 1970 of a time in the interface's own units."""
-        return min((high << 32 | low) * 1_000_000_000 // self.per_second + self.offset_ns, LATEST)
+        time_ns = (high << 32 | low) * 1_000_000_000 // self.per_second + self.offset_ns
+        return max(-LATEST, min(time_ns, LATEST))
 
 
 def frames(stream: Stream, data: bytes, notes: Notes) -> Frames:
