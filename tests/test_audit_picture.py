@@ -136,12 +136,12 @@ def test_a_clean_capture_says_nothing_of_clocks(tmp_path: Path) -> None:
 def flows_of(svg: ElementTree.Element) -> Dict[str, str]:
     """The source of each flow that is drawn, and its colour."""
     found = {}
-    for element in svg.iter():
-        names = element.get("class", "").split()
-        if "flow" in names:
-            title = element.findtext(f"{SVG}title")
-            assert title
-            found[title.split(" to ")[0]] = next(name for name in names if name != "flow")
+    for group in svg.iter(f"{SVG}g"):
+        for element in group:
+            if element.get("class") == "flow":
+                title = element.findtext(f"{SVG}title")
+                assert title
+                found[title.split(" to ")[0]] = group.get("class", "")
     return found
 
 
