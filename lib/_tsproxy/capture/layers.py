@@ -229,6 +229,13 @@ def _erspan(frame: Dissector) -> Following:
     return ENCAPSULATION if kind else _BRIDGED
 
 
+def _redirected(frame: Dissector) -> Following:
+    """WCCP in GRE: IPv4, with four bytes in front of it in version 2 (draft-wilson-wrec-wccp-v2, section 4.12)."""
+    if frame.data[frame.at] >> 4 != 4:
+        frame.at += 4
+    return _IPV4
+
+
 def _datagram(frame: Dissector) -> Following:
     """UDP: a tunnel is known by either port, as Wireshark does."""
     source, destination, size = _UDP_HEADER(frame.data, frame.at)
@@ -292,6 +299,7 @@ _STEPS: Dict[int, Step] = {
     0x8848: _mpls,
     _BRIDGED: _ethernet,
     _ERSPAN: _erspan,
+    0x883E: _redirected,
     _TCP: _tcp,
     _UDP: _datagram,
     4: _ip4,
