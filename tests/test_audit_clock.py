@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import pytest
 from _tsproxy.tools.audit.clock import Clock, Sample, groups, measure
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 Delay = Callable[[random.Random], float]
@@ -195,6 +195,7 @@ def test_a_span_too_short_for_a_class_may_still_give_a_rate() -> None:
     assert clock.skew_ppm is None
 
 
+@settings(deadline=None)  # a machine that tests share
 @given(st.lists(st.tuples(st.integers(0, 1 << 63), st.integers(0, (1 << 32) - 1)), max_size=40))
 def test_any_samples_give_a_clock_or_none(samples: List[Sample]) -> None:
     clock = measure(samples)

@@ -14,7 +14,7 @@ import pytest
 from _tsproxy.tools.audit.lines import Lines
 from audit_captures import BEGIN, SECOND, End, flow, write
 from conftest import CHECKOUT
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 PROXY, EXCHANGE, CLIENT = "10.2.0.1", ("10.2.0.2", 443), "10.1.0.1"
@@ -259,6 +259,7 @@ def test_a_file_without_a_line_break_is_not_kept_in_memory(tmp_path: Path) -> No
     assert peak < 4 << 20
 
 
+@settings(deadline=None)  # a machine that tests share
 @given(st.binary(max_size=400) | st.text(max_size=200).map(str.encode))
 def test_any_bytes_are_lines_that_claim_nothing(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "any lines"
@@ -271,6 +272,7 @@ def test_any_bytes_are_lines_that_claim_nothing(tmp_path_factory: pytest.TempPat
 VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.integers(), max_size=2)
 
 
+@settings(deadline=None)  # a machine that tests share
 @given(st.dictionaries(st.sampled_from([*connection(1)]), VALUES))
 def test_any_values_of_a_connections_fields_give_a_claim_or_are_counted(
     tmp_path_factory: pytest.TempPathFactory, fields: Dict[str, Any]

@@ -36,7 +36,7 @@ class Claim(NamedTuple):
     local: End
     upstream: End
     client: Optional[End]
-    says: str
+    leg: str
 
 
 class Lines:
@@ -88,11 +88,11 @@ def _claim(fields: Dict[str, Any], mode: Any) -> Claim:
     closed_ns = _ns(fields["timestamp"])
     local, upstream = _end(fields, "upstream_local"), _end(fields, "upstream")
     client = _end(fields, "client") if fields.get("client_address") else None
-    says = _says(fields.get("upstream_timestamps"), mode)
-    return Claim(closed_ns - int(fields["duration_us"]) * 1000, closed_ns, local, upstream, client, says)
+    leg = _leg(fields.get("upstream_timestamps"), mode)
+    return Claim(closed_ns - int(fields["duration_us"]) * 1000, closed_ns, local, upstream, client, leg)
 
 
-def _says(stamped: Any, mode: Any) -> str:
+def _leg(stamped: Any, mode: Any) -> str:
     if stamped is None:
         return NOTHING
     if not stamped or mode == "rewrite":
