@@ -224,6 +224,16 @@ def test_segments_that_the_snap_length_cuts_before_their_options_make_no_flow_cl
     assert found.code == (LEAK_CODE if size >= 57 else NO_VERDICT)
 
 
+@pytest.mark.parametrize("source", [CLIENT, CLIENT6], ids=["IPv4", "IPv6"])
+def test_a_segment_that_is_cut_in_front_of_its_ports_is_of_no_flow(judge: Audit, source: Tuple[str, int]) -> None:
+    frame = at(segment(7, SYN, source, SERVER if source == CLIENT else SERVER6))[0]
+    ports = 34 if source == CLIENT else 54
+    for size in range(ports + 4):
+        found = judge([frame._replace(data=frame.data[:size], length=len(frame.data))])
+        kind = "unparsed_cut_ports" if size >= ports else "unparsed_cut"
+        assert (found.code, found.flows, found.end["unparsed"], found.end[kind]) == (NO_VERDICT, [], 1, 1), size
+
+
 def test_segments_that_are_cut_behind_their_options_are_clean(judge: Audit) -> None:
     found = judge([frame._replace(data=frame.data[:54], length=200) for frame in framed(captures.connection())])
     assert (found.words, found.code) == (["CLEAN", "CLEAN"], CLEAN_CODE)

@@ -146,7 +146,7 @@ def _ip4(frame: Dissector) -> Following:
         return MALFORMED
     if total:
         frame.end_at(frame.at + total)
-    frame.addresses = frame.data[frame.at + 12 : frame.at + 20]
+    frame.addresses = _whole(frame, frame.at + 12, 8)
     frame.at += size
     if offset & _OFFSET:
         return NO_TCP
@@ -161,9 +161,17 @@ def _ip6(frame: Dissector) -> Following:
         return MALFORMED
     if size:
         frame.end_at(frame.at + 40 + size)
-    frame.addresses = frame.data[frame.at + 8 : frame.at + 40]
+    frame.addresses = _whole(frame, frame.at + 8, 32)
     frame.at += 40
     return int(following)
+
+
+def _whole(frame: Dissector, at: int, size: int) -> bytes:
+    """So many bytes, or none: IndexError."""
+    found = frame.data[at : at + size]
+    if len(found) < size:
+        raise IndexError
+    return found
 
 
 def _extension(frame: Dissector) -> Following:
