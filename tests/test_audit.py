@@ -328,6 +328,14 @@ def test_samples_span_the_whole_flow_and_their_number_is_bounded() -> None:
     assert all(time_ns == tsval * MS for time_ns, tsval in samples)
 
 
+def test_a_flow_that_is_not_judged_keeps_no_samples() -> None:
+    flows = Flows(lambda flow: flow.source == SERVER[0])
+    flows.read(iter([(at_ns, 101, packet, len(packet)) for at_ns, packet in captures.connection(7)]), "x")
+    client, server = flows.directions
+    assert (client.is_judged, client.segments_with_timestamps, client.samples) == (False, 5, [])
+    assert server.is_judged
+
+
 # What is not read is counted by kind
 
 
