@@ -6,6 +6,9 @@ Usage:
   tsproxy.py check --target=<host:port>... [--source=<address>]... [--allow=<cidr>]... [--json] [options]
   tsproxy.py generate KIND --target=<host:port>... [--source=<address>]... [--allow=<cidr>]... [options]
   tsproxy.py generate (rsyslog|syslog-ng|vector|fluent-bit|filebeat|promtail|alloy|journald|logrotate|fields)
+  tsproxy.py generate (prometheus|grafana|man|completion)
+  tsproxy.py audit FILE... [--from=<cidr>]... [--target=<host:port>]... [--lines=<file>] [--json] [--svg=<file>]
+  tsproxy.py audit --interface=<name> [--seconds=<s>] [--from=<cidr>]... [--target=<host:port>]... [--json] [--svg=<file>]
   tsproxy.py demo
   tsproxy.py top [FILE]
   tsproxy.py bundle OUT
@@ -15,7 +18,11 @@ Usage:
 Without a command it relays: clients connect to it, it connects to the target.
 check     would the timestamp policy hold here? Each lever, each witness, what is missing, the fix. Exit 0 only if so.
 generate  print the one-time set-up, with its undo: nftables, netns, systemd, docker or kubernetes; or what ships the
-          lines: a log shipper's configuration, or fields, their names in ECS and OpenTelemetry. Those need no option.
+          lines: a log shipper's configuration, or fields, their names in ECS and OpenTelemetry; or prometheus, which makes
+          metrics of them, with alerts, and grafana, a dashboard; or man, this as a man page, and completion, for bash and
+          zsh. Those need no option.
+audit     the wire's own verdict: what captures (pcap, pcapng, gzip; - is standard input) or an interface (root, or
+          CAP_NET_RAW) show, for each flow: CLEAN, LEAK, CONSTANT or UNDECIDED. It needs nothing of tsproxy.
 demo      show it: a private namespace, an embedded exchange, a client, and the SYN options of both legs. No root.
 top       watch it: a live screen of the JSON lines from standard input, or from FILE, which is followed; q quits.
           Where standard output is no terminal, each line becomes one that people can read.
@@ -64,13 +71,21 @@ Lines on standard output:
   --connection-log=<on|off>    One line for each closed connection [default: on].
   --log-level=<level>          debug, info, warning or error [default: info].
 
-  --json                       With check: the same as one JSON object.
+Audit:
+  --from=<cidr>                Judge what these hosts send: they must send no timestamp; repeat it. Default: any.
+                               With --target, what is sent to there; names are resolved. Both must hold.
+  --interface=<name>           Look at an interface instead of at files, until Ctrl-C, and judge then.
+  --seconds=<s>                End by itself after so long.
+  --lines=<file>               tsproxy's JSON lines, to hold against what was seen.
+  --svg=<file>                 Draw TSval against time, one line a flow, one colour a clock.
+
+  --json                       With check: the same as one JSON object; with audit: one for each flow and one at the end.
   -h --help                    Show this and exit.
   -V --version                 Show the version and exit.
 
 Exit codes: 0 drained, 1 failed while running, 2 usage or a bad value, 69 can't bind, 75 what may come by itself is missing
 (no target can be resolved yet, no such --source yet, no task, memory or descriptor left): try again, 78 the timestamp
-policy can't be honoured.
+policy can't be honoured. audit: 0 CLEAN or CONSTANT, 78 LEAK, 65 UNDECIDED, or no capture.
 Signals: SIGTERM, SIGINT, SIGHUP drain (a second one ends now), SIGUSR1 prints a metrics line.
 """
 
@@ -117,7 +132,7 @@ def _find_modules() -> None:
 
 def _say(message: str) -> int:
     if sys.stderr is not None:
-        print(f"tsproxy: {message}", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
     return 2
 
 

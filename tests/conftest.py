@@ -11,6 +11,7 @@ import gc
 import os
 import signal
 import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
@@ -28,6 +29,9 @@ from wire import Wire
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, signal.SIG_DFL)
+
+
+sys.argv[0] = "tsproxy.py"  # what runs in this process calls itself as the checkout does
 
 
 # A first look takes a fifth of the examples; --hypothesis-profile=thorough takes all, of every property, with -m slow.

@@ -7,7 +7,8 @@ from typing import Any, Collection, Dict, Iterator, List, Mapping, NamedTuple, O
 
 DIRECT = "direct"
 OURS = "tsproxy"
-STATISTIC = "median of the rounds"
+NAKED = "naked"  # a loop in C with nothing but the system calls: the limit, no peer
+STATISTIC, BEST = "median of the rounds", "best of the rounds"
 
 Samples = List[Dict[str, Any]]  # one for each round
 Results = Dict[str, Dict[str, Samples]]  # case -> relay -> samples
@@ -20,6 +21,13 @@ class Figure(NamedTuple):
     label: str
     higher_is_better: bool
     is_compared: bool = True  # False: it tells of the measurement, not of the relay
+    takes_best: bool = False  # of the rounds, instead of their median
+
+    def of(self, rounds: Sequence[float]) -> float:
+        """What is shown of the rounds."""
+        if self.takes_best:
+            return max(rounds) if self.higher_is_better else min(rounds)
+        return statistics.median(rounds)
 
 
 class Row(NamedTuple):
@@ -37,12 +45,13 @@ class Row(NamedTuple):
 
     def fields(self) -> Dict[str, Any]:
         """Its JSON line."""
-        better = {"higher_is_better": self.figure.higher_is_better, "statistic": STATISTIC}
+        statistic = BEST if self.figure.takes_best else STATISTIC
+        better = {"higher_is_better": self.figure.higher_is_better, "statistic": statistic}
         return {"event": "figure", **self._asdict(), "figure": self.figure.key, **better}
 
 
 def rows(results: Results, figures: Mapping[str, Sequence[Figure]], peers: Collection[str]) -> Iterator[Row]:
-    """Every figure (by case) of every relay. What is neither direct nor among the peers is tsproxy."""
+    """Every figure (by case) of every relay. What is neither direct nor naked nor among the peers is tsproxy."""
     for case, by_relay in results.items():
         for figure in figures[case]:
             rounds = {relay: _taken(samples, figure) for relay, samples in by_relay.items()}
@@ -55,12 +64,12 @@ def _taken(samples: Samples, figure: Figure) -> List[float]:
 
 
 def _compared(case: str, figure: Figure, rounds: Mapping[str, List[float]], peers: Collection[str]) -> Iterator[Row]:
-    values = {relay: statistics.median(taken) for relay, taken in rounds.items()}
+    values = {relay: figure.of(taken) for relay, taken in rounds.items()}
     base = values if figure.is_compared else {}
     rivals = {relay: value for relay, value in base.items() if relay in peers}
     best = (max if figure.higher_is_better else min)(rivals, key=rivals.__getitem__, default=None)
     for relay, value in values.items():
-        ours = relay != DIRECT and relay not in peers
+        ours = relay != DIRECT and relay not in peers and not relay.startswith(NAKED)
         peer = best if relay != DIRECT else None
         to_direct, to_peer = _ratio(value, base.get(DIRECT)), _ratio(value, rivals.get(peer or ""))
         yield Row(case, relay, ours, figure, rounds[relay], value, to_direct, peer, to_peer)

@@ -49,12 +49,16 @@ class Bed(NamedTuple):
         """Those of NAMES that can be had here, or those of them that are named."""
         found = [Relay(DIRECT, direct), self.ours(OURS, f"--workers={workers}")]
         found.append(self.ours(SPIN, f"--workers={workers}", SPIN_OPTION))
-        found += [Relay(name, partial(_peer, self, make, workers)) for name, make in peers.installed().items()]
+        found += [self.other(name, make, workers) for name, make in peers.installed().items()]
         chosen = [relay for relay in found if relay.name in only or not only]
         missing = set(only) - {relay.name for relay in chosen}
         if missing:
             raise Refusal(f"not installed here: {', '.join(sorted(missing))}")
         return chosen
+
+    def other(self, name: str, make: peers.Command, workers: int = 1) -> Relay:
+        """A relay that `make` gives the command of. It is there when its port accepts."""
+        return Relay(name, partial(_peer, self, make, workers))
 
     def ours(self, name: str, *options: str) -> Relay:
         """tsproxy with these options."""

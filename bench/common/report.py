@@ -96,8 +96,14 @@ def clear_progress() -> None:
 
 def heading(facts: Dict[str, Any], ratio: str) -> None:
     """What was measured, where and how, in a few lines."""
-    print(f"{facts['benchmark']}: {facts['tested']}; Linux {facts['kernel']}; load generator: Python {facts['python']}")
+    load = f"load generator {_loader(facts)}; Python {facts['python']}"
+    print(f"{facts['benchmark']}: {facts['tested']}; Linux {facts['kernel']}; {load}")
     print(f"{facts['layout']}; {facts['network']}")
     how = f"{facts['statistic']} ({facts['rounds']} of {facts['seconds']:g} s, interleaved)"
     print(f"{how}; 1.23x: ratio to {ratio}")
-    print("the Python load generator and far end cost the same in every row: that is why the ratios are there")
+    print(f"the load generator and far end {_loader(facts)} cost the same in every row: that is why the ratios are there")
+
+
+def _loader(facts: Dict[str, Any]) -> str:
+    """What it is written in."""
+    return str(facts.get("load_generator", "in Python"))

@@ -16,7 +16,7 @@ from _tsproxy.linux import sockets
 from _tsproxy.linux.sockets import Tuning
 from _tsproxy.loop.poller import READ, Poller
 from _tsproxy.proxy.context import SessionSettings, WorkerContext
-from _tsproxy.proxy.direction import FROM_DOWNSTREAM, Direction
+from _tsproxy.proxy.direction import make_directions
 from _tsproxy.stats.counters import Counter, SharedCounters
 from _tsproxy.stats.histogram import slot
 from _tsproxy.stats.records import RecordWriter
@@ -76,8 +76,7 @@ class Route:
         beside: Any = None  # the gate and the client's SYN: a forward asks neither
         settings = SessionSettings(Tuning(), 0, 0, 0, log_connections=True, log_debug=False, zero_copy=True)
         self.context = WorkerContext(0, settings, beside, beside, row, RecordWriter(-1, row), (), 65536)
-        self.direction = Direction(self, self.context, self.downstream, FROM_DOWNSTREAM)  # type: ignore[arg-type]
-        self.direction.sink = self.upstream
+        self.direction, self._back = make_directions(self, self.context, self.downstream, self.upstream)  # type: ignore[arg-type]
 
     @property
     def naked(self) -> Callable[[], None]:
@@ -92,14 +91,14 @@ class Route:
     def timed(self, forward: Callable[[], None]) -> Callable[[int], float]:
         """A function that forwards so many messages, and returns what each forward took; the ends are not timed."""
         feed, message, drain, drained = self.client.send, self.message, self.far.recv_into, self.drained
-        context, clock = self.context, monotonic_ns
+        loop, clock = self.context.loop, monotonic_ns
 
         def run(count: int) -> float:
             total = 0
             gc.disable()
             for _ in range(count):
                 feed(message)
-                context.loop_now = began = clock()
+                loop.now = began = clock()
                 forward()
                 total += clock() - began
                 drain(drained)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Optional
 
 
 def resident_kib(pid: int) -> int:
     """RSS of the process and its descendants. Pages that a child shares count in each."""
     return sum(map(_rss_kib, family(pid)))
+
+
+def proportional_kib(pid: int) -> int:
+    """PSS of the process and its descendants: a page that several share counts once in all. 0 before Linux 4.14."""
+    return sum(_smaps_kib(member, "Pss:") or 0 for member in family(pid))
 
 
 def cpu_seconds(pid: int) -> float:
@@ -45,14 +50,20 @@ def _children() -> Dict[int, List[int]]:
     return found
 
 
+def _smaps_kib(pid: int, name: str) -> Optional[int]:
+    """A line of smaps_rollup; None on a kernel before 4.14, or where the process has just ended."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith(name)), None)
+
+
 def _rss_kib(pid: int) -> int:
     """smaps_rollup is exact; the counter in statm lags behind by some pages for each CPU (proc(5))."""
-    try:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Rss:"):
-                return int(line.split()[1])
-    except OSError:
-        pass  # a kernel before 4.14, or the process has just ended
+    found = _smaps_kib(pid, "Rss:")
+    if found is not None:
+        return found
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
     except OSError:

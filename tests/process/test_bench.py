@@ -39,6 +39,8 @@ SMALL = {
         "--only=slow,both",
     ],
 }
+if shutil.which("cc"):
+    SMALL["versus"] = ["--seconds=0.2", "--megabytes=10", "--only=direct,naked,tsproxy,pp1,bulk,burst"]
 OTHERS = ("flood_per_s", "bulk_gbit_per_s")  # what those beside the orders got: in so short a time perhaps nothing
 WRONG = ["--rounds=0", "--seconds=soon", "--only=nothing", "--svg=/nonexistent/x.svg", "--fast", "more"]
 PEERS = ("haproxy", "nginx", "socat")
@@ -226,7 +228,7 @@ def test_a_far_end_that_wakes_for_whole_messages_answers_them_in_one_piece() -> 
         assert len(client.recv(4096)) == 1000
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [*SMALL, "audit"])
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_argument_costs_one_line_and_exit_2(name: str, wrong: str) -> None:
     done = bench(name, wrong)
@@ -235,7 +237,7 @@ def test_a_wrong_argument_costs_one_line_and_exit_2(name: str, wrong: str) -> No
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [*SMALL, "audit"])
 def test_help_tells_how_to_read_the_result(name: str) -> None:
     done = bench(name, "--help")
     assert done.returncode == 0
@@ -249,6 +251,40 @@ def bare_python(tmp_path: Path) -> str:
     script.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
     script.chmod(0o755)
     return str(script)
+
+
+def test_versus_without_a_compiler_says_so_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCH / "versus.py"), "--rounds=1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100, env={"PATH": str(tmp_path)})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("versus: needs a C compiler")
+    assert done.stderr.count("\n") == 1
+    if "versus" not in SMALL:
+        pytest.skip("LOUD: no C compiler, cc, here: bench/versus.py is NOT tested")
+
+
+@pytest.mark.skipif("versus" not in SMALL, reason="LOUD: no C compiler, cc, here: bench/versus.py is NOT tested")
+def test_versus_shows_the_best_round_and_takes_other_relays_and_workers() -> None:
+    other = f"twice={sys.executable} {ROOT / 'tsproxy.py'} -p {{port}} -t {{target}} --timestamps=preserve --workers=1"
+    words = ["--rounds=2", "--seconds=0.2", "--workers=2", "--only=direct,tsproxy,pp1,mem", f"--proxy={other}", "--json"]
+    setup, *figures = json_of(bench("versus", *words))
+    assert "share CPU" in setup["layout"]
+    assert {line["relay"] for line in figures} == {"direct", "tsproxy", "twice"}
+    assert {(line["case"], line["figure"]) for line in figures} == {
+        *(("pp1", name) for name in ("p50_us", "p99_9_us")),
+        *(("mem", name) for name in ("kib_per_connection", "pss_mib")),
+    }
+    for line in figures:
+        best = min(line["rounds"]) if line["figure"] == "p50_us" else sum(line["rounds"]) / 2
+        assert line["value"] == pytest.approx(best)
+        assert line["statistic"].startswith("best" if line["figure"] == "p50_us" else "median")
+
+
+@pytest.mark.parametrize("given", ["x", "x=echo {target}", "=echo {port}"])
+def test_versus_refuses_a_proxy_that_is_no_command(given: str) -> None:
+    done = bench("versus", f"--proxy={given}", "--rounds=1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(("versus: --proxy: given ", "versus: needs a C compiler"))
 
 
 @pytest.mark.parametrize("name", COMPARED)
@@ -271,6 +307,32 @@ def test_a_tsproxy_that_does_not_start_is_told_once_and_ends_with_1() -> None:
     assert done.returncode == 1
     assert done.stderr.count("--no-such-option") == 1
     assert "direct" in done.stdout
+
+
+def test_audit_is_measured_beside_tshark_where_there_is_one(tmp_path: Path) -> None:
+    words = ["--rounds=2", "--segments=200"]
+    setup, *figures = json_of(bench("audit", *words, "--only=vxlan", "--json"))
+    assert (setup["benchmark"], setup["event"], setup["segments"]) == ("audit", "setup", 200)
+    tools = ["audit", "tshark"] if shutil.which("tshark") else ["audit"]
+    wanted = {(tool, figure) for tool in tools for figure in ("seconds", "us_per_segment", "peak_mib")}
+    assert {(line["tool"], line["figure"]) for line in figures} == wanted
+    assert all(line.keys() >= FIGURE and line["value"] > 0 and len(line["rounds"]) == 2 for line in figures)
+    ratios = {line["ratio_to_tshark"] is not None for line in figures if (line["tool"], line["figure"]) == ("audit", "seconds")}
+    assert ratios == {len(tools) == 2}
+    table = bench("audit", *words)
+    assert table.returncode == 0, table.stderr
+    assert all(f"{case}: audit" in table.stdout for case in ("stamped", "clean", "vxlan"))
+
+
+@pytest.mark.parametrize("case", ["stamped", "clean", "vxlan"])
+def test_the_captures_that_audit_is_measured_with_are_read_whole(case: str, tmp_path: Path) -> None:
+    import audit
+
+    audit.write(tmp_path / "x", case, 1000)
+    command = [sys.executable, str(ROOT / "tsproxy.py"), "audit", str(tmp_path / "x"), "--json"]
+    end = json.loads(subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()[-1])
+    assert (end["segments"], end["flows"], end["segments_with_timestamps"]) == (1000, 40, 0 if case == "clean" else 1000)
+    assert (end["verdict"], end["unparsed"]) == ("CLEAN" if case == "clean" else "LEAK", 0)
 
 
 def test_hotpath_without_the_checkout_says_so_in_one_line(tmp_path: Path) -> None:
@@ -520,6 +582,21 @@ def test_the_median_of_the_rounds_is_compared_with_direct_and_the_best_peer() ->
     assert (by_relay["tsproxy"].best_peer, by_relay["tsproxy"].ratio_to_best_peer) == ("haproxy", 1.6)
     assert (by_relay["direct"].best_peer, by_relay["direct"].ratio_to_direct) == (None, 1.0)
     assert [row.is_tsproxy for row in by_relay.values()] == [False, True, False, False]
+
+
+@pytest.mark.usefixtures("room")
+def test_the_naked_loop_is_neither_tsproxy_nor_a_peer() -> None:
+    from common import figures
+
+    rate = figures.Figure("rate", "rate", True, takes_best=True)
+    results = {"case": {name: [{"rate": 3}, {"rate": 9}] for name in ("naked-spin", "tsproxy", "nginx")}}
+    rows = list(figures.rows(results, {"case": [rate]}, {"nginx"}))
+    assert [(row.relay, row.is_tsproxy, row.best_peer) for row in rows] == [
+        ("naked-spin", False, "nginx"),
+        ("tsproxy", True, "nginx"),
+        ("nginx", False, "nginx"),
+    ]
+    assert {row.value for row in rows} == {9}
 
 
 @pytest.mark.usefixtures("room")

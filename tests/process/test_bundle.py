@@ -27,6 +27,7 @@ from program import AT_HAND, PYTHON
 
 LIB = ROOT / "lib"
 MODULES = {str(path.relative_to(LIB)): path for path in sorted(LIB.rglob("*.py"))}
+TEMPLATES = {str(path.relative_to(LIB)): path for path in sorted(LIB.rglob("templates/*.*")) if path.suffix != ".py"}
 EACH_PYTHON = [
     pytest.param(path, id=version, marks=() if version == AT_HAND else pytest.mark.slow) for version, path in PYTHON.items()
 ]
@@ -54,7 +55,7 @@ def make(out: Any, **how: Any) -> Ended[str]:
 def refused(ended: Ended[str], code: int, *words: str) -> None:
     """It ended with that code and one line on standard error that has these words."""
     assert (ended.returncode, ended.stdout) == (code, ""), ended.stderr
-    assert ended.stderr.startswith("tsproxy: ") and ended.stderr.count("\n") == 1, ended.stderr
+    assert re.match(r"tsproxy(\.py)?: ", ended.stderr) and ended.stderr.count("\n") == 1, ended.stderr
     for word in words:
         assert word in ended.stderr
 
@@ -157,15 +158,16 @@ def test_it_is_plain_text_that_can_be_run(bundle: Path) -> None:
     assert os.access(bundle, os.X_OK)
 
 
-def test_each_module_and_both_licences_are_in_it_sorted_and_as_they_stand(bundle: Path) -> None:
+def test_each_module_template_and_licence_is_in_it_sorted_and_as_it_stands(bundle: Path) -> None:
     script = bundle.read_text()
     files = held(script)
     assert list(files) == sorted(files)
     theirs = {path for path in files if path.startswith("docopt/")}
     assert theirs == {"docopt/LICENSE-MIT", "docopt/__init__.py", "docopt/_version.py"}
-    assert set(files) - theirs == {*MODULES, "LICENSE"}
+    assert len(TEMPLATES) > 20
+    assert set(files) - theirs == {*MODULES, *TEMPLATES, "LICENSE"}
     for path, (_, text) in files.items():
-        ours = {**MODULES, "LICENSE": ROOT / "LICENSE"}.get(path)
+        ours = {**MODULES, **TEMPLATES, "LICENSE": ROOT / "LICENSE"}.get(path)
         assert ours is None or (text == ours.read_text("utf-8") and f"{text}'''\n" in script)
     for licence in ("LICENSE", "docopt/LICENSE-MIT"):
         assert files[licence][1] in script and "Permission is hereby granted" in files[licence][1]
@@ -196,7 +198,7 @@ def test_it_and_all_in_it_compile_without_a_warning(python: str, bundle: Path, e
         print(len(bundled))
     """
     ended = run(python, "-I", "-S", "-W", "error", "-c", code, bundle, cwd=empty)
-    assert int(ended.stdout) == len(MODULES) + 4 and ended.stderr == ""
+    assert int(ended.stdout) == len(MODULES) + len(TEMPLATES) + 4 and ended.stderr == ""
 
 
 # Quoting
@@ -262,7 +264,7 @@ def test_version_and_manual_come_from_an_empty_directory(python: str, bundle: Pa
     version = re.search(r'__version__ = "(.*)"', (LIB / "_tsproxy/__init__.py").read_text())
     assert version and answer("--version") == f"tsproxy {version[1]}\n"
     manual = ast.get_docstring(ast.parse((ROOT / "tsproxy.py").read_text()), clean=False) or ""
-    assert answer("--help") == f"{manual.strip()}\n"
+    assert answer("--help") == f"{manual.strip()}\n".replace("tsproxy.py", "tsproxy"), "the name it was started by"
     assert list(empty.iterdir()) == []
 
 
@@ -698,7 +700,7 @@ def test_a_full_disk_keeps_the_older_file_and_leaves_nothing(tmp_path: Path) -> 
     ended = run(*private, script, "sh", sys.executable, "-B", ROOT / "tsproxy.py", "bundle", "x", ok=False)
     assert (ended.returncode, ended.stdout) == (1, "")
     message, *rest = ended.stderr.splitlines()
-    assert message == "tsproxy: can't write 'x': No space left on device" and rest == ["older", "x"]
+    assert message == "tsproxy.py: can't write 'x': No space left on device" and rest == ["older", "x"]
 
 
 def to_output(output: int, out: Any) -> Ended[str]:
@@ -711,7 +713,7 @@ def test_an_output_that_fails_is_said_and_1(out: str, tmp_path: Path) -> None:
     with open("/dev/full", "wb") as full:
         ended = to_output(full.fileno(), out if out == "-" else tmp_path / out)
     assert ended.returncode == 1
-    assert ended.stderr == "tsproxy: standard output: No space left on device\n"
+    assert ended.stderr == "tsproxy.py: standard output: No space left on device\n"
 
 
 @pytest.mark.parametrize("out", ["-", "x"])
@@ -738,8 +740,9 @@ def installed(site: Path, tmp_path: Path) -> Iterator[Path]:
     for package in listed["options"]["packages"].split():
         target = place / package.replace(".", "/")
         target.mkdir()
-        for source in (LIB / package.replace(".", "/")).glob("*.py"):
-            shutil.copy(source, target)
+        for pattern in ("*.py", *listed["options.package_data"].get(package, "").split()):
+            for source in (LIB / package.replace(".", "/")).glob(pattern):
+                shutil.copy(source, target)
     info = place / "tsproxy-0.0.0.dist-info"
     (info / "licenses").mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tsproxy\nVersion: 0.0.0\n")

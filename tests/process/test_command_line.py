@@ -33,7 +33,7 @@ def test_the_command_itself_ends_with_2_and_one_line(words: List[str]) -> None:
     done = subprocess.run(command, capture_output=True, timeout=60, check=False, env={**os.environ, "LC_ALL": "C"})
     assert (done.returncode, done.stdout) == (2, b"")
     line = done.stderr.decode()
-    assert line.startswith("tsproxy: ")
+    assert line.startswith("tsproxy.py: ")
     assert line[:-1].isprintable()
     assert line[-1] == "\n"
 
@@ -51,4 +51,4 @@ def test_an_output_that_can_not_be_written_is_said_and_1(words: List[str]) -> No
     command = [sys.executable, str(ROOT / "tsproxy.py"), *words]
     with open("/dev/full", "wb") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stderr) == (1, "tsproxy: standard output: No space left on device\n")
+    assert (done.returncode, done.stderr) == (1, "tsproxy.py: standard output: No space left on device\n")

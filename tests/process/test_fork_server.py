@@ -8,6 +8,7 @@ import signal
 from typing import Any
 
 import pytest
+from _tsproxy.linux import wakeup
 from _tsproxy.supervisor import fork_server
 from handover import hand_over, listeners
 from harness import Exchange, children, receive_exactly, wait_until
@@ -46,6 +47,20 @@ def test_a_worker_that_any_signal_kills_is_named_and_replaced(start: Any, echoin
     assert proxy.stop() == 0
 
 
+def test_an_exit_of_the_fork_server_that_is_found_by_the_way_wakes_the_main_thread() -> None:
+    """Whoever asks whether a worker runs reads the reports, and the descriptor is not readable any more."""
+    exited = wakeup.create()
+    server = fork_server.ForkServer(set(), exited)
+    (pid,) = server.pids
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not server.can_start)
+    assert exited.collect() == 1
+    assert [server.own_exit(), server.own_exit()] == ["killed by SIGKILL", ""]
+    server._control.close()
+    server._events.close()
+    exited.close()
+
+
 def test_ten_thousand_networks_may_be_allowed(start: Any, echoing: Exchange) -> None:
     blocks = [f"--allow=10.{number >> 8}.{number & 255}.0/24" for number in range(10_000)]
     proxy = start(echoing, "--runtime=processes", "--workers=1", "--allow=127.0.0.1", *blocks)
@@ -68,5 +83,5 @@ def test_the_fork_server_works_behind_a_thousand_handed_over_listeners(echoing: 
                 assert receive_exactly(client, 1) == b"x"
             (fork_server_pid,) = children(proxy.process.pid)
             os.kill(children(fork_server_pid)[0], signal.SIGKILL)
-            assert "a successor took its place" in proxy.line("error", after=len(proxy.lines))["message"]
+            assert "a replacement took its place" in proxy.line("error", after=len(proxy.lines))["message"]
         assert proxy.stop() == 0

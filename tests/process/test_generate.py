@@ -28,7 +28,8 @@ from _tsproxy.linux.limits import descriptors_for
 from _tsproxy.policy.inspector import Inspector
 from _tsproxy.policy.levers import Lever, Policy
 from _tsproxy.tools import generate
-from _tsproxy.tools.generate.text import words
+from _tsproxy.tools.generate import templates
+from _tsproxy.tools.generate.words import words
 from docopt import docopt
 from harness import CHECKOUT, ROOT, Exchange, Proxy, echo, examples, leave_out, receive_exactly, wait_until
 from hypothesis import example, given, settings
@@ -70,8 +71,8 @@ def test_an_unknown_kind_is_refused_with_what_was_given_and_what_is_allowed() ->
     done = command_line("iptables", T)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        "tsproxy: KIND: given 'iptables'; allowed: nftables or netns or systemd or docker or kubernetes; "
-        f"{' or '.join(generate.SHIPPERS)} alone\n"
+        "tsproxy.py: KIND: given 'iptables'; allowed: nftables or netns or systemd or docker or kubernetes; "
+        f"{' or '.join(generate.ALONE)} alone\n"
     )
 
 
@@ -110,7 +111,7 @@ def test_each_kind_is_filled_in_and_names_what_it_is_for_how_to_make_it_and_its_
     assert "Asked for: exchange.example:443." in done.stdout
     assert re.search(r"^# (Load|Make): ", done.stdout, re.M)
     assert re.search(r"^# Undo: ", done.stdout, re.M)
-    assert not re.findall(r"@[A-Z_]+@", done.stdout)
+    assert not templates.PLACEHOLDER.findall(done.stdout)
     assert not re.search(r"[ \t]$", done.stdout, re.M)
 
 
@@ -129,6 +130,17 @@ def test_the_command_in_the_text_prints_the_text_again(kind: str) -> None:
     again = shlex.split(found[1])
     assert "--max-connections=5" in again
     assert command_line(*again[1:]).stdout == printed
+
+
+def test_a_value_that_looks_like_a_placeholder_stays_as_it_was_given() -> None:
+    assert 'meta skuid { 0, "__TARGETS__" }' in text("nftables", "--user=__TARGETS__")
+    assert "User=__VERSION__\n" in text("systemd", "--user=__VERSION__")
+
+
+def test_each_template_is_the_text_of_some_kind() -> None:
+    sources = "".join(path.read_text() for path in Path(generate.__path__[0]).glob("*.py"))
+    names = [path.name for path in Path(templates.__path__[0]).glob("*.*") if path.suffix != ".py"]
+    assert [name for name in names if not re.search(f'"{re.escape(name)}"', sources)] == []
 
 
 def test_targets_are_printed_once_each_in_their_order() -> None:
@@ -727,6 +739,7 @@ def read_by_systemd(text: str, variables: bool) -> str:
 
 @given(USERS, ZONES)
 @example("a$", "h")
+@settings(deadline=None)
 def test_whatever_a_user_or_a_zone_is_called_systemd_reads_it_as_it_was_given(user: str, zone: str) -> None:
     target = f"--target=[fe80::1%{zone}]:9"
     service = unit("tsproxy.service", target, f"--user={user}")

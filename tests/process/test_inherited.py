@@ -350,7 +350,10 @@ def test_a_limit_on_files_that_is_too_low_for_the_counters_is_said() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 
     code, said = refused("--workers=1", before=low)
-    assert (code, said.partition(";")[0]) == (2, "tsproxy: the limit on file sizes (RLIMIT_FSIZE, ulimit -f): given 4096 bytes")
+    assert (code, said.partition(";")[0]) == (
+        2,
+        "tsproxy.py: the limit on file sizes (RLIMIT_FSIZE, ulimit -f): given 4096 bytes",
+    )
 
 
 @pytest.mark.root

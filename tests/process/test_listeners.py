@@ -156,7 +156,7 @@ def test_an_mptcp_listener_is_refused_in_one_line() -> None:
     with contextlib.closing(proxy):
         assert proxy.wait() == 2
         said = proxy.stderr()
-        assert said.startswith("tsproxy: LISTEN_FDS: descriptor 3 listens for MPTCP; allowed: a listening TCP socket")
+        assert said.startswith("tsproxy.py: LISTEN_FDS: descriptor 3 listens for MPTCP; allowed: a listening TCP socket")
         assert said.count("\n") == 1
 
 

@@ -39,6 +39,6 @@ def test_the_command_ends_with_2_and_that_one_line(option: str, value: str) -> N
     done = subprocess.run(command, capture_output=True, timeout=60, check=False, env={**os.environ, "LC_ALL": "C.UTF-8"})
     assert (done.returncode, done.stdout) == (2, b"")
     line = done.stderr.decode()
-    assert line.startswith(f"tsproxy: {option}: given {value!r}; allowed: ")
+    assert line.startswith(f"tsproxy.py: {option}: given {value!r}; allowed: ")
     assert line.count("\n") == 1
     assert line.endswith("\n")

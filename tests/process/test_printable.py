@@ -73,7 +73,7 @@ COMMANDS: List[List[str]] = [
 @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: ascii(" ".join(words))[:40])
 def test_what_was_given_comes_back_without_its_escapes(words: List[str]) -> None:
     said = run(*CHECKOUT, *map(os.fsencode, words), code=2)
-    assert said.startswith("tsproxy: ")
+    assert said.startswith("tsproxy.py: ")
     assert said.count("\n") == 1
 
 
@@ -86,7 +86,7 @@ def test_the_name_of_a_bundle_is_shown_without_its_escapes(tmp_path: Path) -> No
 def test_a_word_of_the_handover_comes_back_without_its_escapes() -> None:
     script = f'LISTEN_PID=$$ LISTEN_FDS="{AWKWARD}" exec "$@"'
     said = run("sh", "-c", script, "sh", *CHECKOUT, "-t127.0.0.1:9", "--timestamps=preserve", code=2)
-    assert said.startswith("tsproxy: LISTEN_FDS: given '\\x1b[31m")
+    assert said.startswith("tsproxy.py: LISTEN_FDS: given '\\x1b[31m")
 
 
 def ip_link(space: Namespace, *words: Any) -> None:

@@ -4,53 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Callable, Iterator, List, Sequence, Tuple
 
 import pytest
 from _tsproxy.linux import reuseport
 from _tsproxy.supervisor.handoff import ReuseportHandoff
 from handover import HAND_OVER, listeners
-from harness import CHECKOUT, SUPPORT, Exchange, Proxy, receive_exactly, wait_until
+from harness import CHECKOUT, Exchange, Proxy, receive_exactly, wait_until
 from namespaces import Namespace
 from program import RUNTIME, RUNTIMES, Start, python_for, slow_but
+from storms import Storm, far_end
 from wire import ADDRESSES, DOWNSTREAM, join
 
-STORM = [sys.executable, str(SUPPORT / "storm.py")]
 RESTARTS = 3
-
-
-@contextlib.contextmanager
-def far_end(host: str = "127.0.0.1", enter: Sequence[str] = ()) -> Iterator[str]:
-    """An exchange in a process of its own: the target to give to a proxy."""
-    with subprocess.Popen([*enter, *STORM, "exchange", host], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        try:
-            yield f"{host}:{process.stdout.readline().strip()}"
-        finally:
-            process.kill()
-
-
-class Storm:
-    """Clients in a process of their own, from the start to `end`."""
-
-    def __init__(self, address: Tuple[str, int], enter: Sequence[str] = ()) -> None:
-        words = [*enter, *STORM, "clients", address[0], str(address[1])]
-        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def end(self) -> Dict[str, Any]:
-        """What they have seen."""
-        return json.loads(self.process.communicate("", 60)[0])
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.communicate()
 
 
 @contextlib.contextmanager
@@ -269,7 +240,7 @@ def test_reuse_port_and_an_inherited_listener_contradict() -> None:
         proxy = Proxy(words, env={**os.environ, "LISTEN_FDS": "1"}, pass_fds=(fd,))
     try:
         assert proxy.wait() == 2
-        assert proxy.stderr().startswith("tsproxy: --reuse-port: given with LISTEN_FDS")
+        assert proxy.stderr().startswith("tsproxy.py: --reuse-port: given with LISTEN_FDS")
     finally:
         proxy.close()
 
@@ -357,9 +328,9 @@ def left(stack: contextlib.ExitStack, leaving: ReuseportHandoff, peer: socket.so
         come(stack, peer, 2)
         with contextlib.suppress(BlockingIOError):
             while True:
-                os.close(leaving.take()[0])
+                os.close(leaving.accept4()[0])
         if not leaving.has_left:
-            leaving.look()
+            leaving.check()
         return leaving.has_left
 
     wait_until(has_left, "it has left")

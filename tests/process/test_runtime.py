@@ -1,4 +1,4 @@
-"""The three ways to start a worker: the same work from each, and a successor for a worker that dies."""
+"""The three ways to start a worker: the same work from each, and a replacement for a worker that dies."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import signal
 import socket
 import subprocess
 from pathlib import Path
-from typing import Any, Iterator, List, Sequence, Set, cast
+from typing import Any, Iterator, List, Sequence, Set
 
 import pytest
 from _tsproxy.linux import wakeup
 from _tsproxy.proxy import inbox
 from _tsproxy.stats.counters import SharedCounters
 from _tsproxy.stats.records import Notice, RecordPipe, decode
-from _tsproxy.supervisor.worker_args import WorkerArgs
-from _tsproxy.supervisor.worker_slots import ThreadSlot
+from _tsproxy.supervisor.runners import ThreadRunner
+from _tsproxy.supervisor.worker_args import WorkerArgs, WorkerShared
 from harness import Exchange, Proxy, children, leave_out, pause, receive_exactly, wait_until
 from program import PYTHON, workers_of
 from unprivileged import BECOME, as_nobody
@@ -152,7 +152,7 @@ def numbers_of(proxy: Proxy) -> List[int]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_clients_that_wait_for_a_dead_worker_are_served_by_its_successor(start: Any, echoing: Exchange, workers: int) -> None:
+def test_clients_that_wait_for_a_dead_worker_are_served_by_its_replacement(start: Any, echoing: Exchange, workers: int) -> None:
     """In its inbox; or, if it was the only one and accepts by itself, in the listener's backlog."""
     proxy = start(echoing, "--runtime=processes", f"--workers={workers}")
     ask(proxy)
@@ -346,7 +346,7 @@ def test_tasks_that_are_refused_end_the_start_in_one_line(alone: Any, exchange: 
 
 @pytest.mark.root
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_successor_that_can_not_be_forked_is_tried_again_and_the_others_go_on(
+def test_a_replacement_that_can_not_be_forked_is_tried_again_and_the_others_go_on(
     alone: Any, echoing: Exchange, workers: int
 ) -> None:
     """With one worker, clients wait in the backlog; with two, the other one serves them all."""
@@ -356,7 +356,7 @@ def test_a_successor_that_can_not_be_forked_is_tried_again_and_the_others_go_on(
     (fork_server,) = children(proxy.process.pid)
     with tasks_up_to(fork_server, 1):
         os.kill(workers_of(proxy)[0], signal.SIGKILL)
-        refusal = "no successor yet, trying again: fork(2): Resource temporarily unavailable, needed for a worker; "
+        refusal = "no replacement yet, trying again: fork(2): Resource temporarily unavailable, needed for a worker; "
         died = proxy.line("error")["message"]
         assert died.startswith(f"worker 0 died (killed by SIGKILL); 0 connections closed; {refusal}")
         for _ in range(3):
@@ -365,7 +365,7 @@ def test_a_successor_that_can_not_be_forked_is_tried_again_and_the_others_go_on(
             for _ in range(6):
                 ask(proxy)
         waiting = waiting_clients(proxy) if workers == 1 else []
-    assert proxy.line("warning")["message"] == "worker 0: a successor took its place after all"
+    assert proxy.line("warning")["message"] == "worker 0: a replacement took its place after all"
     are_served(waiting)
     for _ in range(4):
         ask(proxy)
@@ -375,21 +375,22 @@ def test_a_successor_that_can_not_be_forked_is_tried_again_and_the_others_go_on(
     assert proxy.stderr() == ""
 
 
-class Stillborn(ThreadSlot):
+class StillbornRunner(ThreadRunner):
     """A worker that can't begin: an interpreter that can't be had, a module that can't be imported."""
 
     def _work(self) -> None:
         raise RuntimeError("no interpreter to be had")
 
 
-def test_a_worker_that_can_not_begin_is_reported_and_known_to_have_exited() -> None:
-    """Its end must be visible when the bell rings: nobody would look a second time."""
+def test_a_worker_that_can_not_even_start_is_logged_and_seen_to_have_exited() -> None:
+    """is_alive must be False when the wake-up comes: there is only one."""
     shared_counters, pipe, exited = SharedCounters.create(1), RecordPipe.create(), wakeup.create()
-    shared: Any = (None, (), None, None, -1, {}, False)
-    slot = Stillborn(WorkerArgs(0, *shared, shared_counters.fd, inbox.Channel(-1), pipe.writer, exited), cast("Any", None))
-    slot.start()
-    wait_until(exited.collect, "the bell")
-    assert not slot.is_alive
+    unused: Any = None
+    shared = WorkerShared(unused, (), unused, unused, -1, {}, False, shared_counters.fd, pipe.writer, exited)
+    runner = StillbornRunner(WorkerArgs(0, shared, inbox.Channel(-1)))
+    runner.start()
+    wait_until(exited.collect, "the wake-up")
+    assert not runner.is_alive
     (record,), _ = decode(b"".join(pipe.read()))
     assert isinstance(record, Notice)
     assert "no interpreter to be had" in record.message

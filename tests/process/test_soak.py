@@ -103,30 +103,30 @@ FAULTS = {
     "descriptors leak": (
         "from _tsproxy.proxy import worker\n"
         "import os\n"
-        "real = worker.Relay\n"
-        "def relay(*args):\n"
+        "real = worker.Session\n"
+        "def session(*args):\n"
         "    os.open(os.devnull, os.O_RDONLY)\n"
         "    return real(*args)\n"
-        "worker.Relay = relay\n",
+        "worker.Session = session\n",
         "other_fds at the end",
     ),
     "threads leak": (
         "from _tsproxy.proxy import worker\n"
         "import threading\n"
-        "real = worker.Relay\n"
-        "def relay(*args):\n"
+        "real = worker.Session\n"
+        "def session(*args):\n"
         "    threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
         "    return real(*args)\n"
-        "worker.Relay = relay\n",
+        "worker.Session = session\n",
         "threads at the end",
     ),
     "memory leaks": (
         "from _tsproxy.proxy import worker\n"
-        "kept, real = [], worker.Relay\n"
-        "def relay(*args):\n"
+        "kept, real = [], worker.Session\n"
+        "def session(*args):\n"
         "    kept.append(b'x' * 1_000_000)\n"
         "    return real(*args)\n"
-        "worker.Relay = relay\n",
+        "worker.Session = session\n",
         "rss_kib at the end",
     ),
     "a connection is not counted": (

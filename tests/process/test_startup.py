@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
 import resource
 import socket
 import subprocess
@@ -25,7 +26,7 @@ def refuse(*options: str, command: Sequence[str] = CHECKOUT, **run: Any) -> subp
 
 
 def one_line(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.stderr.startswith("tsproxy: ")
+    assert re.match(r"tsproxy(\.py)?: ", done.stderr)  # the checkout, or a bundle
     assert done.stderr.count("\n") == 1
     return done.stderr
 

@@ -76,7 +76,7 @@ def test_a_full_device_does_not_matter(start: Any, echoing: Exchange) -> None:
     address = free_address()
     with Path("/dev/full").open("wb") as full:
         proxy = start(echoing, f"-p{address[1]}", stdout=full)
-    said = "tsproxy: standard output: No space left on device; trying again every 1 s; 4,096 lines are kept\n"
+    said = "tsproxy.py: standard output: No space left on device; trying again every 1 s; 4,096 lines are kept\n"
     relays_and_drains(proxy, address, said)
 
 

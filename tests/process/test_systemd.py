@@ -13,10 +13,13 @@ from typing import Any, Dict, Iterator, List
 
 import pytest
 from _tsproxy.linux import systemd
+from _tsproxy.loop.event_loop import EventLoop
 from _tsproxy.proxy import inbox
+from _tsproxy.proxy.inbox import Command
 from _tsproxy.stats.counters import Counter
 from _tsproxy.supervisor.watchdog import Watchdog
 from _tsproxy.supervisor.worker_pool import WorkerPool
+from _tsproxy.supervisor.worker_slot import WorkerSlot
 from handover import hand_over, listeners
 from harness import CHECKOUT, Exchange, Proxy, children, echo, pause, receive_exactly, wait_until
 from hypothesis import given
@@ -118,6 +121,9 @@ class Manager:
             if name in self.messages[-1]:
                 return self.messages[-1]
 
+    def has_message(self) -> bool:
+        return bool(select.select([self._socket], [], [], 0)[0])
+
     def falls_silent(self, for_s: float) -> None:
         """Nothing comes for so long, once what is under way has come."""
         ready = select.poll()
@@ -196,43 +202,39 @@ def test_a_stuck_worker_is_ended_by_the_clock_of_the_drain(start: Any, echoing: 
     assert proxy.wait() == 0
 
 
-class Seated:
-    """A worker's place whose inbox the test empties."""
+class Running:
+    """A runner whose worker runs; the test consumes its inbox."""
 
-    is_alive = True
+    is_alive = can_start = True
+    exit_status = ""
 
-    def __init__(self) -> None:
-        self.row = memoryview(bytearray(8 * len(Counter))).cast("Q")
-        self.box = inbox.ChannelProducer(self.row)
-        self.consumer = inbox.ChannelConsumer(inbox.Channel(self.box.theirs.fileno()), self.row)
-
-    def close(self) -> None:
-        self.box.theirs.detach()
-        self.consumer._socket.close()
-        self.box._ours.close()
+    def start(self) -> None: ...
 
 
 def test_a_busy_worker_whose_inbox_is_never_empty_answers_the_watchdog(manager: Manager) -> None:
-    """What counts is that it has taken what was there when it was asked."""
+    """It has to consume what was there at the time of the ping."""
+    row = memoryview(bytearray(8 * len(Counter))).cast("Q")
+    producer = inbox.ChannelProducer(row)
+    consumer = inbox.ChannelConsumer(inbox.Channel(producer.theirs.fileno()), row)
     pool = WorkerPool.__new__(WorkerPool)
-    pool._slots = [seat] = [Seated()]  # type: ignore[list-item]
-    notifier = systemd.Notifier({"NOTIFY_SOCKET": manager.path, "WATCHDOG_USEC": "30000"}, os.getpid())
-    watchdog = Watchdog(notifier, pool, lambda: "relaying")
-    with contextlib.closing(notifier), contextlib.closing(seat):
-        seat.box.put(inbox.Message(inbox.PING))
+    pool._slots = [slot] = [WorkerSlot(0, producer, Running())]
+    notifier = systemd.Notifier({"NOTIFY_SOCKET": manager.path, "WATCHDOG_USEC": "150000"}, os.getpid())
+    with contextlib.closing(EventLoop()) as loop, contextlib.closing(notifier):
+        watchdog = Watchdog(loop, notifier, pool, lambda: "relaying")
+        assert producer.put(inbox.Message(Command.PING))
+        watchdog.start()
         for _ in range(3):
-            watchdog.tick()
-            seat.box.put(inbox.Message(inbox.PING))  # one comes before one is taken
-            assert seat.consumer.take()
-            assert not seat.box.is_empty
-            wait_until(lambda: watchdog.due_s == 0)
-            watchdog.tick()
+            loop.run(lambda: slot._ping_mark == producer.last_put)
+            assert producer.put(inbox.Message(Command.PING))  # one is put before one is consumed
+            assert consumer.pop()
+            assert not producer.is_empty
+            loop.run(manager.has_message)
             assert manager.wait_for("WATCHDOG") == "1"
-            wait_until(lambda: watchdog.due_s == 0)
-        watchdog.tick()
-        wait_until(lambda: watchdog.due_s == 0)
-        watchdog.tick()
-        manager.falls_silent(for_s=0)
+        loop.run_for(2 * 10**8)
+        assert not manager.has_message(), "nothing was consumed since the last ping"
+    producer.theirs.detach()
+    consumer._socket.close()
+    producer._ours.close()
 
 
 @pytest.mark.root

@@ -875,8 +875,8 @@ def test_why_tsproxy_did_not_start_stays_to_be_read() -> None:
         session.wait()
         assert CONSUMED not in session.output
         first, second, third = session.output.decode().splitlines()
-        assert first.startswith("tsproxy: --target: given 'exchange.example:0'")
-        assert (second, third) == ("tsproxy: standard input: ended before its first line", "ended with 1")
+        assert first.startswith("tsproxy.py: --target: given 'exchange.example:0'")
+        assert (second, third) == ("tsproxy.py: standard input: ended before its first line", "ended with 1")
 
 
 def test_a_pipe_that_ends_without_a_line_after_a_while_ends_it() -> None:
@@ -886,7 +886,7 @@ def test_a_pipe_that_ends_without_a_line_after_a_while_ends_it() -> None:
         session.wait_for("waiting for lines on standard input")
         os.close(writer)
         assert_given_back(session, 1)
-        assert b"tsproxy: standard input: ended before its first line" in session.output.rpartition(BACK)[2]
+        assert b"tsproxy.py: standard input: ended before its first line" in session.output.rpartition(BACK)[2]
 
 
 def test_where_there_are_no_keys_it_ends_with_the_lines(lines: Path) -> None:
@@ -998,14 +998,14 @@ def test_a_file_that_can_not_be_read_is_one_line_and_2(tmp_path: Path) -> None:
         ):
             done = run_plain(b"", path)
             assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (2, b"", 1)
-            assert done.stderr.decode().startswith(f"tsproxy: FILE: given {path!r}") and why in done.stderr.decode()
+            assert done.stderr.decode().startswith(f"tsproxy.py: FILE: given {path!r}") and why in done.stderr.decode()
 
 
 def test_no_file_and_nothing_piped_in_is_one_line_and_2() -> None:
     with PtySession([*CHECKOUT, "top"]) as session:
         assert session.wait() == 2
         assert session.output.count(b"\n") == 1 and session.output.startswith(
-            b"tsproxy: FILE: given nothing, and standard input"
+            b"tsproxy.py: FILE: given nothing, and standard input"
         )
 
 

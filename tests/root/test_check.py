@@ -278,7 +278,7 @@ def test_a_target_that_can_not_be_resolved_ends_with_75_as_for_relaying() -> Non
         [*CHECKOUT, "check", "-t", "no-such-host.invalid:443"], capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stdout) == (75, "")
-    assert done.stderr.startswith("tsproxy: --target: given 'no-such-host.invalid:443'; can't be resolved")
+    assert done.stderr.startswith("tsproxy.py: --target: given 'no-such-host.invalid:443'; can't be resolved")
     assert done.stderr.count("\n") == 1
 
 

@@ -58,6 +58,11 @@ def legs(picture: str) -> Tuple[List[str], List[str]]:
     return [line[:at].strip() for line in block], [line[at:].strip() for line in block]
 
 
+def audited(picture: str) -> List[Tuple[str, str]]:
+    """Each leg that was captured, and its verdict."""
+    return re.findall(r"^  ((?:client|tsproxy) -> \w+) +([A-Z]+) +[0-9]+ of [0-9]+ segments have", picture, re.MULTILINE)
+
+
 def assert_strips(done: subprocess.CompletedProcess[str]) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     client, upstream = legs(done.stdout)
@@ -68,6 +73,9 @@ def assert_strips(done: subprocess.CompletedProcess[str]) -> None:
     assert not any(line.startswith("TS ") for line in upstream)
     assert any(line.startswith("mss ") for line in upstream)
     assert "TCP_INFO: timestamps not negotiated" in upstream
+    assert audited(done.stdout) == [("client -> tsproxy", "LEAK"), ("tsproxy -> exchange", "CLEAN")]
+    assert 'tsproxy\'s line says the same: "upstream_timestamps":false' in done.stdout
+    assert re.search(r"CLEAN +0 of [1-9][0-9]* segments have a timestamp$", done.stdout, re.MULTILINE)
     assert "The client offered timestamps; the exchange got none." in done.stdout
     assert all(len(line) <= 80 for line in done.stdout.splitlines())
 
@@ -131,6 +139,10 @@ def test_where_namespaces_are_forbidden_it_says_so_and_shows_preserve() -> None:
     before = in_a_user_namespace("echo 0 > /proc/sys/user/max_user_namespaces")
     done = demo([*before, *CHECKOUT])
     assert_preserves(done, "No space left on device", "sysctl -w user.max_user_namespaces=")
+    assert audited(done.stdout) == []
+    words = " ".join(done.stdout.split())
+    assert "no audit of the wire: a packet socket can't be had by uid 0 here (Operation not permitted); as root:" in words
+    assert "what the kernel says of both legs, above, needs no such right" in words
 
 
 def test_where_the_sysctl_can_not_be_written_it_says_so_and_shows_preserve() -> None:
@@ -138,20 +150,22 @@ def test_where_the_sysctl_can_not_be_written_it_says_so_and_shows_preserve() -> 
     mount = "mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys"
     done = demo(["unshare", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh", *CHECKOUT])
     assert_preserves(done, "Read-only file system", "mount /proc/sys writable")
+    assert audited(done.stdout) == [("client -> tsproxy", "LEAK"), ("tsproxy -> exchange", "LEAK")]
+    assert 'tsproxy\'s line says the same: "upstream_timestamps":true' in done.stdout
 
 
 def test_no_namespaces_and_no_loopback_is_one_clear_line() -> None:
     before = in_a_user_namespace("echo 0 > /proc/sys/user/max_user_namespaces", "--net")
     done = demo([*before, *CHECKOUT])
     assert done.returncode == 1
-    assert done.stderr == "tsproxy: demo: the loopback interface is down; to raise it: ip link set lo up\n"
+    assert done.stderr == "tsproxy.py: demo: the loopback interface is down; to raise it: ip link set lo up\n"
 
 
 def test_a_tsproxy_that_can_not_start_is_one_clear_line() -> None:
     require_root()
     done = demo(["unshare", "--net", "prlimit", "--nofile=64:64", "setpriv", "--bounding-set=-sys_resource", *CHECKOUT])
     assert done.returncode == 1
-    assert done.stderr.startswith("tsproxy: demo: tsproxy said no more: --max-connections: given 4;")
+    assert done.stderr.startswith("tsproxy.py: demo: tsproxy said no more: --max-connections: given 4;")
     assert done.stderr.count("\n") == 1
 
 
@@ -209,7 +223,7 @@ def test_a_child_that_is_killed_takes_tsproxy_along_and_the_demo_says_so(running
     (child,) = (pid for pid in marked(mark) if pid != process.pid and not is_tsproxy(pid))
     os.kill(child, signal.SIGKILL)
     _, err = process.communicate(timeout=30)
-    assert (process.returncode, err) == (1, b"tsproxy: demo: its child process ended without a word\n")
+    assert (process.returncode, err) == (1, b"tsproxy.py: demo: its child process ended without a word\n")
     wait_until(lambda: marked(mark) == [], "tsproxy is gone")
 
 

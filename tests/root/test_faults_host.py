@@ -233,7 +233,7 @@ def test_a_killed_worker_takes_its_connections_with_it_and_nothing_else(forked: 
         left = [client for client in clients if still_answers(client)]
         for client in clients:
             client.close()
-    assert said == f"worker 0 died (killed by SIGKILL); {CROWD // 2} connections closed; a successor took its place"
+    assert said == f"worker 0 died (killed by SIGKILL); {CROWD // 2} connections closed; a replacement took its place"
     assert len(left) == CROWD // 2
     metrics = conserved(proxy, CROWD // 2)
     assert (metrics["worker_restarts_total"], metrics["downstream_cx_lost_with_worker_total"]) == (1, CROWD // 2)
@@ -279,7 +279,7 @@ def test_a_killed_fork_server_is_reported_at_once_and_its_workers_go_on(forked: 
         assert [is_there(pid) for pid in workers] == [True, True]
     assert error["message"] == (
         "the fork server, which starts workers, died (killed by SIGKILL); the connections go on, "
-        "but a worker that dies has no successor: restart when it suits"
+        "but a worker that dies has no replacement: restart when it suits"
     )
     conserved(proxy)
     assert proxy.stop() == 0
@@ -306,14 +306,14 @@ def test_a_worker_that_dies_after_the_fork_server_ends_the_whole_once_the_others
     assert proxy.wait() == 1
     assert [line["message"] for line in proxy.lines if line["event"] == "error"][1:] == [
         f"worker 1 died (how is not known, since the fork server is gone); {CROWD // 2} connections closed; "
-        "nobody can start a successor: draining, then ending"
+        "nobody can start a replacement: draining, then ending"
     ]
     stop = proxy.line("stop")
     assert (stop["reason"], stop["drained"], stop["killed_connections"]) == ("worker_died", True, 0)
     assert proxy.stderr() == ""
 
 
-def test_a_successor_for_which_the_main_process_has_no_descriptor_is_tried_again(forked: Stand) -> None:
+def test_a_replacement_for_which_the_main_process_has_no_descriptor_is_tried_again(forked: Stand) -> None:
     """It needs two for a moment, a pipe(2): EMFILE there ended everything."""
     proxy = forked.start()
     with forked.unharmed(proxy):
@@ -321,9 +321,9 @@ def test_a_successor_for_which_the_main_process_has_no_descriptor_is_tried_again
         with descriptors_up_to(main, lowest_free(main)):
             os.kill(victim, signal.SIGKILL)
             died = proxy.line("error")["message"]
-        assert died.startswith("worker 0 died (killed by SIGKILL); 0 connections closed; no successor yet, trying again: ")
+        assert died.startswith("worker 0 died (killed by SIGKILL); 0 connections closed; no replacement yet, trying again: ")
         assert "pipe2(2): Too many open files" in died
-        assert proxy.line("warning")["message"] == "worker 0: a successor took its place after all"
+        assert proxy.line("warning")["message"] == "worker 0: a replacement took its place after all"
     assert proxy.stop() == 0
     assert proxy.stderr() == ""
 

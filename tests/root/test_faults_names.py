@@ -53,7 +53,7 @@ def test_a_name_that_can_not_be_resolved_yet_ends_the_start_with_75_and_the_next
     early = named.start()
     assert early.wait() == 75
     (line,) = early.stderr().splitlines()
-    assert line.startswith(f"tsproxy: --target: given 'exchange.test:{named.old.port}'; can't be resolved: ")
+    assert line.startswith(f"tsproxy.py: --target: given 'exchange.test:{named.old.port}'; can't be resolved: ")
     named.names.address, named.names.code = "127.0.0.2", Names.OK
     named.stand.ask(named.start())
 

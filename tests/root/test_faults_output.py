@@ -112,4 +112,4 @@ def test_a_disk_that_is_full_costs_nothing_and_gets_all_lines_when_it_has_room(s
     assert [line["event"] for line in lines[-2:]] == ["metrics", "stop"]
     assert lines[-2]["log_lines_dropped_total"] == 0
     said = set(proxy.stderr().splitlines())
-    assert said == {"tsproxy: standard output: No space left on device; trying again every 1 s; 4,096 lines are kept"}
+    assert said == {"tsproxy.py: standard output: No space left on device; trying again every 1 s; 4,096 lines are kept"}

@@ -13,12 +13,11 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Callable, Iterator, List, Optional, Tuple
+from typing import Callable, Iterator, List, Tuple
 
 import pytest
 from _tsproxy.linux import sockets, uapi
-from _tsproxy.loop.timers import Timers
-from _tsproxy.proxy.liveness import Liveness, Stall
+from _tsproxy.proxy.liveness import Liveness
 from harness import ROOT, SUPPORT, Proxy, receive_all, receive_exactly, wait_until
 from wire import DOWNSTREAM, UPSTREAM, Wire
 
@@ -286,20 +285,20 @@ def test_what_shortens_the_time_between_probes_is_undone_when_the_peer_reads(
             while True:
                 sink.send(MUCH)
         wait_until(lambda: not sink.getsockopt(tcp, uapi.TCP_INFO, 28)[24], "nothing under way: the window is closed")
-        way, liveness = Way(sink), Liveness(Timers(), {}, 10_000)
+        liveness, stall = Liveness(10_000), None
         before = settings(sink)
         for second in range(0, 60, 3):
-            assert not liveness.is_gone(way, second * 10**9)
+            is_dead, stall = liveness.check(sink, stall, second * 10**9)
+            assert not is_dead
             if second:
-                assert way.stall
-                assert way.stall.undo
-                changed = sink.getsockopt(tcp, way.stall.undo.number)
-                assert 3334 <= changed < 3350 if way.stall.undo.number == 44 else changed >= second * 1000 + 10_000
+                assert stall
+                assert stall.undo
+                changed = sink.getsockopt(tcp, stall.undo.number)
+                assert 3334 <= changed < 3350 if stall.undo.number == 44 else changed >= second * 1000 + 10_000
         while peer.recv(1 << 20):
             if not sockets.outstanding(sink).any:
                 break
-        assert not liveness.is_gone(way, 61 * 10**9)
-        assert way.stall is None
+        assert liveness.check(sink, stall, 61 * 10**9) == (False, None)
         assert settings(sink) == before
 
 
@@ -309,14 +308,6 @@ def settings(sock: socket.socket) -> List[int]:
         with contextlib.suppress(OSError):  # before 6.15
             found.append(sock.getsockopt(socket.IPPROTO_TCP, number))
     return found
-
-
-class Way:
-    """As much of a Half as is looked at."""
-
-    def __init__(self, sink: socket.socket) -> None:
-        self.sink = sink
-        self.stall: Optional[Stall] = None
 
 
 # What it costs

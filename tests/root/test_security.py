@@ -115,7 +115,7 @@ def refused(*options: str) -> str:
 @pytest.mark.root
 def test_root_is_no_user_to_become() -> None:
     require_root()
-    assert refused("-p0", "--user=root") == "tsproxy: --user: given 'root'; allowed: a user that is not root\n"
+    assert refused("-p0", "--user=root") == "tsproxy.py: --user: given 'root'; allowed: a user that is not root\n"
 
 
 @pytest.mark.root

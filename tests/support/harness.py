@@ -21,7 +21,7 @@ from hypothesis import settings
 SUPPORT = Path(__file__).resolve().parent
 ROOT = SUPPORT.parent.parent
 CHECKOUT = [sys.executable, str(ROOT / "tsproxy.py")]
-PATIENCE = 20.0
+PATIENCE = float(os.environ.get("TSPROXY_TEST_PATIENCE", "20"))  # seconds; an emulated CPU needs more
 Line = Dict[str, Any]
 
 
@@ -37,7 +37,7 @@ def examples(thorough: int) -> int:
     return max(1, thorough * settings.default.max_examples // 100)
 
 
-def wait_until(predicate: Callable[[], Any], what: str = "", deadline: float = PATIENCE) -> Any:
+def wait_until(predicate: Callable[[], Any], what: str = "", deadline: float = PATIENCE, pace: float = 0.005) -> Any:
     """The predicate's first true value; AssertionError when it does not come in time."""
     end = time.monotonic() + deadline
     while True:
@@ -46,7 +46,7 @@ def wait_until(predicate: Callable[[], Any], what: str = "", deadline: float = P
             return value
         if time.monotonic() > end:
             raise AssertionError(f"did not happen within {deadline:g} s: {what or predicate}")
-        time.sleep(0.005)  # the pace of looking, not a guess at how long it takes
+        time.sleep(pace)  # the pace of looking, not a guess at how long it takes
 
 
 class Proxy:

@@ -25,5 +25,5 @@ def lone_context(
     os.close(shared_counters.fd)
     yield context
     context.close()
-    vars(context).clear()  # the ledger's map goes with its last reference, and its descriptor with it
+    vars(context).clear()  # the counters' map goes with its last reference, and its descriptor with it
     del row, shared_counters

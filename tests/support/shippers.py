@@ -19,7 +19,7 @@ _LIBRARIES = [UNPACKED / "usr/lib/x86_64-linux-gnu", UNPACKED / "lib/x86_64-linu
 
 def find(tool: str, required: bool = True) -> str:
     """Its path; else skip, loudly. In CI that is a failure where the tool is one that .ci/run brings."""
-    unpacked = [str(UNPACKED / place) for place in ("usr/sbin", "lib/systemd")]
+    unpacked = [str(UNPACKED / place) for place in ("usr/bin", "usr/sbin", "lib/systemd")]
     places = [*unpacked, os.environ.get("PATH", ""), "/usr/sbin", "/lib/systemd"]
     found = shutil.which(tool, path=os.pathsep.join(places))
     if found:
@@ -39,6 +39,18 @@ def generated(kind: str, directory: Optional[Path] = None) -> str:
     """What `generate KIND` prints, with its one directory replaced."""
     done = subprocess.run([*CHECKOUT, "generate", kind], capture_output=True, text=True, check=True)
     return done.stdout.replace("/var/log/tsproxy", str(directory)) if directory else done.stdout
+
+
+def rsyslogd() -> List[str]:
+    """The program, told where its modules are if it is not installed."""
+    modules = UNPACKED / "usr/lib/x86_64-linux-gnu/rsyslog"
+    return [find("rsyslogd"), *(["-M", str(modules)] if modules.is_dir() else [])]
+
+
+def syslog_ng() -> List[str]:
+    """The same."""
+    unpacked = sorted((UNPACKED / "usr/lib/syslog-ng").glob("[0-9]*"))
+    return [find("syslog-ng"), *(["--module-path", str(unpacked[0])] if unpacked else [])]
 
 
 class Shipper:
@@ -115,9 +127,7 @@ class Rsyslog(Shipper):
         """
 
     def _command(self) -> List[str]:
-        modules = UNPACKED / "usr/lib/x86_64-linux-gnu/rsyslog"
-        more = ["-M", str(modules)] if modules.is_dir() else []
-        return [find("rsyslogd"), "-n", "-f", str(self._main), "-i", str(self.directory / "pid"), *more]
+        return [*rsyslogd(), "-n", "-f", str(self._main), "-i", str(self.directory / "pid")]
 
 
 class SyslogNg(Shipper):
@@ -128,11 +138,9 @@ class SyslogNg(Shipper):
         return f'@version: 4.0\nsource s_src {{ unix-dgram("{self.socket}"); }};\n@include "{included}"\n'
 
     def _command(self) -> List[str]:
-        unpacked = sorted((UNPACKED / "usr/lib/syslog-ng").glob("[0-9]*"))
-        more = ["--module-path", str(unpacked[0])] if unpacked else []
         own = {"-R": "persist", "-p": "pid", "-c": "control"}
         places = [word for flag, name in own.items() for word in (flag, str(self.directory / name))]
-        return [find("syslog-ng"), "-F", "-f", str(self._main), "--no-caps", *places, *more]
+        return [*syslog_ng(), "-F", "-f", str(self._main), "--no-caps", *places]
 
 
 SHIPPERS: Dict[str, Any] = {"rsyslog": Rsyslog, "syslog-ng": SyslogNg}

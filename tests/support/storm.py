@@ -1,6 +1,6 @@
 """A connect storm, as programs of their own, so that it has a core of its own: an exchange, and clients that never rest.
 
-storm.py exchange            prints its port, answers each connection with what it said, closes first
+storm.py exchange HOST       prints its port, answers each order of a storm and closes first; echoes whatever else comes
 storm.py clients HOST PORT   connects, exchanges, verifies, again and again, until standard input ends; then prints JSON
 
 The exchange closes first: TIME_WAIT takes no local port from the next connection.
@@ -80,13 +80,19 @@ def exchange(host: str) -> None:
         for key, _ in selector.select():
             if key.fileobj is listener:
                 selector.register(listener.accept()[0], selectors.EVENT_READ)
-                continue
-            selector.unregister(key.fileobj)
-            with key.fileobj as client:  # type: ignore[union-attr]
-                try:
-                    client.sendall(client.recv(_SIZE))
-                except OSError:
-                    pass  # the other side tells the failure
+            elif _answered(key.fileobj) in {0, _SIZE}:
+                selector.unregister(key.fileobj)
+                key.fileobj.close()  # type: ignore[union-attr]
+
+
+def _answered(client: Any) -> int:
+    """How many bytes came and went; 0 at the end, also where it failed: the other side tells the failure."""
+    try:
+        order = client.recv(_SIZE)
+        client.sendall(order)
+    except OSError:
+        return 0
+    return len(order)
 
 
 if __name__ == "__main__":

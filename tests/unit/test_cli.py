@@ -11,7 +11,6 @@ import _tsproxy
 import pytest
 from _tsproxy.cli import config, parser
 from _tsproxy.cli.config import UsageError
-from _tsproxy.cli.parser import normalize
 from _tsproxy.tools import generate
 from command_line import KNOWN, MANUAL, Ran, run
 from docopt import docopt
@@ -20,6 +19,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 SWITCHES = {"--reuse-port", "--spoof-timestamps", "--trust-host", "--json", "--help", "--version"}
+AUDIT = {"--from", "--interface", "--seconds", "--lines", "--svg"}  # audit's own, of which relaying knows nothing
 T = "--target=a:1"
 unhurried = settings(deadline=None)
 
@@ -28,18 +28,18 @@ unhurried = settings(deadline=None)
 
 
 def test_each_option_of_the_manual_is_parsed_by_something_and_the_other_way_round() -> None:
-    assert KNOWN.keys() == config.OPTIONS.keys() | config.REPEATED.keys() | SWITCHES
+    assert KNOWN.keys() == config.OPTIONS.keys() | config.REPEATED.keys() | SWITCHES | AUDIT
 
 
 def test_the_manual_says_which_options_take_a_value_and_which_repeat() -> None:
     assert {name for name, known in KNOWN.items() if not known.argument} == SWITCHES
-    assert {name for name, known in KNOWN.items() if known.repeats} == config.REPEATED.keys()
+    assert {name for name, known in KNOWN.items() if known.repeats} == config.REPEATED.keys() | {"--from"}
 
 
 def test_the_table_of_options_is_the_one_that_docopt_reads() -> None:
     read = docopt(MANUAL, [T], default_help=False)
     assert {word for word in read if word.startswith("--")} == KNOWN.keys()
-    assert {word for word in read if word.islower() and word[0].isalpha()} == {*parser.commands_of(MANUAL), *generate.SHIPPERS}
+    assert {word for word in read if word.islower() and word[0].isalpha()} == {*parser.commands_of(MANUAL), *generate.ALONE}
 
 
 def described(name: str) -> str:
@@ -84,6 +84,9 @@ CONSUMED = [
     ([T, "--reuse-port"], [T, "--reuse-port"]),
     ([T, "--"], [T]),
     (["bundle", "out"], ["bundle", "out"]),
+    (["audit", "x", "-", "--json"], ["audit", "x", "-", "--json"]),
+    (["audit", "x", "-t", "a:1", "--from=::1"], ["audit", "x", T, "--from=::1"]),
+    (["audit", "--interface", "lo"], ["audit", "--interface=lo"]),
     (["bundle", "-"], ["bundle", "-"]),
     (["bundle", "--", "out"], ["bundle", "out"]),
     (["-h"], ["--help"]),
@@ -96,7 +99,7 @@ CONSUMED = [
 
 @pytest.mark.parametrize(("words", "canonical"), CONSUMED, ids=[" ".join(words) for words, _ in CONSUMED])
 def test_each_spelling_becomes_the_canonical_one_and_docopt_takes_it(words: List[str], canonical: List[str]) -> None:
-    assert normalize(MANUAL, words) == canonical
+    assert parser.normalize(MANUAL, words) == canonical
     docopt(MANUAL, canonical, default_help=False)  # SystemExit if it does not
 
 
@@ -104,6 +107,7 @@ def test_each_spelling_becomes_the_canonical_one_and_docopt_takes_it(words: List
 
 USAGES = re.findall(r"^  (tsproxy\.py .*)$", MANUAL, re.M)
 USAGE = {line.split()[1].partition("=")[0]: line for line in reversed(USAGES)}
+LIVE = next(line for line in USAGES if "audit --interface" in line)
 SHIPPING = next(line for line in USAGES if "rsyslog" in line)
 REFUSED = [
     ([T, "--max=5"], "unknown option '--max'; did you mean --max-connections or --max-connections-per-client?"),
@@ -139,6 +143,9 @@ REFUSED = [
     (["demo", "--port=1"], "--port: not an option of 'demo'; usage: tsproxy.py demo"),
     ([T, "--json"], f"--json: not an option of 'relaying'; usage: {USAGE['--target']}"),
     (["generate", "netns", T, "--json"], f"--json: not an option of 'generate'; usage: {USAGE['generate']}"),
+    (["audit", "x", "--port=1"], f"--port: not an option of 'audit'; usage: {USAGE['audit']}"),
+    (["audit", "--interface=lo", "--lines=x"], f"--lines: not an option of 'audit'; usage: {LIVE}"),
+    ([T, "--from=10.0.0.0/8"], f"--from: not an option of 'relaying'; usage: {USAGE['--target']}"),
     (["generate", "rsyslog", T], f"--target: not an option of 'generate'; usage: {SHIPPING}"),
     (["-p1", "generate", "syslog-ng"], f"--port: not an option of 'generate'; usage: {SHIPPING}"),
     (["generate", "netns"], "--target: given nothing; allowed: at least one, e.g. --target=exchange.example:443"),
@@ -155,6 +162,8 @@ LEFT_TO_DOCOPT = [
     (["demo", "x"], "can't take 'demo x'; usage: tsproxy.py demo"),
     (["generate", T], f"can't take 'generate'; usage: {USAGE['generate']}"),
     (["generate", "rsyslog", "vector"], f"can't take 'generate rsyslog vector'; usage: {SHIPPING}"),
+    (["audit"], f"can't take 'audit'; usage: {USAGE['audit']}"),
+    (["audit", "x", "--seconds=1"], f"can't take 'audit x'; usage: {LIVE}"),
     (["check", "x", T], f"can't take 'check x'; usage: {USAGE['check']}"),
     (["bundle", "a", "b"], "can't take 'bundle a b'; usage: tsproxy.py bundle OUT"),
     (["bundle", "a\nb", "c"], "can't take 'bundle a\\nb c'; usage: tsproxy.py bundle OUT"),
@@ -164,13 +173,13 @@ LEFT_TO_DOCOPT = [
 @pytest.mark.parametrize(("words", "line"), REFUSED, ids=[ascii(" ".join(words)) for words, _ in REFUSED])
 def test_a_mistake_is_answered_with_its_own_line(words: List[str], line: str) -> None:
     with pytest.raises(UsageError) as caught:
-        normalize(MANUAL, words)
+        parser.normalize(MANUAL, words)
     assert str(caught.value) == line
 
 
 @pytest.mark.parametrize(("words", "line"), REFUSED + LEFT_TO_DOCOPT, ids=lambda value: ascii(value)[:60])
 def test_a_mistake_ends_with_2_and_nothing_on_standard_output(words: List[str], line: str) -> None:
-    assert run(words) == Ran(2, "", f"tsproxy: {line}\n", None)
+    assert run(words) == Ran(2, "", f"tsproxy.py: {line}\n", None)
 
 
 @pytest.mark.parametrize("question", ["-h", "--help"])
@@ -263,7 +272,7 @@ def test_docopt_gets_canonical_names_only_and_adds_nothing_of_its_own(words: Lis
             return
         finally:
             assert (out.getvalue(), err.getvalue()) == ("", "")
-    said = canonical_values(normalize(MANUAL, words))
+    said = canonical_values(parser.normalize(MANUAL, words))
     assert said.keys() <= KNOWN.keys() | {""}
     bare = docopt(MANUAL, [T], default_help=False)
     for name, known in KNOWN.items():
@@ -285,7 +294,7 @@ def test_any_words_are_taken_or_cost_one_line(words: List[str]) -> None:
     ran = run(words)
     if ran.code == 2:
         assert (ran.out, ran.asked) == ("", None)
-        assert ran.err.startswith("tsproxy: ")
+        assert ran.err.startswith("tsproxy.py: ")
         assert ran.err[:-1].isprintable()
         assert ran.err[-1] == "\n"
     else:

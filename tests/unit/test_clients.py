@@ -15,7 +15,7 @@ from _tsproxy.linux.addresses import pack, without_port
 from _tsproxy.linux.sockets import bind_accept4
 from _tsproxy.proxy.acceptor import Acceptor
 from _tsproxy.proxy.clients import Clients, slots_for
-from _tsproxy.proxy.inbox import _SLOT, Message
+from _tsproxy.proxy.inbox import _SLOT, Command, Message
 from _tsproxy.stats.counters import ACCEPTOR_ROW, Counter, SharedCounters, slot_offset
 from harness import PATIENCE, examples
 from hypothesis import given, settings
@@ -75,7 +75,7 @@ class Model:
             self.rows[worker][self.begun[worker].popleft()[1] + 1] += 1
 
     def die(self, worker: int) -> None:
-        """What it had begun is closed; what waits in its inbox is its successor's."""
+        """What it had begun is closed; what waits in its inbox is its replacement's."""
         self.shared_counters.write_off(worker)
         self.begun[worker].clear()
 
@@ -182,13 +182,13 @@ def test_a_write_off_touches_the_dead_workers_row_alone() -> None:
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, MOST_UPSTREAMS))
 def test_the_pair_goes_over_to_the_worker(client_slot: int, upstreams: int) -> None:
-    message = Message(0, 5, 7, 9, four(1), bytes(24) * upstreams, client_slot)
+    message = Message(Command.CLIENT, 5, 7, 9, four(1), bytes(24) * upstreams, client_slot)
     encoded = message.encode()
     assert Message.decode(encoded) == message
     assert len(encoded) <= _SLOT
 
 
-class FullCrew:
+class FullPool:
     """Workers whose inboxes take nothing while `full`, and keep what they take."""
 
     def __init__(self) -> None:
@@ -200,47 +200,45 @@ class FullCrew:
         return not self.full
 
 
-def acceptor_of(wanted: config.Config, world: Any, crew: Any) -> Acceptor:
+def acceptor_of(wanted: config.Config, world: Any, pool: Any) -> Acceptor:
     row = world.shared_counters.rows[ACCEPTOR_ROW]
     say: Any = lambda *_: None  # noqa: E731
-    return Acceptor(
-        wanted, world.shared_counters, row, world.clients, upstreams=lambda: b"", dispatch=crew.dispatch, log_ratelimited=say
-    )
+    return Acceptor(wanted, world.shared_counters, row, world.clients, dispatch=pool.dispatch, log_ratelimited=say)
 
 
 def test_a_client_that_no_worker_takes_keeps_its_share() -> None:
     """It waits for room in an inbox; reset at last, it has used up nothing."""
-    crew: Any = FullCrew()
+    pool: Any = FullPool()
     wanted = config.Config(targets=(), max_connections_per_client=1)
     with model(limit=1) as world, socket.create_server(("127.0.0.1", 0)) as listener:
-        acceptor = acceptor_of(wanted, world, crew)
-        for crew.full in (True, True, False):
+        acceptor = acceptor_of(wanted, world, pool)
+        for pool.full in (True, True, False):
             with socket.create_connection(listener.getsockname(), PATIENCE) as client:
                 assert acceptor.accept(bind_accept4(listener))
                 acceptor.give_up()
-                if crew.full:
+                if pool.full:
                     with pytest.raises(ConnectionResetError):
                         client.recv(1)
-        assert len(crew.taken) == 1
-        crew.taken.pop().close()
+        assert len(pool.taken) == 1
+        pool.taken.pop().close()
         del acceptor
 
 
 def test_with_queue_nobody_is_taken_beyond_the_limit_though_a_listener_is_ready() -> None:
     """Of two that are ready in one turn, the first may have used up the room."""
-    crew: Any = FullCrew()
+    pool: Any = FullPool()
     wanted = config.Config(targets=(), max_connections=1, on_full="queue")
     with model(limit=0) as world, socket.create_server(("127.0.0.1", 0)) as listener:
-        acceptor = acceptor_of(wanted, world, crew)
+        acceptor = acceptor_of(wanted, world, pool)
         world.shared_counters.worker(0)[Counter.ACCEPTED] = 1
         with socket.create_connection(listener.getsockname(), PATIENCE) as client:
             client.sendall(b"x")
             assert not acceptor.accept(bind_accept4(listener))
             world.shared_counters.worker(0)[Counter.ENDED] = 1
-            crew.full = False
+            pool.full = False
             assert acceptor.accept(bind_accept4(listener))
-            assert crew.taken[0].recv(1) == b"x"
-        crew.taken.pop().close()
+            assert pool.taken[0].recv(1) == b"x"
+        pool.taken.pop().close()
         del acceptor
 
 

@@ -1,4 +1,4 @@
-"""The ledger: rows in shared memory, one writer each, seen by every process that has the descriptor."""
+"""Shared counters: rows in shared memory, one writer each, seen by every process that has the descriptor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 @contextlib.contextmanager
 def ledger_for(workers: int) -> Iterator[SharedCounters]:
-    """A new ledger; at the end its descriptor is closed and its memory unmapped."""
+    """New counters; at the end its descriptor is closed and its memory unmapped."""
     shared_counters = SharedCounters.create(workers)
     fd = shared_counters.fd
     try:
@@ -168,7 +168,7 @@ def test_each_counter_shows_in_the_metrics_but_those_of_the_inbox(shared_counter
 
 
 class MovingLedger(SharedCounters):
-    """A ledger on which something happens right after some looks at it, so many times at most."""
+    """Counters on which something happens right after some looks at it, so many times at most."""
 
     watched: FrozenSet[Counter]
     happen: Callable[[memoryview], None]
@@ -183,7 +183,7 @@ class MovingLedger(SharedCounters):
 
 
 def totals_while(happen: Callable[[memoryview], None], watched: Iterable[Counter], times: int) -> Dict[str, int]:
-    """The metrics of an empty ledger on which that happens meanwhile."""
+    """The metrics of empty counters on which that happens meanwhile."""
     with ledger_for(1) as still:
         shared_counters = MovingLedger(still.fd)
         shared_counters.happen, shared_counters.watched, shared_counters.times = happen, frozenset(watched), times
@@ -218,7 +218,7 @@ def test_never_more_is_acknowledged_than_received_when_bytes_come_between_two_lo
 
 
 def test_a_client_that_its_killed_worker_had_counted_but_not_begun_with_is_not_active_for_ever() -> None:
-    """The worker accepted it by itself. Its successor's row goes on, and may be written off again."""
+    """The worker accepted it by itself. Its replacement's row goes on, and may be written off again."""
     with ledger_for(1) as shared_counters:
         row = shared_counters.worker(0)
         row[Counter.ACCEPTED], row[Counter.BEGUN], row[Counter.ENDED] = 7, 6, 4

@@ -26,7 +26,7 @@ from _tsproxy.policy import syn
 from _tsproxy.proxy.inbox import Message
 from _tsproxy.stats import encoder, records
 from _tsproxy.stats.records import ConnectionRecord, Notice, Record
-from _tsproxy.tools.generate.text import words as words_of
+from _tsproxy.tools.generate.words import words as words_of
 from command_line import BAD, GOOD, KNOWN, MANUAL, NAMED, parsed, run
 from docopt import docopt
 from harness import examples
@@ -351,7 +351,7 @@ COMPLAINTS = [
     r"can't take .* after --; .+",
     r"can't take .*; usage: tsproxy\.py .+",
 ]
-COMPLAINT = re.compile(rf"tsproxy: ({'|'.join(COMPLAINTS)})\n")
+COMPLAINT = re.compile(rf"tsproxy.py: ({'|'.join(COMPLAINTS)})\n")
 
 
 @settings(thorough, max_examples=examples(700))
@@ -371,7 +371,7 @@ def test_a_mangled_command_line_is_taken_or_costs_one_line_of_a_known_form(words
     assert (ran.code, ran.out, ran.asked) == (2, "", None)
     assert COMPLAINT.fullmatch(ran.err), ran.err
     assert ran.err[:-1].isprintable()
-    if named := re.match(rf"tsproxy: ({OPTION}): ", ran.err):
+    if named := re.match(rf"tsproxy.py: ({OPTION}): ", ran.err):
         assert named[1] in KNOWN
 
 

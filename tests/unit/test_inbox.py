@@ -8,7 +8,7 @@ from typing import Iterator, List
 
 import pytest
 from _tsproxy.proxy import inbox
-from _tsproxy.proxy.inbox import ACCEPTED, CAPACITY, KILL, Message
+from _tsproxy.proxy.inbox import CAPACITY, Command, Message
 from _tsproxy.stats.counters import SharedCounters
 from hypothesis import given
 from hypothesis import strategies as st
@@ -61,13 +61,13 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
 def all_of(consumer: inbox.Consumer) -> List[Message]:
     """Take as long as there is something to take."""
     entries: List[Message] = []
-    while message := consumer.take():
+    while message := consumer.pop():
         entries.append(message)
     return entries
 
 
 def order(number: int) -> Message:
-    return Message(ACCEPTED, -1, number, number * 7, bytes(24), b"u" * 24 * (number % 5))
+    return Message(Command.CLIENT, -1, number, number * 7, bytes(24), b"u" * 24 * (number % 5))
 
 
 def test_messages_come_out_as_they_went_in(pair: Pair) -> None:
@@ -93,8 +93,8 @@ def test_a_full_inbox_says_so_and_takes_again_when_there_is_room(pair: Pair) -> 
 
 def test_a_descriptor_goes_over_and_is_the_same_socket(pair: Pair) -> None:
     ours, theirs = socket.socketpair()
-    pair.producer.put(Message(ACCEPTED, theirs.detach(), 1))
-    message = pair.consumer.take()
+    pair.producer.put(Message(Command.CLIENT, theirs.detach(), 1))
+    message = pair.consumer.pop()
     assert message is not None
     with socket.socket(fileno=message.fd) as received, ours:
         ours.sendall(b"over")
@@ -114,7 +114,7 @@ def test_each_message_comes_once_and_in_order_even_if_the_reader_dies_in_between
         elif step == "replace":
             pair.replace()
         else:
-            taken += [message.connection_id for message in (pair.consumer.take() for _ in range(int(str(step)))) if message]
+            taken += [message.connection_id for message in (pair.consumer.pop() for _ in range(int(str(step)))) if message]
             pair.replace()  # what it was told of and has not taken is not lost
     while not pair.producer.is_empty:
         taken += [message.connection_id for message in all_of(pair.consumer)]
@@ -125,5 +125,5 @@ def test_each_message_comes_once_and_in_order_even_if_the_reader_dies_in_between
 def test_a_producer_that_is_gone_means_kill() -> None:
     pair = Pair("channel")
     pair.producer._ours.close()
-    assert pair.consumer.take() == Message(KILL)
+    assert pair.consumer.pop() == Message(Command.KILL)
     pair.close()

@@ -57,7 +57,11 @@ FORBIDDEN = [
     ("proxy/worker.py", "from _tsproxy.supervisor import serve"),
     ("supervisor/serve.py", "def later() -> None:\n    from _tsproxy.tools import main"),
     ("proxy/direction.py", "from _tsproxy.proxy.session import Session"),
+    ("supervisor/worker_slot.py", "from _tsproxy.supervisor import worker_pool"),
     ("loop/timers.py", "from _tsproxy.proxy import context"),
+    ("capture/options.py", "from _tsproxy.policy import syn"),
+    ("capture/layers.py", "from _tsproxy.capture import files"),
+    ("tools/audit/flows.py", "from _tsproxy.tools.audit import verdict"),
     ("tools/top/model.py", "from _tsproxy.tools.top import picture"),
 ]
 
@@ -77,7 +81,15 @@ def test_an_import_that_runs_the_other_way_breaks_a_contract(copy: Path, where: 
 
 @pytest.mark.parametrize(
     ("contract", "package"),
-    [("packages", "_tsproxy"), ("proxy", "_tsproxy.proxy"), ("top", "_tsproxy.tools.top")],
+    [
+        ("packages", "_tsproxy"),
+        ("proxy", "_tsproxy.proxy"),
+        ("supervisor", "_tsproxy.supervisor"),
+        ("loop", "_tsproxy.loop"),
+        ("top", "_tsproxy.tools.top"),
+        ("capture", "_tsproxy.capture"),
+        ("audit", "_tsproxy.tools.audit"),
+    ],
 )
 def test_a_contract_leaves_no_module_out(contract: str, package: str) -> None:
     config = configparser.ConfigParser()

@@ -105,8 +105,8 @@ def desk() -> Iterator[Desk]:
 I64, U64, BYTE = st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**64 - 1), st.integers(0, 255)
 ANY_CLIENT = st.binary(min_size=len(CLIENT), max_size=len(CLIENT)) | st.sampled_from([CLIENT, UPSTREAM])
 ANY_BODY = st.tuples(
-    *(st.integers(0, 65535), U64, I64, ANY_CLIENT, ANY_CLIENT, ANY_CLIENT, I64, I64, U64, U64, U64, U64, U64),
-    *(st.integers(-128, 127), st.integers(-128, 127), I64, I64, I64, st.integers(0, 30), BYTE),
+    *(st.integers(0, 65535), U64, I64, ANY_CLIENT, I64, st.integers(0, 30), BYTE, st.integers(-128, 127), I64, ANY_CLIENT),
+    *(I64, st.integers(-128, 127), ANY_CLIENT, I64, I64, U64, U64, U64, U64, U64),
 ).map(lambda numbers: records._HEAD.pack(records._HEAD.size + records._BODY.size, 1) + records._BODY.pack(*numbers))
 ANY_NOTICE = st.tuples(st.integers(0, 65535), I64, st.integers(0, 5), st.binary(max_size=60)).map(
     lambda given: (
@@ -485,7 +485,7 @@ def test_a_full_disk_is_said_on_standard_error(capfd: pytest.CaptureFixture[str]
         for _ in range(50):
             desk.reporter.log("said")
         desk.reporter.close()
-    line = "tsproxy: standard output: No space left on device; trying again every 1 s; 4,096 lines are kept\n"
+    line = "tsproxy.py: standard output: No space left on device; trying again every 1 s; 4,096 lines are kept\n"
     assert capfd.readouterr() == ("", line)
 
 

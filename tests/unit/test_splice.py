@@ -15,9 +15,8 @@ from typing import Any, Iterator, List, NamedTuple, Tuple
 import pytest
 from _tsproxy.linux.limits import PIPES_A_WORKER
 from _tsproxy.proxy.context import WorkerContext
-from _tsproxy.proxy.direction import FROM_DOWNSTREAM, FROM_UPSTREAM, Direction
+from _tsproxy.proxy.direction import Direction, Splicer, make_directions
 from _tsproxy.proxy.pipes import HAS_SPLICE, Pipes
-from _tsproxy.proxy.splicer import Splicer
 from _tsproxy.stats.counters import Counter
 from harness import receive_exactly, reset, wait_until
 from lone_context import lone_context
@@ -26,8 +25,8 @@ pytestmark = pytest.mark.skipif(not HAS_SPLICE, reason="os.splice came with Pyth
 BUFFER = 1024
 
 
-class Owner:
-    """Remembers what a half tells."""
+class Events:
+    """Remembers what a direction tells its session."""
 
     def __init__(self) -> None:
         self.told: List[Tuple[str, Any]] = []
@@ -44,6 +43,9 @@ class Owner:
     def on_flow(self) -> None:
         self.told.append(("flow", None))
 
+    def on_bug(self, bug: Exception) -> None:
+        raise bug
+
 
 class Way(NamedTuple):
     """One direction between two real connections: what `near` sends comes out at `far`."""
@@ -51,7 +53,7 @@ class Way(NamedTuple):
     near: socket.socket
     far: socket.socket
     direction: Direction
-    owner: Owner
+    events: Events
 
 
 @pytest.fixture
@@ -65,12 +67,11 @@ def way(context: WorkerContext) -> Iterator[Way]:
     with contextlib.ExitStack() as stack:
         near, source = pair(stack)
         sink, far = pair(stack)
-        owner = Owner()
-        direction, back = Direction(owner, context, source, FROM_DOWNSTREAM), Direction(owner, context, sink, FROM_UPSTREAM)
-        direction.reverse, direction.sink, back.reverse, back.sink = back, sink, direction, source
-        context.watch(direction.fd, direction.interest, direction)
-        yield Way(near, far, direction, owner)
-        context.poller.unregister(direction.fd)
+        events = Events()
+        direction, back = make_directions(events, context, source, sink)
+        context.loop.watch(direction.fd, direction.interest, direction)
+        yield Way(near, far, direction, events)
+        context.loop.unwatch(direction.fd)
         direction.detach()
         back.detach()
 
@@ -132,11 +133,11 @@ def test_four_full_buffers_in_a_row_begin_splicing_and_four_small_iterations_end
         assert one.direction.reader is one.direction
         pass_on(one, 4 * BUFFER)
         assert isinstance(one.direction.reader, Splicer)
-        assert context.handlers[one.direction.fd] is one.direction.reader
+        assert context.loop.handlers[one.direction.fd] is one.direction.reader
         for _ in range(4):
             pass_on(one, 10)
         assert one.direction.reader is one.direction
-        assert context.handlers[one.direction.fd] is one.direction  # not the stream, whose pipe may be another's by now
+        assert context.loop.handlers[one.direction.fd] is one.direction  # not the splicer, whose pipe may be another's by now
         assert context.counters[Counter.RECEIVED_DOWNSTREAM] == one.direction.received == 7 * BUFFER + 40
         assert one.direction.unsent == 0
 
@@ -181,7 +182,7 @@ def test_a_reset_sink_is_reported_and_bytes_in_the_pipe_count_as_unsent(context:
 
         def told() -> bool:
             one.direction.reader.readable()
-            return any(what == "sink" for what, _ in one.owner.told)
+            return any(what == "sink" for what, _ in one.events.told)
 
         wait_until(told, "the owner is told")
         assert one.direction.unsent > 0
@@ -197,20 +198,20 @@ def test_eof_and_a_reset_of_the_source_are_seen_while_splicing_too(context: Work
         pass_on(one, 8 * BUFFER)
         reset(one.near)
         wait_until(
-            lambda: one.direction.reader.readable() or one.owner.told[-1] == ("source", ConnectionResetError), "the reset"
+            lambda: one.direction.reader.readable() or one.events.told[-1] == ("source", ConnectionResetError), "the reset"
         )
 
 
 def test_pipes_are_bounded_and_a_spare_one_is_used_again() -> None:
     pipes = Pipes(PIPES_A_WORKER)
-    taken = [pipe for pipe in (pipes.take() for _ in range(PIPES_A_WORKER + 3)) if pipe]
+    taken = [pipe for pipe in (pipes.acquire() for _ in range(PIPES_A_WORKER + 3)) if pipe]
     assert len(taken) == PIPES_A_WORKER
     for pipe in taken:
-        pipes.give(pipe)
-    again = pipes.take()
+        pipes.release(pipe)
+    again = pipes.acquire()
     assert again is not None
     assert again in taken
-    pipes.give(again)
+    pipes.release(again)
     pipes.close()
 
 
@@ -221,7 +222,7 @@ def test_without_a_descriptor_there_is_no_pipe_and_no_error() -> None:
     os.close(lowest_free)
     resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
     try:
-        assert pipes.take() is None
+        assert pipes.acquire() is None
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert pipes.take() is None  # the kernel is not asked again at once
+    assert pipes.acquire() is None  # the kernel is not asked again at once

@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 import threading
-from typing import Any, Callable, Iterator, List, NamedTuple, Tuple
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 import pytest
 from _tsproxy.linux.addresses import pack
@@ -15,11 +15,12 @@ from _tsproxy.loop.poller import BROKEN, READ, READ_EDGES, READABLE, WRITE
 from _tsproxy.loop.posted import BULK, ENDING, NEW, NOW
 from _tsproxy.loop.timers import TICK_NS
 from _tsproxy.policy.gates import Preserve
-from _tsproxy.proxy import direction as direction_module
-from _tsproxy.proxy.direction import FROM_DOWNSTREAM, Direction
-from _tsproxy.proxy.inbox import ACCEPTED, DRAIN, OPEN, Message, RingConsumer, RingProducer, create_ring
+from _tsproxy.proxy.direction import Direction, make_directions
+from _tsproxy.proxy.inbox import Command, Message, RingConsumer, RingProducer, create_ring
 from _tsproxy.proxy.listener import Listener
-from _tsproxy.proxy.liveness import Liveness
+from _tsproxy.proxy.liveness import Liveness, Stall, Verdict
+from _tsproxy.proxy.registry import Registry
+from _tsproxy.proxy.states import CONNECTING
 from _tsproxy.proxy.worker import Worker
 from _tsproxy.stats.counters import Counter
 from _tsproxy.stats.endings import Ending
@@ -92,7 +93,7 @@ def client_of(stand: Stand, listener: socket.socket, number: int, upstreams: byt
     client = socket.create_connection(listener.getsockname(), PATIENCE)
     accepted, address = listener.accept()
     packed = pack(socket.AF_INET, address)
-    assert stand.inbox.put(Message(ACCEPTED, accepted.detach(), number, 0, packed, upstreams))
+    assert stand.inbox.put(Message(Command.CLIENT, accepted.detach(), number, 0, packed, upstreams))
     return client
 
 
@@ -106,7 +107,7 @@ def test_a_bug_costs_the_connection_it_happened_in(stand: Stand, echoing: Exchan
         with client_of(stand, listener, 2, upstreams) as client:
             client.sendall(b"x")
             assert client.recv(1) == b"x"
-    assert stand.inbox.put(Message(DRAIN))
+    assert stand.inbox.put(Message(Command.DRAIN))
     thread.join(PATIENCE)
     counters = stand.worker.context.counters
     assert (counters[Counter.BUGS], counters[Counter.BEGUN], counters[Counter.ENDED]) == (1, 2, 2)
@@ -115,11 +116,11 @@ def test_a_bug_costs_the_connection_it_happened_in(stand: Stand, echoing: Exchan
 
 
 def test_a_bug_in_accepting_ends_the_worker(stand: Stand) -> None:
-    """It is outside any connection: a successor begins anew, and one that dies at once again and again is the end."""
+    """It is outside any connection: a replacement starts anew, and one that dies at once again and again is the end."""
     broken: Any = BrokenAcceptor()
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        stand.worker.listeners.append(Listener(stand.worker, stand.worker.context, broken, listener.dup()))
-        assert stand.inbox.put(Message(OPEN))
+        stand.worker.listen(broken, [Listener(stand.worker.context.loop, broken, listener.dup())])
+        assert stand.inbox.put(Message(Command.START_ACCEPTING))
         with socket.create_connection(listener.getsockname(), PATIENCE), pytest.raises(ValueError, match="a bug"):
             stand.worker.run()
     assert stand.said()[0].endswith("ValueError: a bug\n")
@@ -129,21 +130,21 @@ def test_a_closed_listener_wakes_no_worker_though_the_main_process_has_it_open(s
     acceptor: Any = BrokenAcceptor()
     context = stand.worker.context
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        opened = Listener(stand.worker, context, acceptor, listener.dup())
-        opened.open()
+        opened = Listener(context.loop, acceptor, listener.dup())
+        opened.start_accepting()
         with socket.create_connection(listener.getsockname(), PATIENCE):
-            assert len(context.poller.wait(PATIENCE, 8)) == 1
+            assert len(context.loop.poller.wait(PATIENCE, 8)) == 1
             opened.close()
-            context.close_pending()
-            assert context.poller.wait(0, 8) == []
+            context.loop.close_pending()
+            assert context.loop.poller.wait(0, 8) == []
 
 
 def test_an_event_of_a_descriptor_that_nobody_handles_any_more_is_ignored(stand: Stand) -> None:
     """Closed here, but not yet by the process that handed it over: epoll(7), Questions and answers, 6."""
     reader, writer = os.pipe()
     os.write(writer, b"x")
-    stand.worker.context.poller.expect(reader, READ_EDGES)
-    assert stand.inbox.put(Message(DRAIN))
+    stand.worker.context.loop.poller.expect(reader, READ_EDGES)
+    assert stand.inbox.put(Message(Command.DRAIN))
     stand.worker.run()
     os.close(reader)
     os.close(writer)
@@ -152,8 +153,13 @@ def test_an_event_of_a_descriptor_that_nobody_handles_any_more_is_ignored(stand:
 class Peer:
     """A handler that notes what it is told of its descriptor, and does something when it is."""
 
-    def __init__(self, name: str, log: List[str], lane: int = NOW, then: Callable[[], Any] = lambda: None) -> None:
-        self.name, self.log, self.lane, self.then = name, log, lane, then
+    def __init__(
+        self, stand: Stand, name: str, log: List[str], lane: int = NOW, then: Callable[[], Any] = lambda: None
+    ) -> None:
+        self.stand, self.name, self.log, self.lane, self.then = stand, name, log, lane, then
+
+    def on_bug(self, bug: Exception) -> None:
+        self.stand.worker.context.report(bug)
 
     def readable(self) -> None:
         self.log.append(f"{self.name} says something")
@@ -170,12 +176,12 @@ def peers(stand: Stand, *watched: Tuple[Peer, int]) -> List[Tuple[socket.socket,
     """A pair of sockets for each: ours, watched, and the peer's."""
     pairs = [socket.socketpair() for _ in watched]
     for (peer, events), (ours, _) in zip(watched, pairs):
-        stand.worker.context.watch(ours.fileno(), events, peer)
+        stand.worker.context.loop.watch(ours.fileno(), events, peer)
     return pairs
 
 
 def one_turn(stand: Stand, pairs: List[Tuple[socket.socket, socket.socket]]) -> None:
-    assert stand.inbox.put(Message(DRAIN))
+    assert stand.inbox.put(Message(Command.DRAIN))
     stand.worker.run()
     for ours, theirs in pairs:
         ours.close()
@@ -185,7 +191,7 @@ def one_turn(stand: Stand, pairs: List[Tuple[socket.socket, socket.socket]]) -> 
 def test_hangups_are_handled_last_in_an_iteration(stand: Stand) -> None:
     """Nobody who has something to say, or room for it, waits until others are buried."""
     log: List[str] = []
-    leaver, connecting, speaker = Peer("leaver", log), Peer("connecting", log, NEW), Peer("speaker", log)
+    leaver, connecting, speaker = Peer(stand, "leaver", log), Peer(stand, "connecting", log, NEW), Peer(stand, "speaker", log)
     pairs = peers(stand, (leaver, READ_EDGES), (connecting, WRITE), (speaker, READ_EDGES))
     pairs[0][1].close()
     pairs[2][1].send(b"order")
@@ -195,7 +201,10 @@ def test_hangups_are_handled_last_in_an_iteration(stand: Stand) -> None:
 
 def test_a_descriptor_closed_in_this_iteration_reports_no_hangup(stand: Stand) -> None:
     log: List[str] = []
-    leaver, speaker = Peer("leaver", log), Peer("speaker", log, then=lambda: stand.worker.context.close_later(pairs[0][0]))
+    leaver, speaker = (
+        Peer(stand, "leaver", log),
+        Peer(stand, "speaker", log, then=lambda: stand.worker.context.loop.close_later(pairs[0][0])),
+    )
     pairs = peers(stand, (leaver, READ_EDGES), (speaker, READ_EDGES))
     pairs[0][1].close()
     pairs[1][1].send(b"order")
@@ -206,10 +215,10 @@ def test_a_descriptor_closed_in_this_iteration_reports_no_hangup(stand: Stand) -
 
 def test_a_hangup_is_reported_once(stand: Stand) -> None:
     log: List[str] = []
-    leaver, speaker = Peer("leaver", log), Peer("speaker", log)
+    leaver, speaker = Peer(stand, "leaver", log), Peer(stand, "speaker", log)
     stubborn: Any = speaker
     stubborn.readable = lambda: (
-        log.append("speaker says something") or stand.inbox.put(Message(DRAIN))
+        log.append("speaker says something") or stand.inbox.put(Message(Command.DRAIN))
     )  # so there is a turn more
     pairs = peers(stand, (leaver, READ_EDGES), (speaker, READ_EDGES))
     pairs[0][1].close()
@@ -223,7 +232,7 @@ def test_a_hangup_is_reported_once(stand: Stand) -> None:
 
 def test_a_bug_in_one_deferred_close_keeps_no_other_from_it(stand: Stand) -> None:
     log: List[str] = []
-    first, second = Peer("first", log), Peer("second", log)
+    first, second = Peer(stand, "first", log), Peer(stand, "second", log)
     broken: Any = first
     broken.ready = lambda mask: {}["a bug"]
     pairs = peers(stand, (first, READ_EDGES), (second, READ_EDGES))
@@ -247,8 +256,8 @@ def one_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_order_comes_between_two_new_clients_two_bulk_transfers_or_two_ends(stand: Stand, lane: int) -> None:
     """Also the order that came after all of them were known to be ready."""
     log: List[str] = []
-    crowd = [Peer(f"{number}", log, lane, lambda: pairs[3][1].send(b"order")) for number in range(3)]
-    speaker = Peer("speaker", log)
+    crowd = [Peer(stand, f"{number}", log, lane, lambda: pairs[3][1].send(b"order")) for number in range(3)]
+    speaker = Peer(stand, "speaker", log)
     pairs = peers(stand, *[(peer, READ_EDGES) for peer in (*crowd, speaker)])
     for peer, (_, theirs) in zip(crowd, pairs):
         if lane == ENDING:
@@ -265,7 +274,7 @@ def test_an_order_comes_between_two_new_clients_two_bulk_transfers_or_two_ends(s
 def test_new_clients_bulk_transfer_and_ends_take_turns(stand: Stand) -> None:
     log: List[str] = []
     lanes = {"new": NEW, "bulk": BULK, "end": NOW}
-    crowd = [Peer(name, log, lane) for name, lane in lanes.items() for _ in range(3)]
+    crowd = [Peer(stand, name, log, lane) for name, lane in lanes.items() for _ in range(3)]
     pairs = peers(stand, *[(peer, READ_EDGES) for peer in crowd])
     for peer, (_, theirs) in zip(crowd, pairs):
         theirs.close() if peer.name == "end" else theirs.send(b"much")
@@ -284,11 +293,11 @@ def test_an_order_comes_between_two_messages_of_the_inbox(stand: Stand) -> None:
         begun.append(stand.worker.context.counters[Counter.BEGUN])
         ours.recv(1)
 
-    stand.worker.context.watch(ours.fileno(), READ, Peer("speaker", [], then=order))
+    stand.worker.context.loop.watch(ours.fileno(), READ, Peer(stand, "speaker", [], then=order))
     theirs.send(b"orders")
     for number in range(3):
-        assert stand.inbox.put(Message(ACCEPTED, -1, number))
-    assert stand.inbox.put(Message(DRAIN))
+        assert stand.inbox.put(Message(Command.CLIENT, -1, number))
+    assert stand.inbox.put(Message(Command.DRAIN))
     stand.worker.run()
     assert begun == [0, 1, 2, 3]
     assert stand.inbox.is_empty
@@ -301,13 +310,13 @@ def test_a_number_that_comes_back_has_no_event_of_the_closed_descriptor(stand: S
     log: List[str] = []
     (gone, other), (ours, theirs) = socket.socketpair(), socket.socketpair()
     fd = gone.fileno()
-    context.watch(fd, READ_EDGES, Peer("first", log, BULK))
-    context.posted.put(BULK, fd, READABLE, context.loop_now)
-    context.close_later(gone)
-    context.close_pending()
+    context.loop.watch(fd, READ_EDGES, Peer(stand, "first", log, BULK))
+    context.loop.posted.put(BULK, fd, READABLE, context.loop.now)
+    context.loop.close_later(gone)
+    context.loop.close_pending()
     os.dup2(ours.fileno(), fd)
-    context.watch(fd, READ_EDGES, Peer("second", log, BULK))
-    assert stand.inbox.put(Message(DRAIN))
+    context.loop.watch(fd, READ_EDGES, Peer(stand, "second", log, BULK))
+    assert stand.inbox.put(Message(Command.DRAIN))
     stand.worker.run()
     assert log == []
     os.close(fd)
@@ -316,7 +325,7 @@ def test_a_number_that_comes_back_has_no_event_of_the_closed_descriptor(stand: S
 
 
 class Ear:
-    """What a half tells, unheard."""
+    """What a direction tells, unheard."""
 
     def on_event(self, direction: Direction, mask: int) -> None:
         direction.readable()
@@ -324,23 +333,24 @@ class Ear:
     def on_flow(self) -> None:
         pass
 
+    def on_bug(self, bug: Exception) -> None:
+        raise bug
+
 
 def test_a_direction_that_fills_the_buffer_is_bulk_until_it_does_not(stand: Stand) -> None:
     context, ear = stand.worker.context, Ear()
     near, source = socket.socketpair()
     sink, far = socket.socketpair()
-    direction = Direction(ear, context, source, FROM_DOWNSTREAM)  # type: ignore[arg-type]
-    direction.sink = sink
-    assert direction.lane == NEW, "it does not relay yet"
-    direction.lane = NOW
+    direction, back = make_directions(ear, context, source, sink)  # type: ignore[arg-type]
     lanes = []
     for size in (100, 5000, 100, 100):
         near.send(bytes(size))
         direction.ready(READABLE)
         lanes.append(direction.lane)
     assert lanes == [NOW, BULK, NOW, NOW]
-    context.poller.forget(direction.fd)
+    context.loop.poller.forget(direction.fd)
     direction.detach()
+    back.detach()
     for sock in (near, source, sink, far):
         sock.close()
 
@@ -354,6 +364,9 @@ class Ender:
     def on_deadline(self, now_ns: int) -> None:
         self._session.end(Ending.SERVER_TIMEOUT)
 
+    def on_bug(self, bug: Exception) -> None:
+        raise bug
+
 
 @pytest.mark.parametrize("idle_ns", [1, 3_600_000_000_000], ids=["that is over", "that begins anew"])
 def test_a_session_that_one_deadline_ends_has_no_idle_timeout_in_the_same_iteration(
@@ -362,12 +375,12 @@ def test_a_session_that_one_deadline_ends_has_no_idle_timeout_in_the_same_iterat
     context = stand.worker.context
     context.settings = context.settings._replace(idle_timeout_ns=idle_ns)
     with relayed(stand, echoing) as session:
-        context.timers.arm(Ender(session), TICK_NS)
-        context.timers.arm(session, 2 * TICK_NS)
-        stand.worker._expire(TICK_NS)
-        context.close_pending()
+        context.loop.timers.arm(Ender(session), TICK_NS)
+        context.loop.timers.arm(session, 2 * TICK_NS)
+        context.loop._expire(TICK_NS)
+        context.loop.close_pending()
     assert (context.counters[Counter.BUGS], context.counters[Counter.ENDED]) == (0, 1)
-    assert session not in list(context.timers.due(2**62))
+    assert session not in list(context.loop.timers.due(2**62))
 
 
 @contextlib.contextmanager
@@ -377,31 +390,52 @@ def relayed(stand: Stand, echoing: Exchange) -> Iterator[Any]:
         client = client_of(stand, listener, 1, pack(socket.AF_INET, ("127.0.0.1", echoing.port)))
     with client:
         stand.worker.readable()
-        (session,) = stand.worker.context.sessions.values()
-        wait_until(lambda: not session.is_connecting or one_event(stand), "it relays")
+        (session,) = stand.worker.context.registry.sessions.values()
+        wait_until(lambda: session._phase is not CONNECTING or one_event(stand), "it relays")
         yield session
 
 
 def one_event(stand: Stand) -> None:
     """Handle what comes next."""
-    for fd, mask in stand.worker.context.poller.wait(PATIENCE, 1):
-        stand.worker.context.handlers[fd].ready(mask)
+    for fd, mask in stand.worker.context.loop.poller.wait(PATIENCE, 1):
+        stand.worker.context.loop.handlers[fd].ready(mask)
 
 
-@pytest.mark.parametrize("what", ["look at its peers", "rest"])
+class BrokenLiveness(Liveness):
+    """Has a bug."""
+
+    def check(self, sink: socket.SocketType, stall: Optional[Stall], now_ns: int) -> Verdict:
+        raise ValueError("a bug")
+
+
+class BrokenEvents:
+    """A session with a bug in what a direction tells it."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+
+    def on_flow(self) -> None:
+        raise ValueError("a bug")
+
+    def on_bug(self, bug: Exception) -> None:
+        self._session.on_bug(bug)
+
+
+@pytest.mark.parametrize("what", ["check of its peers", "back-off"])
 def test_a_bug_in_a_connections_other_deadlines_costs_that_connection(stand: Stand, echoing: Exchange, what: str) -> None:
     context = stand.worker.context
     with relayed(stand, echoing) as session:
-        direction = session._directions[0]
-        context.liveness = Liveness(context.timers, context.sessions, 1)
-        if what == "rest":
-            context.timers.arm(direction_module._Rest(direction), TICK_NS)
-            direction.reverse = None  # which it derives from what it waits for
+        direction, _ = session._directions
+        if what == "back-off":
+            context.loop.timers.arm(direction, TICK_NS)
+            direction.session = BrokenEvents(session)
         else:
-            context.liveness.begin(0)
-            direction.stall = "no doubt"  # type: ignore[assignment]
-        context.loop_now = 10**9
-        stand.worker._expire(TICK_NS)
+            context.liveness = BrokenLiveness(1)
+            context.registry = Registry(context.loop.timers, context.liveness.step_ns)
+            context.registry.sessions[1] = session
+            context.registry.begin_sweeps(0)
+        context.loop.now = 10**9
+        context.loop._expire(TICK_NS)
         assert (context.counters[Counter.BUGS], context.counters[Counter.ENDED]) == (1, 1)
-        context.close_pending()
+        context.loop.close_pending()
     assert "Traceback" in stand.said()[0]

@@ -11,6 +11,7 @@ import difflib
 import re
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Set, Tuple
 
+from _tsproxy.cli import program
 from _tsproxy.cli.config import UsageError
 
 
@@ -140,34 +141,36 @@ def _command(manual: str, table: Dict[str, Known], words: List[str]) -> None:
     commands, plain = commands_of(manual), [word for word in words if not word.startswith("--")]
     if plain and plain[0] not in commands:
         raise UsageError(f"unknown command {plain[0]!r}{_did_you_mean(plain[0], commands)}")
-    usage = _usage(manual, plain)
     given = [word.partition("=")[0] for word in words if word.partition("=")[0] in table]
+    usage = _usage(manual, plain, given)
     for name in given:
-        if name not in _taken(manual, table, usage):
-            raise UsageError(f"{name}: not an option of {plain[0] if plain else 'relaying'!r}; usage: {usage}")
-    if "--target" in usage and "--target" not in given:
+        if name not in taken(manual, table, usage):
+            raise UsageError(f"{name}: not an option of {plain[0] if plain else 'relaying'!r}; usage: {program.named(usage)}")
+    if " --target" in usage and "--target" not in given:
         raise UsageError("--target: given nothing; allowed: at least one, e.g. --target=exchange.example:443")
 
 
-def _usage(manual: str, plain: Sequence[str]) -> str:
-    """The usage line that is meant: the command's, or the one of those that names its second word too."""
-    lines = [line for line in _usages(manual) if (plain[0] if plain else "--target") in line.split()[1]]
-    return next((line for line in lines if plain[1:] and plain[1] in re.findall(r"[(|]([a-z-]+)", line)), lines[0])
+def _usage(manual: str, plain: Sequence[str], given: Sequence[str] = ()) -> str:
+    """The usage line that is meant: the command's, or the one of those that names its second word or its first option."""
+    lines = [line for line in usages(manual) if (plain[0] if plain else "--target") in line.split()[1]]
+    by_word = (line for line in lines if plain[1:] and plain[1] in re.findall(r"[(|]([a-z-]+)", line))
+    return next(by_word, max(lines, key=lambda line: [f"{name}=" in line for name in given]))
 
 
-def _taken(manual: str, table: Dict[str, Known], usage: str) -> Set[str]:
+def taken(manual: str, table: Dict[str, Known], usage: str) -> Set[str]:
     """The options that a usage line takes: those it names and, for [options], those that no usage line names."""
     named = set(re.findall(r"--[a-z-]+", usage))
     if "[options]" not in usage:
         return named
-    return named | (table.keys() - set(re.findall(r"--[a-z-]+", "".join(_usages(manual)))))
+    return named | (table.keys() - set(re.findall(r"--[a-z-]+", "".join(usages(manual)))))
 
 
-def _usages(manual: str) -> List[str]:
+def usages(manual: str) -> List[str]:
     return re.findall(r"^  (tsproxy\.py .*)$", manual, re.M)
 
 
 def unfit(manual: str, words: Sequence[str]) -> str:
     """The one line for what docopt refused all the same."""
     plain = [word for word in words if not word.startswith("--")]
-    return f"can't take {' '.join(plain) or 'these options'!r}; usage: {_usage(manual, plain)}"
+    given = [word.partition("=")[0] for word in words if word.startswith("--")]
+    return f"can't take {' '.join(plain) or 'these options'!r}; usage: {program.named(_usage(manual, plain, given))}"

@@ -36,10 +36,22 @@ IP_BIND_ADDRESS_NO_PORT = 24
 
 # include/uapi/asm-generic/socket.h, level SOL_SOCKET
 SO_ATTACH_FILTER = 26
+SO_RCVBUFFORCE = 33
+SO_TIMESTAMPNS = 35  # its control message has the same number
 SO_NETNS_COOKIE = 71  # Linux 5.14
 
 # include/uapi/linux/in.h
 IPPROTO_MPTCP = 262
+
+# include/uapi/linux/if_ether.h: a packet socket for one protocol alone does not see what is sent
+ETH_P_ALL = 0x0003
+
+# include/linux/socket.h, include/uapi/linux/if_packet.h, include/uapi/linux/if_arp.h
+SOL_PACKET = 263
+PACKET_ADD_MEMBERSHIP = 1
+PACKET_STATISTICS = 6
+PACKET_MR_PROMISC = 1
+ARPHRD_ETHER, ARPHRD_LOOPBACK = 1, 772
 
 # include/net/scm.h: the most descriptors in one message
 SCM_MAX_FD = 253

@@ -4,10 +4,10 @@
   and a hung-up descriptor does not wake the loop for ever.
 - wait() hands out epoll's own (descriptor, mask) pairs and expect() takes a bare number; the caller keeps its handlers
   by descriptor. The SelectorKey and mask translation of select() cost 0.15 us an event (bench/hotpath.py).
-- READ_EDGES is edge-triggered (epoll(7)): the kernel need not look at each descriptor once more in the next turn, which
+- READ_EDGES is edge-triggered (epoll(7)): the kernel need not look at each descriptor once more in the next iteration, which
   costs 3 % of the messages a second with 32 connections. So a reader that leaves bytes, or the end of file, in the
   socket says so with again(). Every change of what is waited for looks afresh, as again() does.
-- A turn takes a bounded number of events; EpollSelector has a buffer made for all descriptors at each call.
+- An iteration takes a bounded number of events; EpollSelector has a buffer made for all descriptors at each call.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Poller(selectors.BaseSelector):
     """See the module. Descriptors are plain numbers; `data` is whatever the caller likes."""
 
     def __init__(self) -> None:
-        with needing("epoll_create1(2)", "for a worker's loop"):
+        with needing("epoll_create1(2)", "for the event loop"):
             self._epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
         self._events: Dict[int, int] = {}
         self._data: Dict[int, Any] = {}
@@ -57,7 +57,7 @@ class Poller(selectors.BaseSelector):
         self._events[fd] = events
 
     def again(self, fd: int) -> None:
-        """Look afresh: an event comes in the next turn if the descriptor is ready then. Not watched yet: nothing to do."""
+        """Look afresh: an event comes in the next iteration if the descriptor is ready then. Not watched yet: nothing to do."""
         known = self._events.get(fd)
         if known is not None:
             self._epoll.modify(fd, _MASKS[known])

@@ -1,40 +1,52 @@
-"""Deadlines of many connections: arming, moving and dropping one is O(1); nothing is left behind by a closed one."""
+"""Deadlines of many sessions: arming, moving and dropping one is O(1); nothing is left behind by a closed one."""
 
 from __future__ import annotations
 
 import heapq
-from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
+from typing import Dict, Iterator, List, Optional, Protocol, Set, Tuple
 
 TICK_NS = 5_000_000
 
 
+class Timer(Protocol):
+    """What a deadline belongs to; hashed by identity. What on_deadline() raises is a bug, and goes to on_bug()."""
+
+    def on_deadline(self, now_ns: int) -> None:
+        """The deadline has passed, and is disarmed."""
+        ...
+
+    def on_bug(self, bug: Exception) -> None:
+        """Contain it, or raise it again."""
+        ...
+
+
 class Timers:
-    """A calendar of ticks of 5 ms. A deadline may come up to one tick (or grain) late, never early."""
+    """A calendar queue of ticks of 5 ms. A deadline may come up to one tick (or grain) late, never early."""
 
     def __init__(self) -> None:
-        self._buckets: Dict[int, Set[Any]] = {}
-        self._order: List[int] = []  # the keys of _days as a heap
-        self._armed: Dict[Any, int] = {}
+        self._buckets: Dict[int, Set[Timer]] = {}
+        self._order: List[int] = []  # the keys of _buckets as a heap
+        self._armed: Dict[Timer, int] = {}
 
-    def arm(self, owner: Any, deadline_ns: int, grain: int = 1) -> None:
-        """Set or move the one deadline of `owner`, rounded up to a multiple of `grain` ticks.
+    def arm(self, timer: Timer, deadline_ns: int, grain: int = 1) -> None:
+        """Set or move the one deadline of `timer`, rounded up to a multiple of `grain` ticks.
 
-        A day that was emptied waits for its time to come, so far deadlines should be coarse: thousands of
-        connections a second that each arm one five minutes ahead shall share a few hundred days.
+        A bucket that was emptied waits for its time to come, so far deadlines should be coarse: thousands of
+        sessions a second that each arm one five minutes ahead shall share a few hundred buckets.
         """
         tick = -(-deadline_ns // (TICK_NS * grain)) * grain
-        self.disarm(owner)
+        self.disarm(timer)
         if tick not in self._buckets:
             self._buckets[tick] = set()
             heapq.heappush(self._order, tick)
-        self._buckets[tick].add(owner)
-        self._armed[owner] = tick
+        self._buckets[tick].add(timer)
+        self._armed[timer] = tick
 
-    def disarm(self, owner: Any) -> None:
-        """Forget the deadline of `owner`, if it has one."""
-        tick = self._armed.pop(owner, None)
+    def disarm(self, timer: Timer) -> None:
+        """Forget the deadline of `timer`, if it has one."""
+        tick = self._armed.pop(timer, None)
         if tick in self._buckets:
-            self._buckets[tick].discard(owner)
+            self._buckets[tick].discard(timer)
 
     def next_ns(self) -> Optional[int]:
         """When to look again; None if there is nothing to wait for."""
@@ -42,13 +54,13 @@ class Timers:
             del self._buckets[heapq.heappop(self._order)]
         return self._order[0] * TICK_NS if self._order else None
 
-    def due(self, now_ns: int) -> Iterator[Any]:
-        """The owners whose deadline has passed; each is disarmed when its turn comes. One that is disarmed before has none."""
-        passed: List[Tuple[Any, int]] = []
+    def due(self, now_ns: int) -> Iterator[Timer]:
+        """The timers whose deadline has passed; each is disarmed when it is given out. One that is disarmed before is not."""
+        passed: List[Tuple[Timer, int]] = []
         while self._order and self._order[0] * TICK_NS <= now_ns:
             tick = heapq.heappop(self._order)
-            passed += [(owner, tick) for owner in self._buckets.pop(tick)]
-        for owner, tick in passed:
-            if self._armed.get(owner) == tick:
-                del self._armed[owner]
-                yield owner
+            passed += [(timer, tick) for timer in self._buckets.pop(tick)]
+        for timer, tick in passed:
+            if self._armed.get(timer) == tick:
+                del self._armed[timer]
+                yield timer

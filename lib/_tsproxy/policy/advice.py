@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import List, Sequence
 
+from _tsproxy.cli import program
 from _tsproxy.policy.evidence import Answer
 from _tsproxy.policy.inspector import PolicyCheck
 from _tsproxy.policy.levers import Policy
@@ -55,7 +56,7 @@ def _newer_rules(policy: Policy, targets: Sequence[str]) -> List[str]:
     mode = f"--timestamps=rewrite --static-timestamp={policy.tsval} " if policy.mode == "rewrite" else ""
     return [
         "  rules that hold for each packet, in the place of those here, which are older or not ours:",
-        f"    tsproxy.py generate nftables {mode}{_targets(targets)} | nft -f -",
+        f"    {program.name()} generate nftables {mode}{_targets(targets)} | nft -f -",
         *([] if mode else ["  for everything in this network namespace:", "    sysctl -w net.ipv4.tcp_timestamps=0"]),
     ]
 
@@ -66,11 +67,11 @@ def _strip(targets: Sequence[str]) -> List[str]:
         "  for everything in this network namespace (the best lever: nothing to see on the wire, no cost):",
         "    sysctl -w net.ipv4.tcp_timestamps=0",
         "  for a namespace of its own that holds the uplink, with the listener left where it is:",
-        f"    tsproxy.py generate systemd {to}",
+        f"    {program.name()} generate systemd {to}",
         "  for tsproxy's own connections only:",
-        f"    tsproxy.py generate nftables {to} | nft -f -",
+        f"    {program.name()} generate nftables {to} | nft -f -",
         "  in a container:",
-        f"    tsproxy.py generate docker {to}     (or kubernetes)",
+        f"    {program.name()} generate docker {to}     (or kubernetes)",
         "If the option is stripped where this host can't see it, say --trust-host. To relay with timestamps and only count",
         "them, say --timestamps=preserve.",
     ]
@@ -82,7 +83,7 @@ def _rewrite(policy_check: PolicyCheck, policy: Policy, targets: Sequence[str]) 
     return [
         "  nftables rules for tsproxy's own connections, both ways:",
         *on,
-        f"    tsproxy.py generate nftables {mode} {_targets(targets)} | nft -f -",
+        f"    {program.name()} generate nftables {mode} {_targets(targets)} | nft -f -",
         "To send no timestamps at all, say --timestamps=strip; with net.ipv4.tcp_timestamps=0 that needs no rules.",
     ]
 

@@ -1,4 +1,4 @@
-"""Relay buffers: taken when the kernel takes less than it was given, given back when it is gone."""
+"""Relay buffers: acquired when the kernel takes less than it was given, released when it is gone."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Buffers:
         self._size = size
         self._spare: List[memoryview] = []
 
-    def take(self) -> memoryview:
+    def acquire(self) -> memoryview:
         """A buffer; its content is whatever was there."""
         return self._spare.pop() if self._spare else memoryview(mmap.mmap(-1, self._size))
 
-    def give(self, buffer: memoryview) -> None:
+    def release(self, buffer: memoryview) -> None:
         """Take a buffer back; beyond a few spare ones it is freed."""
         if len(self._spare) < _SPARE:
             self._spare.append(buffer)

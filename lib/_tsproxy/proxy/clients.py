@@ -22,7 +22,7 @@ class Clients:
     """The acceptor's own; see the module. A client is an address, IPv4-mapped as IPv4; a link-local one with its zone."""
 
     def __init__(self, shared_counters: SharedCounters, slots: int, limit: int) -> None:
-        """At most `limit` connections a client; 0 is no limit. The ledger has a pair for each of `slots` clients."""
+        """At most `limit` connections a client; 0 is no limit. Each of `slots` clients has two counters."""
         self._counters_of_all, self._slots, self._limit = shared_counters, slots, limit
         self._slot_of: Dict[bytes, int] = {}
         self._owners: List[bytes] = []  # by slot; it grows to `slots` at most

@@ -1,39 +1,36 @@
-"""What all connections of one worker share: its buffer, poller, timers, counters, records and rules.
+"""What all sessions of one worker share: its loop, buffer, counters, records, policy gate and settings.
 
-One thread owns it. Relays and directions work on it; it does nothing by itself.
+One thread owns it. Sessions and directions work on it; it does nothing by itself.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-import socket
 import time
+import traceback
 from collections import defaultdict
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from _tsproxy.linux.addresses import Address
 from _tsproxy.linux.limits import PIPES_A_WORKER
 from _tsproxy.linux.sockets import Tuning
-from _tsproxy.loop.poller import Poller
-from _tsproxy.loop.posted import Posted
-from _tsproxy.loop.timers import Timers
+from _tsproxy.loop.event_loop import EventLoop
 from _tsproxy.proxy.buffers import Buffers, PrefixViews
-from _tsproxy.proxy.gate import Gate
+from _tsproxy.proxy.gate import PolicyGate
 from _tsproxy.proxy.liveness import Liveness
 from _tsproxy.proxy.pipes import Pipes
-from _tsproxy.proxy.sweep import SessionSweep
-from _tsproxy.stats.counters import LONGEST_RELAY, Counter
+from _tsproxy.proxy.registry import Registry
+from _tsproxy.stats.counters import LONGEST_RELAY, LOOP_LAG, Counter, note
 from _tsproxy.stats.records import ConnectionRecord, Notice, RecordWriter
 
-_COMPLAINT_NS = 1_000_000_000
-_COUNT_NS = 1_000_000_000  # how late the metrics may be about what peers have acknowledged
-
+_LOG_NS = 1_000_000_000
 
 TsvalOf = Callable[[bytes], Optional[int]]  # the TSval in a client's saved SYN, if it offered one
 
 
 class SessionSettings(NamedTuple):
-    """The part of the configuration that a connection needs; times in nanoseconds, 0 is off."""
+    """The part of the configuration that a session needs; times in nanoseconds, 0 is off."""
 
     tuning: Tuning
     connect_timeout_ns: int
@@ -45,84 +42,50 @@ class SessionSettings(NamedTuple):
 
 
 class WorkerContext:
-    """See the module. `woke` is when the event that is being handled came.
-
-    `handlers` maps a descriptor to what takes its events. `heads` are the slices of `buffer`.
-    """
+    """See the module. `prefixes` are the slices of `buffer`, which has `buffer_size` bytes."""
 
     def __init__(
         self,
-        index: int,
+        number: int,
         settings: SessionSettings,
-        gate: Gate,
+        gate: PolicyGate,
         tsval_of: TsvalOf,
         counters: memoryview,
         records: RecordWriter,
         sources: Sequence[Address],
         buffer_size: int,
+        spin_ns: int = 0,
     ) -> None:
-        self.index, self.settings, self.gate = index, settings, gate
+        self.number, self.settings, self.gate = number, settings, gate
         self.tsval_of = tsval_of
         self.counters, self.records = counters, records
+        self.loop = EventLoop(spin_ns=spin_ns, on_lag=functools.partial(note, counters, LOOP_LAG))
         self.buffers = Buffers(buffer_size)
-        self.buffer = self.buffers.take()
+        self.buffer = self.buffers.acquire()
         self.prefixes = PrefixViews(self.buffer)
-        self.buffer_size = buffer_size  # a receive of this size has not emptied the socket, and may be of a stream
+        self.buffer_size = buffer_size  # a receive of this size has not emptied the socket, and may be of a long stream
         self.pipes = Pipes(PIPES_A_WORKER if settings.zero_copy else 0)
-        self.poller = Poller()
-        self.posted = Posted()
-        self.timers = Timers()
-        self.handlers: Dict[int, Any] = {}
-        self.sessions: Dict[int, Any] = {}  # connection id -> relay, all that are alive
-        self.waiting: Set[Any] = set()  # those of them that wait for the gate to know
-        self.liveness = Liveness(self.timers, self.sessions, settings.tuning.user_timeout_ms)
-        self._counts = SessionSweep(self.timers, self.sessions, _COUNT_NS, lambda session, _: session.count_acknowledged())
-        self.loop_now = time.monotonic_ns()
+        self.liveness = Liveness(settings.tuning.user_timeout_ms)
+        self.registry = Registry(self.loop.timers, self.liveness.step_ns)
         self.longest_ns = counters[LONGEST_RELAY]  # as far as the hot path knows: an attribute is read faster
         self._sources = _by_family(sources)
-        self.pending_close: List[socket.SocketType] = []
-        self._closing: List[ConnectionRecord] = []  # whose they were
-        self._complained: Dict[str, int] = defaultdict(lambda: -_COMPLAINT_NS)
-
-    def begin_sweeps(self, now_ns: int) -> None:
-        """There is a connection that relays."""
-        self.liveness.begin(now_ns)
-        self._counts.begin(now_ns)
-
-    def watch(self, fd: int, events: int, handler: Any) -> None:
-        """Hand these events of the descriptor to `handler` from now on."""
-        self.poller.expect(fd, events)
-        self.handlers[fd] = handler
-
-    def close_later(self, sock: socket.SocketType) -> None:
-        """Stop watching a socket now and close it at the end of the iteration: its number must not come back within it."""
-        fd = sock.fileno()
-        self.handlers.pop(fd, None)
-        self.poller.forget(fd)
-        self.posted.drop(fd)
-        self.pending_close.append(sock)
+        self._logged: Dict[str, int] = defaultdict(lambda: -_LOG_NS)
 
     def record(self, ended: ConnectionRecord) -> None:
-        """Write the record once its sockets are closed: no byte is acknowledged after the line."""
-        self._closing.append(ended)
+        """Write the record once its sockets, given to close_later(), are closed: no byte is acknowledged after the line.
 
-    def close_pending(self) -> None:
-        """Close(2) what close_later() was given, then write the records: a write to a pipe lets its reader run first."""
-        for sock in self.pending_close:
-            sock.close()
-        self.pending_close.clear()
-        for ended in self._closing:
-            self.records.put(ended)
-        self._closing.clear()
+        And to write to a pipe lets its reader run first.
+        """
+        self.loop.after_close(functools.partial(self.records.put, ended))
 
     def swap_buffer(self) -> memoryview:
         """The buffer with the bytes just received, for a direction to keep; the worker goes on with another."""
-        kept, self.buffer = self.buffer, self.buffers.take()
+        kept, self.buffer = self.buffer, self.buffers.acquire()
         self.prefixes = PrefixViews(self.buffer)
         return kept
 
     def sources(self, family: int) -> List[Optional[Address]]:
-        """The local addresses to try for one connect, each once, beginning one further each time; [None] if any will do."""
+        """Source addresses to try, each once, rotated by one per call; [None] if any will do."""
         if family not in self._sources:
             return [None]
         ring, count = self._sources[family]
@@ -139,23 +102,26 @@ class WorkerContext:
         self.counters[LONGEST_RELAY] = self.longest_ns
 
     def count_client(self, client_slot: int, ended: bool = False) -> None:
-        """One more connection of a client has begun or ended; `pair` is where that is counted, 0 if it is not."""
+        """One more session of a client has begun or ended; `client_slot` is where that is counted, 0 if it is not."""
         if client_slot:
             self.counters[client_slot + ended] += 1
 
     def log_ratelimited(self, level: str, about: str, message: str) -> None:
-        """Say something in the log, about the same thing once a second at most."""
+        """A log line, about the same thing once a second at most."""
         now = time.monotonic_ns()
-        if now - self._complained[about] >= _COMPLAINT_NS:
-            self._complained[about] = now
-            self.records.put(Notice(self.index, time.time_ns(), level, message))
+        if now - self._logged[about] >= _LOG_NS:
+            self._logged[about] = now
+            self.records.put(Notice(self.number, time.time_ns(), level, message))
+
+    def report(self, bug: Exception) -> None:
+        """Count a bug and log its traceback."""
+        self.count(Counter.BUGS)
+        self.log_ratelimited("error", "bug", "".join(traceback.format_exception(type(bug), bug, bug.__traceback__)))
 
     def close(self) -> None:
-        """Close what is pending close, the pipes and the poller; let go of the handlers, which know the worker's context."""
-        self.close_pending()
-        self.handlers.clear()
+        """Close the loop and the pipes."""
+        self.loop.close()
         self.pipes.close()
-        self.poller.close()
 
 
 def _by_family(sources: Sequence[Address]) -> Dict[int, Tuple[Iterator[Address], int]]:

@@ -1,22 +1,29 @@
-"""One direction of a connection: bytes from a source to a sink, in order, none lost, none kept longer than needed.
+"""One direction of a session: bytes from a source to a sink, in order, none lost, none kept longer than needed.
 
-Knows two sockets and the worker's buffer. Knows nothing of how the connection came to be or why it ends: that it
-tells its owner. Both directions run this same code. A source that keeps filling the buffer is handed to a Splicer.
+- Fast path: one recv_into(2), one send(2), through the worker's buffer. Partial sends, full buffers, EOF and errors leave it.
+- What the sink does not take is pending: it stays where it arrived, and the source is not read until it is gone
+  (backpressure). One buffer, or one pipe, is the most that a direction ever keeps.
+- FIN is passed on after the bytes before it. An error of either socket goes to the session, which resets both.
+- A source that keeps filling the buffer is spliced: its bytes go through a pipe by splice(2) until that no longer pays.
+
+Knows two sockets and the worker's context. Knows nothing of how the session came to be or why it ends: that it tells the
+session. Both directions run this same code.
 """
 
 from __future__ import annotations
 
+import errno
 import socket
 from time import monotonic_ns
-from typing import NamedTuple, Optional, Protocol, Union
+from typing import NamedTuple, Optional, Protocol, Tuple, Union
 
 from _tsproxy.linux import uapi
 from _tsproxy.loop.poller import READ, READ_EDGES, WRITE
-from _tsproxy.loop.posted import BULK, NEW, NOW
+from _tsproxy.loop.posted import BULK, NOW
 from _tsproxy.proxy.context import WorkerContext
-from _tsproxy.proxy.liveness import Stall, clear_stall
+from _tsproxy.proxy.liveness import Stall
 from _tsproxy.proxy.pending import Pending, PendingBuffer
-from _tsproxy.proxy.splicer import Splicer
+from _tsproxy.proxy.pipes import Pipe
 from _tsproxy.proxy.states import DRAINING, EOF, FLUSHED, OPEN, SHUT, flow_after
 from _tsproxy.stats.counters import RELAY, Counter, note
 from _tsproxy.stats.histogram import LINEAR_NS, STEP_NS, slot
@@ -31,35 +38,50 @@ class DirectionCounters(NamedTuple):
 
 
 _SPLICE_AFTER = 4  # full buffers in a row
-_REST_NS = 100_000_000
+_SMALL = 16384  # bytes a splice that copying moves as fast ...
+_UNSPLICE_AFTER = 4  # ... and how many such in a row end it
+_BACK_OFF_NS = 100_000_000
 
-FROM_DOWNSTREAM = DirectionCounters(Counter.RECEIVED_DOWNSTREAM, Counter.ACKNOWLEDGED_UPSTREAM, Counter.PAUSED_DOWNSTREAM)
-FROM_UPSTREAM = DirectionCounters(Counter.RECEIVED_UPSTREAM, Counter.ACKNOWLEDGED_DOWNSTREAM, Counter.PAUSED_UPSTREAM)
+TO_UPSTREAM = DirectionCounters(Counter.RECEIVED_DOWNSTREAM, Counter.ACKNOWLEDGED_UPSTREAM, Counter.PAUSED_DOWNSTREAM)
+TO_DOWNSTREAM = DirectionCounters(Counter.RECEIVED_UPSTREAM, Counter.ACKNOWLEDGED_DOWNSTREAM, Counter.PAUSED_UPSTREAM)
 
 
-class Owner(Protocol):
-    """What a direction tells."""
+class SessionEvents(Protocol):
+    """What a direction tells its session."""
 
     def on_event(self, direction: Direction, mask: int) -> None:
-        """An event that is not plain data of a relayed connection."""
+        """An event of the source's descriptor that is not plain EPOLLIN, or that was posted."""
+        ...
 
     def on_broken_source(self, direction: Direction, error: OSError) -> None:
         """The source failed; nothing more can be received from it."""
+        ...
 
     def on_broken_sink(self, direction: Direction, error: OSError) -> None:
         """The sink failed; nothing more can be sent to it."""
+        ...
 
     def on_flow(self) -> None:
-        """A direction's state or its backlog changed: what to wait for may have, too."""
+        """A direction's state or its pending bytes changed: what to wait for may have, too."""
+        ...
+
+    def on_bug(self, bug: Exception) -> None:
+        """A handler or timer of a direction raised."""
+        ...
+
+
+def make_directions(
+    session: SessionEvents, context: WorkerContext, client: socket.SocketType, upstream: socket.SocketType
+) -> Tuple[Direction, Direction]:
+    """to_upstream and to_downstream, each the other's reverse. detach() both when the session ends."""
+    to_upstream = Direction(session, context, client, upstream, TO_UPSTREAM)
+    to_downstream = Direction(session, context, upstream, client, TO_DOWNSTREAM)
+    to_upstream.reverse, to_downstream.reverse = to_downstream, to_upstream
+    return to_upstream, to_downstream
 
 
 class Direction:
-    """source -> sink.
-
-    On EOF of the source, FIN is passed on after the bytes before it. When the sink takes less than it is given, the
-    rest is held where it arrived, and the source is not read until the rest is gone (backpressure): one buffer, or one
-    pipe, is the most a direction ever holds. An error of either socket goes to the owner, which resets both.
-    """
+    """source -> sink: a handler of the source's descriptor, and the timer of its own back-off."""
 
     __slots__ = (
         "acknowledged",
@@ -73,12 +95,12 @@ class Direction:
         "flow",
         "lane",
         "last_active_ns",
-        "loop_now",
-        "owner",
         "pending",
+        "pending_since",
         "received",
         "received_slot",
         "reverse",
+        "session",
         "sink",
         "source",
         "splicer",
@@ -86,29 +108,37 @@ class Direction:
         "unsent",
     )
     reverse: Direction
-    sink: socket.SocketType
-    loop_now: int
 
-    def __init__(self, owner: Owner, context: WorkerContext, source: socket.SocketType, counter_ids: DirectionCounters) -> None:
-        """`sink` and `twin` are set once the other side is there."""
-        self.owner, self.context, self.source, self.counter_ids = owner, context, source, counter_ids
+    def __init__(
+        self,
+        session: SessionEvents,
+        context: WorkerContext,
+        source: socket.SocketType,
+        sink: socket.SocketType,
+        counter_ids: DirectionCounters,
+    ) -> None:
+        """Reads nothing before the loop calls readable()."""
+        self.session, self.context, self.source, self.sink, self.counter_ids = session, context, source, sink, counter_ids
         self.fd = source.fileno()
         self.received_slot = int(counter_ids.received)  # a plain number: this is done for each message
         self.flow = OPEN
-        self.lane = NEW  # when its events are handled; NOW once it relays
+        self.lane = NOW  # BULK for the event after a full buffer
         self.received = 0
-        self.unsent = 0  # received and not given to the sink's kernel: held now, or discarded in the end
+        self.unsent = 0  # received and not given to the sink's kernel: pending now, or discarded in the end
         self.acknowledged = 0  # by the sink's peer, as of the last look
         self.acknowledged_before = 0  # what tcpi_bytes_acked of the sink said before any byte: 1 if the SYN was ours
         self.pending: Optional[Pending] = None
+        self.pending_since = 0
         self.splicer: Optional[Splicer] = None
         self.fills = self.filled_at = 0  # full buffers in a row, and `received` as of the last one
-        self.last_active_ns = 0
+        self.last_active_ns = monotonic_ns()
         self.backing_off = False
-        self.stall: Optional[Stall] = None  # whether the sink's peer still lives
+        self.stall: Optional[Stall] = None  # what the last liveness check of the sink's peer found
+
+    # Receiving and sending
 
     def readable(self) -> None:
-        """One receive, one send: the whole life of a small order. Everything else is the exception."""
+        """Fast path: one receive, one send. Everything else leaves it."""
         context = self.context
         try:
             received = self.source.recv_into(context.buffer)
@@ -130,7 +160,7 @@ class Direction:
         counters = context.counters
         counters[self.received_slot] += received
         self.last_active_ns = now = monotonic_ns()
-        took = now - context.loop_now
+        took = now - context.loop.now
         if took > context.longest_ns:
             context.relay_took_longest(took)
         if took < LINEAR_NS:
@@ -139,97 +169,71 @@ class Direction:
             counters[RELAY + slot(took)] += 1
 
     def ready(self, mask: int) -> None:
-        """Any event of the source's descriptor that is not just "readable", or that was posted."""
+        """Any event of the source's descriptor that is not plain EPOLLIN, or that was posted."""
         if self.lane == BULK:
             self.lane = NOW
-        self.owner.on_event(self, mask)
+        self.session.on_event(self, mask)
 
     def receive_failed(self, error: OSError) -> None:
-        """Nothing was there after all, or the kernel has no memory for it now, or nothing will be there again."""
+        """recv(2) failed: spurious readiness, out of kernel memory, or the source is broken."""
         if error.errno in uapi.CAPACITY:
-            self.rest()
+            self._back_off()
         elif error.errno not in uapi.RETRY:
-            self.owner.on_broken_source(self, error)
+            self.session.on_broken_source(self, error)
 
     def _send_failed(self, received: int, error: OSError) -> None:
-        """Nothing of what was received could be sent: hold it if the sink is only full, else it is lost."""
+        """send(2) took nothing: pending if the sink is only full, else discarded."""
         if self.is_full(error):
             self._moved_much(received, 0)
         else:
-            self.lose(received, error)
+            self.discard(received, error)
 
     def is_full(self, error: OSError) -> bool:
-        """Whether the sink takes nothing just now: it has no room, or the kernel no memory (send(2), ENOBUFS and ENOMEM)."""
+        """Whether the sink takes nothing just now: no room, or no kernel memory (send(2), ENOBUFS and ENOMEM)."""
         if error.errno in uapi.CAPACITY:
-            self.reverse.rest()
+            self.reverse._back_off()
             return True
         return error.errno in uapi.RETRY
 
-    def rest(self) -> None:
-        """The source's descriptor is short of what the kernel lacks: leave it alone for a while, by the clock."""
-        if not self.backing_off:
-            self.backing_off = True
-            self.context.timers.arm(_Rest(self), self.context.loop_now + _REST_NS)
-            self.owner.on_flow()
-
-    def lose(self, received: int, error: OSError) -> None:
-        """The sink failed with all of this unsent: count it, and tell the owner."""
+    def discard(self, received: int, error: OSError) -> None:
+        """The sink failed with all of this unsent: count it, and tell the session."""
         self.account(received, 0)
-        self.owner.on_broken_sink(self, error)
+        self.session.on_broken_sink(self, error)
 
     def _moved_much(self, received: int, sent: int) -> None:
         """The buffer was full, or the sink is."""
+        context = self.context
         self.account(received, sent)
-        if received == self.context.buffer_size:
+        if received == context.buffer_size:
             self._filled()
         if sent != received:
-            self.keep_pending(PendingBuffer(self.context.buffers, self.context.swap_buffer(), sent, received))
+            self.keep_pending(PendingBuffer(context.buffers, context.swap_buffer(), sent, received))
         else:
-            self.note_relayed(self.context.loop_now)
-            self.context.poller.again(self.fd)  # a short receive has emptied the socket; this one has not
-
-    def _filled(self) -> None:
-        """One more full buffer: begin a stream when there were several in a row and a pipe is to be had."""
-        in_a_row = self.received - self.filled_at == self.context.buffer_size
-        self.fills = self.fills + 1 if in_a_row else 1
-        self.filled_at = self.received
-        self.lane = BULK  # for its next event
-        pipe = self.context.pipes.take() if self.fills >= _SPLICE_AFTER else None
-        if pipe:
-            self.splicer = Splicer(self, pipe)
-            self.context.handlers[self.fd] = self.splicer
-
-    def stop_splicing(self) -> None:
-        """Back to copying."""
-        self._drop_splicer()
-        self.context.handlers[self.fd] = self
-
-    def _drop_splicer(self) -> None:
-        if self.splicer:
-            self.splicer.close()
-            self.splicer = None
-
-    @property
-    def reader(self) -> Union[Direction, Splicer]:
-        """What reads the source now."""
-        return self.splicer or self
+            self.note_relayed(context.loop.now)
+            context.loop.poller.again(self.fd)  # a short receive has emptied the socket; this one has not
 
     def account(self, received: int, sent: int) -> None:
-        """Count what came and what of it is withheld."""
+        """Count what was received, and what of it is unsent."""
         self.unsent += received - sent
         self.received += received
         self.context.counters[self.counter_ids.received] += received
 
+    def note_relayed(self, since_ns: int) -> None:
+        """All that was received at `since_ns` is sent now."""
+        self.last_active_ns = now = monotonic_ns()
+        note(self.context.counters, RELAY, now - since_ns)
+
+    # Backpressure
+
     def keep_pending(self, pending: Pending) -> None:
         """Keep what the sink did not take, and pause the source."""
         self.context.counters[self.counter_ids.paused] += 1
-        self.pending = pending
-        self.loop_now = self.context.loop_now
+        self.pending, self.pending_since = pending, self.context.loop.now
         self.last_active_ns = monotonic_ns()
-        self.owner.on_flow()
+        self.session.on_flow()
 
     def drain(self) -> None:
-        """The sink has room: send what is held; when it is gone, resume the source, or pass on the FIN that came behind it."""
+        """The sink has room: send pending bytes. When all are sent, resume the source, or pass on the FIN behind them."""
         pending = self.pending
         if pending is None:
             return
@@ -237,23 +241,24 @@ class Direction:
             sent = pending.send(self.sink)
         except OSError as error:
             if not self.is_full(error):
-                self.owner.on_broken_sink(self, error)
+                self.session.on_broken_sink(self, error)
             return
         self.unsent -= sent
         if pending.left:
             self.last_active_ns = monotonic_ns()
         else:
-            self.note_relayed(self.loop_now)
-            self.release()
+            self.note_relayed(self.pending_since)
+            self._release_pending()
             self._shut_if_drained()
 
-    def note_relayed(self, since_ns: int) -> None:
-        """All that was received at `since_ns` is sent now."""
-        self.last_active_ns = now = monotonic_ns()
-        note(self.context.counters, RELAY, now - since_ns)
+    def _release_pending(self) -> None:
+        """Release the buffer of pending bytes; they are sent, or discarded."""
+        if self.pending is not None:
+            self.pending.release()
+            self.pending = None
 
     def flush_before_reset(self) -> None:
-        """The source is broken: send on what it had said before, as far as the sink takes it now. No FIN: it sent none."""
+        """The source is broken: send on what is still in its receive queue, as far as the sink takes it now, and no FIN."""
         buffer = self.context.buffer
         try:
             while self.is_reading and (received := self.source.recv_into(buffer)):
@@ -263,11 +268,29 @@ class Direction:
                 if sent < received:
                     return  # what comes behind the rest must not be sent without it
         except OSError:
-            pass  # nothing more was said, or it can't be sent: what is left over has been counted as withheld
+            pass  # the queue is empty, or the sink fails: what is left over has been counted as unsent
+
+    def _back_off(self) -> None:
+        """The kernel has no memory for the source's socket: leave its descriptor alone for a while, by the clock."""
+        if not self.backing_off:
+            self.backing_off = True
+            self.context.loop.timers.arm(self, self.context.loop.now + _BACK_OFF_NS)
+            self.session.on_flow()
+
+    def on_deadline(self, now_ns: int) -> None:
+        """The back-off is over."""
+        self.backing_off = False
+        self.session.on_flow()
+
+    def on_bug(self, bug: Exception) -> None:
+        """A bug here is a bug of the session."""
+        self.session.on_bug(bug)
+
+    # Acknowledged by the sink's peer
 
     @property
     def unacknowledged(self) -> int:
-        """What the sink's kernel was given and its peer had not acknowledged at the last look."""
+        """Bytes that the sink's kernel was given and its peer had not acknowledged at the last look."""
         return self.received - self.unsent - self.acknowledged
 
     def count_acknowledged(self, total: int) -> None:
@@ -276,11 +299,7 @@ class Direction:
         self.acknowledged += more
         self.context.counters[self.counter_ids.acknowledged] += more
 
-    def release(self) -> None:
-        """Give the room of what was held back; it is sent, or lost for good."""
-        if self.pending is not None:
-            self.pending.release()
-            self.pending = None
+    # Half-close
 
     def _end_of_file(self) -> None:
         """FIN came: pass it on when all before it is sent."""
@@ -289,16 +308,18 @@ class Direction:
         self._shut_if_drained()
 
     def _shut_if_drained(self) -> None:
-        """Half-close: FIN goes on only after the bytes before it. The second one is left to the owner's end."""
+        """FIN goes on only after the bytes before it. The second one is left to the session's end."""
         if self.flow is DRAINING:
             try:
                 if self.reverse.flow is not SHUT:
                     self.sink.shutdown(socket.SHUT_WR)
             except OSError as error:
-                self.owner.on_broken_sink(self, error)
+                self.session.on_broken_sink(self, error)
                 return
             self.flow = flow_after(self.flow, FLUSHED)
-        self.owner.on_flow()
+        self.session.on_flow()
+
+    # What to wait for
 
     @property
     def is_reading(self) -> bool:
@@ -314,33 +335,105 @@ class Direction:
             return READ | WRITE if self.is_reading else WRITE
         return READ_EDGES if self.pending is None else 0  # after FIN nothing more comes but a hang-up, which is an edge too
 
-    def detach(self) -> None:
-        """Let go of everything: the garbage collector is off in a worker, so no cycle may be left."""
-        if self.pending is not None:
-            self.release()
-        if self.splicer is not None:
-            self._drop_splicer()
-        del self.owner
-        if hasattr(self, "twin"):
-            clear_stall(self)
-            del self.reverse, self.sink
-
-
-class _Rest:
-    """A direction's way into the timers, beside its relay's."""
-
-    __slots__ = ("_direction",)
-
-    def __init__(self, direction: Direction) -> None:
-        self._direction = direction
+    # Splicing
 
     @property
-    def owner(self) -> Owner:
-        """The direction's, while it has one."""
-        return self._direction.owner
+    def reader(self) -> Union[Direction, Splicer]:
+        """What reads the source now."""
+        return self.splicer or self
 
-    def on_deadline(self, now_ns: int) -> None:
-        """Look again, unless the connection has ended."""
-        self._direction.backing_off = False
-        if hasattr(self._direction, "owner"):
-            self._direction.owner.on_flow()
+    def _filled(self) -> None:
+        """One more full buffer: splice when there were several in a row and a pipe is to be had."""
+        in_a_row = self.received - self.filled_at == self.context.buffer_size
+        self.fills = self.fills + 1 if in_a_row else 1
+        self.filled_at = self.received
+        self.lane = BULK  # for its next event
+        pipe = self.context.pipes.acquire() if self.fills >= _SPLICE_AFTER else None
+        if pipe:
+            self.splicer = self.context.loop.handlers[self.fd] = Splicer(self, pipe)
+
+    def stop_splicing(self) -> None:
+        """Back to copying."""
+        self._drop_splicer()
+        self.context.loop.handlers[self.fd] = self
+
+    def _drop_splicer(self) -> None:
+        if self.splicer:
+            self.splicer.close()
+            self.splicer = None
+
+    def detach(self) -> None:
+        """The session has ended: release everything. Without a garbage collector, no cycle may be left."""
+        self._release_pending()
+        self._drop_splicer()
+        if self.backing_off:
+            self.context.loop.timers.disarm(self)
+        if self.stall is not None:
+            self.stall.clear(self.sink)
+        del self.reverse
+
+
+class Splicer:
+    """Reads a direction's source in its place: splice(2) into a pipe, and out of it. Only the moving differs."""
+
+    lane = BULK
+    __slots__ = ("_direction", "_pipe", "_small")
+
+    def __init__(self, direction: Direction, pipe: Pipe) -> None:
+        """`pipe` is empty, and is released by close()."""
+        self._direction, self._pipe = direction, pipe
+        self._small = 0  # splices in a row that were
+
+    def ready(self, mask: int) -> None:
+        """Any event of the source's descriptor."""
+        self._direction.ready(mask)
+
+    def on_bug(self, bug: Exception) -> None:
+        """A bug here is a bug of the session."""
+        self._direction.on_bug(bug)
+
+    def readable(self) -> None:
+        """Fill the pipe once and empty it once; what the sink does not take stays in it, pending."""
+        direction = self._direction
+        try:
+            received = 0 if self._pipe.refused else self._pipe.fill(direction.source)
+        except OSError as error:
+            if error.errno not in uapi.RETRY:
+                direction.receive_failed(error)
+                return
+            received = 0
+        if not received:  # EOF, the mark of urgent data, where splice(2) stops for ever, or a refusal: recv(2) tells which
+            self._log_refusal()
+            direction.stop_splicing()
+            direction.readable()
+            return
+        try:
+            sent = self._pipe.send(direction.sink)
+        except OSError as error:
+            if not direction.is_full(error):
+                direction.discard(received, error)
+                return
+            sent = 0
+        self._moved(received, sent)
+
+    def _log_refusal(self) -> None:
+        code = self._pipe.refused
+        if code:
+            text = f"splice(2) is refused: {errno.errorcode[code]}; long streams are copied instead"
+            self._direction.context.log_ratelimited("warning", "splice", text)
+
+    def _moved(self, received: int, sent: int) -> None:
+        direction, loop = self._direction, self._direction.context.loop
+        direction.account(received, sent)
+        self._small = 0 if received >= _SMALL else self._small + 1
+        if sent != received:
+            direction.keep_pending(self._pipe)
+            return
+        direction.note_relayed(loop.now)
+        loop.poller.again(direction.fd)  # how much splice(2) took does not tell whether there is more
+        if self._small >= _UNSPLICE_AFTER:
+            direction.stop_splicing()
+
+    def close(self) -> None:
+        """Release the pipe, with what is left in it."""
+        self._direction.context.pipes.release(self._pipe)

@@ -8,7 +8,7 @@ from typing import Optional, Protocol
 from _tsproxy.linux.sockets import TcpInfo
 
 
-class Gate(Protocol):
+class PolicyGate(Protocol):
     """Asked before each SYN and once after the handshake, before the first byte is relayed. Never blocks."""
 
     witness: int  # what the answers rest on, as a number for the record

@@ -1,4 +1,4 @@
-"""What the acceptor hands to a worker: accepted descriptors and orders, in order, without a lock.
+"""A worker's inbox: accepted descriptors and commands, in order, without a lock.
 
 Within one process: a lock-free ring in shared memory, one producer, one consumer. Its wake-up counts the entries that
 were put, and the kernel's own locking of that counter is the memory barrier between writing an entry and reading it:
@@ -15,6 +15,7 @@ import mmap
 import os
 import socket
 import struct
+from enum import IntEnum, auto
 from typing import NamedTuple, Optional, Protocol, Union
 
 from _tsproxy.linux import memory, uapi, wakeup
@@ -30,13 +31,27 @@ _RIGHT = struct.Struct("i")  # the one descriptor in a message (SCM_RIGHTS, unix
 _ROOM = socket.CMSG_LEN(_RIGHT.size)
 _FULL = uapi.RETRY | uapi.CAPACITY | {errno.EPIPE, errno.ECONNRESET, errno.ETOOMANYREFS}
 
-ACCEPTED, DRAIN, KILL, DRIFTED, EVIDENCE, PING, OPEN, LEAVE = range(8)
+
+class Command(IntEnum):
+    """What a worker is to do; it travels as a number."""
+
+    CLIENT = 0  # connect and relay the client that comes with it
+    DRAIN = auto()  # accept no more; end when the last session has ended
+    KILL = auto()  # end all sessions now, and then yourself
+    POLICY_FAILED = auto()  # end the sessions that would leak from now on
+    EVIDENCE = auto()  # the gate may know more: those that wait to connect try again
+    PING = auto()  # nothing: that it was consumed shows that the loop runs
+    START_ACCEPTING = auto()  # by your own listeners, for the upstream addresses that come with it
+    STOP_ACCEPTING = auto()
+
+
+_COMMANDS = tuple(Command)  # Command(number) takes five times as long
 
 
 class Message(NamedTuple):
-    """An accepted client (its descriptor goes over to the worker) with the upstream addresses to try, or an order."""
+    """A client, whose descriptor goes over to the worker, with the upstream addresses to try; or another command."""
 
-    kind: int
+    command: Command
     fd: int = -1
     connection_id: int = 0
     accepted_ns: int = 0  # CLOCK_MONOTONIC
@@ -46,15 +61,15 @@ class Message(NamedTuple):
 
     def encode(self) -> bytes:
         """At most one slot of bytes."""
-        head = (self.kind, self.fd, self.connection_id, self.accepted_ns, len(self.upstreams), self.client_slot, self.client)
+        head = (self.command, self.fd, self.connection_id, self.accepted_ns, len(self.upstreams), self.client_slot, self.client)
         return _MESSAGE.pack(*head) + self.upstreams
 
     @classmethod
     def decode(cls, data: bytes) -> Message:
         """The entry in a slot."""
-        kind, fd, connection_id, accepted_ns, length, client_slot, client = _MESSAGE.unpack_from(data)
+        command, fd, connection_id, accepted_ns, length, client_slot, client = _MESSAGE.unpack_from(data)
         upstreams = data[_MESSAGE.size : _MESSAGE.size + length]
-        return cls(kind, fd, connection_id, accepted_ns, client, upstreams, client_slot)
+        return cls(_COMMANDS[command], fd, connection_id, accepted_ns, client, upstreams, client_slot)
 
 
 class Consumer(Protocol):
@@ -62,7 +77,7 @@ class Consumer(Protocol):
 
     fileno: int  # readable when there is something to take
 
-    def take(self) -> Optional[Message]:
+    def pop(self) -> Optional[Message]:
         """The next entry that was put, None if there is none. It counts as taken."""
         ...
 
@@ -154,7 +169,7 @@ class RingConsumer:
         """See Consumer."""
         return self._told > 0
 
-    def take(self) -> Optional[Message]:
+    def pop(self) -> Optional[Message]:
         """See Consumer."""
         self._told = self._told or self._bell.collect()
         if not self._told:
@@ -203,13 +218,13 @@ class ChannelConsumer:
         self.fileno = channel.fd
         self.has_more = False
 
-    def take(self) -> Optional[Message]:
+    def pop(self) -> Optional[Message]:
         """See Consumer. An entry whose descriptor the kernel could not give (EMFILE) has -1 for it."""
         try:
             data, ancillary, _, _ = self._socket.recvmsg(_SLOT, _ROOM, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return None
         if not data:
-            return Message(KILL)
+            return Message(Command.KILL)
         self._row[Counter.CONSUMED] += 1
         return Message.decode(data)._replace(fd=_RIGHT.unpack(ancillary[0][2])[0] if ancillary else -1)

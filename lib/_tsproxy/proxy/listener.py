@@ -1,58 +1,64 @@
-"""A listener in the loop of a worker that has no colleagues: it accepts by itself, and no socket changes hands.
+"""A listening socket in an event loop: the main thread's, or that of a worker which is the only one.
 
-Knows when to look at the listener: one client a readiness, and not while there is no room. Who may come in is the
-acceptor's business, what becomes of a client the worker's.
+Knows when to call accept4(2): one client an event, and not while there is no room. Which clients are admitted is the
+acceptor's business, what becomes of them that of whoever it dispatches to.
 """
 
 from __future__ import annotations
 
-import contextlib
 import socket
 
 from _tsproxy.linux import sockets
+from _tsproxy.loop.event_loop import EventLoop
 from _tsproxy.loop.poller import READ
 from _tsproxy.loop.posted import NEW
 from _tsproxy.proxy.acceptor import Acceptor
-from _tsproxy.proxy.context import WorkerContext
 
 
 class Listener:
-    """Owns the worker's descriptor of the listener. Shut until open() is called."""
+    """Owns the socket. Accepts nothing until start_accepting()."""
 
     lane = NEW
-    __slots__ = ("_acceptor", "_context", "_listener", "_take", "owner")
+    __slots__ = ("_accept4", "_acceptor", "_loop", "_socket")
 
-    def __init__(self, owner: object, context: WorkerContext, acceptor: Acceptor, listener: socket.socket) -> None:
-        """`owner` is the worker: a bug here is a bug outside any connection."""
-        self.owner, self._context, self._acceptor, self._listener = owner, context, acceptor, listener
-        self._take = sockets.bind_accept4(listener)
+    def __init__(self, loop: EventLoop, acceptor: Acceptor, sock: socket.socket) -> None:
+        """Several listeners may share an acceptor, and so its limits."""
+        self._loop, self._acceptor, self._socket = loop, acceptor, sock
+        self._accept4 = sockets.bind_accept4(sock)
 
-    def open(self) -> None:
+    def start_accepting(self) -> None:
         """Accept from now on, as soon as there is room."""
         pause_s = self._acceptor.pause_s
-        self._context.watch(self._listener.fileno(), 0 if pause_s else READ, self)
+        self._loop.watch(self._socket.fileno(), 0 if pause_s else READ, self)
         if pause_s:
-            self._context.timers.arm(self, self._context.loop_now + round(pause_s * 1e9))
+            self._loop.timers.arm(self, self._loop.now + round(pause_s * 1e9))
 
     def readable(self) -> None:
-        """Take one client; rest when there is no room for the next."""
-        self._acceptor.accept(self._take)
+        """Accept one client; pause when there is no room for the next."""
+        self._acceptor.accept(self._accept4)
         if self._acceptor.pause_s:
-            self.open()
+            self.start_accepting()
 
     def ready(self, mask: int) -> None:
-        """Any other event: accept(2) tells what it is."""
+        """Any other event: accept4(2) tells what it is."""
         self.readable()
 
     def on_deadline(self, now_ns: int) -> None:
-        """The rest is over: look whether there is room again."""
-        self.open()
+        """The pause is over: try again, first with the client that was accepted and not dispatched."""
+        self._acceptor.redispatch()
+        self.start_accepting()
+
+    def on_bug(self, bug: Exception) -> None:
+        """A bug outside any session ends the loop."""
+        raise bug
+
+    def stop_accepting(self) -> None:
+        """Accept no more. Who connects waits in the backlog. Idempotent."""
+        self._loop.timers.disarm(self)
+        self._loop.unwatch(self._socket.fileno())
 
     def close(self) -> None:
-        """Accept no more. Whoever else has the listener open goes on. Idempotent."""
-        fd = self._listener.fileno()
-        if fd >= 0:
-            self._context.timers.disarm(self)
-            with contextlib.suppress(KeyError):  # it was never open
-                self._context.poller.unregister(fd)  # close(2) does not end the watch while another has the listener open
-            self._context.close_later(self._listener)
+        """Accept no more, and close the socket. Whoever else has it open goes on. Idempotent."""
+        if self._socket.fileno() >= 0:
+            self.stop_accepting()
+            self._loop.close_later(self._socket)

@@ -1,4 +1,4 @@
-"""Whether the peers of a connection still live: each that owes an acknowledgement is looked at by the clock.
+"""Whether the peers of a session are still alive: each that owes an acknowledgement is checked by the clock.
 
 A peer that acknowledges is alive, however slowly it reads. TCP_USER_TIMEOUT (tcp(7)) can't tell: the kernel counts the
 time for which a window is closed, though each of its probes is acknowledged (tcp_probe_timer(), net/ipv4/tcp_timer.c),
@@ -27,77 +27,65 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from typing import Any, Dict, Optional, Protocol
+from typing import NamedTuple, Optional
 
 from _tsproxy.linux import sockets, uapi
-from _tsproxy.loop.timers import Timers
-from _tsproxy.proxy.sweep import SessionSweep
 
-_LOOKS = 3  # in a timeout
-_SHORTEST_NS = 100_000_000  # between looks: a shorter timeout is noticed later
-_STALL_MS = 5000  # for so long the loop may stand still before the kernel ends a peer whose timeout it should move on
+_CHECKS = 3  # in a timeout
+_SHORTEST_NS = 100_000_000  # between checks: a shorter timeout is noticed later
+_BLOCKED_LOOP_MS = 5000  # for so long the loop may stand still before the kernel ends a peer whose timeout it should move on
 _JIFFY_MS = 10  # what the kernel's milliseconds may be short of, at most (HZ=100)
 
 
-class Stall:
-    """What a look found outstanding, and when; and what must be set back when it is over."""
+class Stall(NamedTuple):
+    """What a check found outstanding, and when (CLOCK_MONOTONIC); and the option that must be set back when it is over."""
 
-    __slots__ = ("acknowledged", "since_ns", "undo")
+    acknowledged: int
+    since_ns: int
+    undo: Optional[sockets.TcpOption] = None
 
-    def __init__(self, acknowledged: int, since_ns: int) -> None:
-        self.acknowledged, self.since_ns = acknowledged, since_ns
-        self.undo: Optional[sockets.TcpOption] = None
+    def clear(self, sink: socket.SocketType) -> None:
+        """The peer moves on, or the socket is about to be closed: the options are as before, also for what close(2) leaves."""
+        if self.undo is not None:
+            with contextlib.suppress(OSError):
+                sink.setsockopt(socket.IPPROTO_TCP, *self.undo)
 
 
-class PeerDirection(Protocol):
-    """One way of a connection; its sink is the peer in question."""
+class Verdict(NamedTuple):
+    """Whether the peer is dead; if not, the stall to remember for the next check."""
 
-    sink: socket.SocketType
+    is_dead: bool
     stall: Optional[Stall]
 
 
 class Liveness:
-    """Asks each session in turn to look at its peers. Without a timeout it does nothing."""
+    """The check of one peer; see the module. `timeout_ms` of 0 is off."""
 
-    def __init__(self, timers: Timers, sessions: Dict[int, Any], timeout_ms: int) -> None:
-        """`relays` are all that there are, kept by their owner; `timeout_ms` of 0 is off."""
+    def __init__(self, timeout_ms: int) -> None:
         self._timeout_ms = timeout_ms
-        self._step_ns = max(-(-timeout_ms * 1_000_000 // _LOOKS), _SHORTEST_NS)
-        self._rounds = SessionSweep(timers, sessions, self._step_ns, lambda session, now_ns: session.look(now_ns))
+        # How long a sweep over all sessions takes; 0 if there is none.
+        self.step_ns = max(-(-timeout_ms * 1_000_000 // _CHECKS), _SHORTEST_NS) if timeout_ms else 0
 
-    def begin(self, now_ns: int) -> None:
-        """There is a connection."""
-        if self._timeout_ms:
-            self._rounds.begin(now_ns)
-
-    def is_gone(self, way: PeerDirection, now_ns: int) -> bool:
-        """Look at one sink. It is settled when it leaves no doubt."""
-        seen = sockets.outstanding(way.sink)
-        stall = way.stall
+    def check(self, sink: socket.SocketType, stall: Optional[Stall], now_ns: int) -> Verdict:
+        """TCP_INFO of one peer's socket against what the last check found. No stall: all is acknowledged, or moves on."""
+        seen = sockets.outstanding(sink)
         if stall is None or not seen.any or seen.acknowledged != stall.acknowledged:
-            clear_stall(way)
-            way.stall = Stall(seen.acknowledged, now_ns) if seen.any else None
-            return False
+            if stall is not None:
+                stall.clear(sink)
+            return Verdict(False, Stall(seen.acknowledged, now_ns) if seen.any else None)
         waited_ms = (now_ns - stall.since_ns) // 1_000_000
         if min(waited_ms, seen.silent_ms + _JIFFY_MS) >= self._timeout_ms and seen.asked:
-            return True
-        self._hasten(way.sink, stall, waited_ms)
-        return False
+            return Verdict(True, stall)
+        return Verdict(False, self._probe_sooner(sink, stall, waited_ms))
 
-    def _hasten(self, sink: socket.SocketType, stall: Stall, waited_ms: int) -> None:
-        """Let the kernel ask at least once between two looks; see the module."""
-        step_ms = self._step_ns // 1_000_000
+    def _probe_sooner(self, sink: socket.SocketType, stall: Stall, waited_ms: int) -> Stall:
+        """Let the kernel send a probe at least once between two checks; see the module."""
+        step_ms = self.step_ns // 1_000_000
         if stall.undo is None:
-            stall.undo = sockets.limit_rto(sink, step_ms) or sockets.TcpOption(uapi.TCP_USER_TIMEOUT, 0)
-        if stall.undo.number == uapi.TCP_USER_TIMEOUT:
-            ahead_ms = waited_ms + step_ms + max(self._timeout_ms, _STALL_MS)
+            undo = sockets.limit_rto(sink, step_ms) or sockets.TcpOption(uapi.TCP_USER_TIMEOUT, 0)
+            stall = stall._replace(undo=undo)
+        if stall.undo is not None and stall.undo.number == uapi.TCP_USER_TIMEOUT:
+            ahead_ms = waited_ms + step_ms + max(self._timeout_ms, _BLOCKED_LOOP_MS)
             with contextlib.suppress(OSError):
                 sink.setsockopt(socket.IPPROTO_TCP, uapi.TCP_USER_TIMEOUT, min(ahead_ms, 2**31 - 1))
-
-
-def clear_stall(way: PeerDirection) -> None:
-    """There is no doubt (any more); the socket is set as before, also for what the kernel sends after close(2)."""
-    stall, way.stall = way.stall, None
-    if stall is not None and stall.undo is not None:
-        with contextlib.suppress(OSError):
-            way.sink.setsockopt(socket.IPPROTO_TCP, *stall.undo)
+        return stall

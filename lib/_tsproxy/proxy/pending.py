@@ -51,4 +51,4 @@ class PendingBuffer:
     def release(self) -> None:
         """See Pending. Call it once."""
         del self._unsent
-        self._buffers.give(self._buffer)
+        self._buffers.release(self._buffer)

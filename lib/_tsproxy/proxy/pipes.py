@@ -1,7 +1,7 @@
 """Pipes for splice(2), which moves bytes from socket to socket without copying them: a few for each worker, of one size.
 
 Knows the limits that the kernel sets on pipes (pipe(7), /proc/sys/fs/pipe-*). Where there is no pipe to be had, or no
-os.splice (before Python 3.10), take() says so, and the caller copies.
+os.splice (before Python 3.10), acquire() says so, and the caller copies.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Pipes:
         self._lent = 0
         self._not_before = 0
 
-    def take(self) -> Optional[Pipe]:
+    def acquire(self) -> Optional[Pipe]:
         """An empty pipe; None if all are in use or the kernel gave none (then it is not asked again for a second)."""
         if self._lent >= self._most or time.monotonic_ns() < self._not_before:
             return None
@@ -102,7 +102,7 @@ class Pipes:
             self._lent += 1
         return pipe
 
-    def give(self, pipe: Pipe) -> None:
+    def release(self, pipe: Pipe) -> None:
         """Take a pipe back. One with bytes in it is closed: they are not for the next connection.
 
         After a refusal by splice(2) there are no more pipes: what it was refused for is the worker's, not one socket's.

@@ -74,7 +74,7 @@ class SharedCounters:
 
     @classmethod
     def create(cls, workers: int, client_slots: int = 0) -> SharedCounters:
-        """A new ledger, all zero, for an acceptor, a reporter and `workers` workers; pages take memory once written."""
+        """New counters, all zero, for an acceptor, a reporter and `workers` workers; pages take memory once written."""
         fd = memory.create("tsproxy-counters", bytes_for(workers, client_slots))
         if client_slots:
             os.pwrite(fd, client_slots.to_bytes(8, sys.byteorder), _CLIENTS * 8)
@@ -121,7 +121,7 @@ def note(row: memoryview, start: int, took_ns: int) -> None:
 
 
 def bytes_for(workers: int, client_slots: int) -> int:
-    """How large the memfd of a ledger is."""
+    """How large the memfd is."""
     return (FIRST_WORKER_ROW + workers) * _widths(client_slots)[1] * 8
 
 

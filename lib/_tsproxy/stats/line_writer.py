@@ -26,7 +26,7 @@ class LineWriter:
     def __init__(
         self, fd: int, clock: Callable[[], float], dropped: Callable[[int], None], log_ratelimited: Callable[[str], None]
     ) -> None:
-        """`dropped` is told how many lines were given up, `complain` once why none can be written for now (a full disk).
+        """`dropped` gets how many lines were given up, `log_ratelimited` why none can be written for now (a full disk).
 
         `clock` is in seconds and never goes back.
         """

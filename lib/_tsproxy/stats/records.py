@@ -22,7 +22,7 @@ from _tsproxy.stats.endings import WORDS, Ending
 
 _HEAD = struct.Struct("=HB")  # size of the whole frame, kind
 _CONNECTION, _NOTICE = 1, 2
-_BODY = struct.Struct(f"=HQq{PACKED_SIZE}s{PACKED_SIZE}s{PACKED_SIZE}sqqQQQQQbbqqqB B")
+_BODY = struct.Struct(f"=HQq{PACKED_SIZE}sqBBbq{PACKED_SIZE}sqb{PACKED_SIZE}sqqQQQQQ")
 _NOTICE_BODY = struct.Struct("=HqB")
 _MOST = 4096
 _PIPE_BYTES = 1 << 20  # fs.pipe-max-size, what an unprivileged process may ask for
@@ -35,28 +35,28 @@ Fields = Dict[str, object]
 
 
 class ConnectionRecord(NamedTuple):
-    """One closed connection. Addresses are packed; times in microseconds; None where there was nothing to see."""
+    """One closed connection, as the access log has it. Addresses are packed; None where there was nothing to see."""
 
     worker: int
     connection_id: int
     closed_at_ns: int  # CLOCK_REALTIME
     client: bytes
-    upstream: Optional[bytes]
-    upstream_local: Optional[bytes]
     duration_us: int
-    connect_us: Optional[int]
-    rx_bytes: int
-    tx_bytes: int  # acknowledged by the client's kernel
-    upstream_tx_bytes: int  # acknowledged by the upstream one's
-    discarded_bytes: int  # received, not acknowledged by the other side, and given up
-    unacknowledged_bytes: int  # received, not acknowledged by the other side, and left to the kernel to deliver
-    client_timestamps: Optional[bool]
-    upstream_timestamps: Optional[bool]
-    client_syn_tsval: Optional[int]
-    upstream_rtt_us: Optional[int]
-    upstream_retransmits: Optional[int]
     ending: Ending
     witness: int
+    client_timestamps: Optional[bool] = None
+    client_syn_tsval: Optional[int] = None
+    upstream: Optional[bytes] = None
+    connect_us: Optional[int] = None
+    upstream_timestamps: Optional[bool] = None
+    upstream_local: Optional[bytes] = None
+    upstream_rtt_us: Optional[int] = None
+    upstream_retransmits: Optional[int] = None
+    rx_bytes: int = 0
+    tx_bytes: int = 0  # acknowledged by the client's kernel
+    upstream_tx_bytes: int = 0  # acknowledged by the upstream one's
+    discarded_bytes: int = 0  # received, not acknowledged by the other side, and given up
+    unacknowledged_bytes: int = 0  # received, not acknowledged by the other side, and left to the kernel to deliver
 
     def fields(self) -> Fields:
         """The fields of its JSON line, in their order, without the witness's word."""
@@ -90,7 +90,7 @@ class ConnectionRecord(NamedTuple):
 
 
 class Notice(NamedTuple):
-    """Something a worker wants said, e.g. a bug's traceback. `event` is error or warning."""
+    """A log line of a worker, e.g. a bug's traceback. `level` is one of NOTICE_LEVELS, and the line's event."""
 
     worker: int
     at_ns: int

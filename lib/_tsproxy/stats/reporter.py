@@ -14,6 +14,7 @@ import time
 from collections import deque
 from typing import Any, Callable, Deque, Dict, Optional, Sequence, Tuple
 
+from _tsproxy.cli import program
 from _tsproxy.linux import needs, wakeup
 from _tsproxy.stats import encoder, metrics
 from _tsproxy.stats.counters import REPORTER_ROW, Counter, SharedCounters
@@ -108,7 +109,7 @@ class Reporter:
             self._poller.unregister(fd)
 
     def _patience_ms(self) -> float:
-        """How long to sleep: to the next metrics line, or a look at a stalled outlet."""
+        """How long to sleep: to the next metrics line, or a look at a stalled writer."""
         wait = self._next_metrics - time.monotonic()
         if not self._outlet.is_empty:
             wait = min(wait, 0.25)
@@ -175,7 +176,7 @@ def _say_aside(problem: str) -> None:
         room = select.poll()
         room.register(sys.stderr, select.POLLOUT)
         if room.poll(0):
-            os.write(sys.stderr.fileno(), f"tsproxy: standard output: {problem}\n".encode())
+            os.write(sys.stderr.fileno(), f"{program.name()}: standard output: {problem}\n".encode())
 
 
 class Rates:

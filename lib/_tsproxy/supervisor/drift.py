@@ -1,7 +1,7 @@
-"""What is said, and done, when the policy stops to hold for an address family, or holds again: once for each change.
+"""Logs when the policy stops to hold for an address family, or holds again: once for each change.
 
-Knows what the last looks showed. The workers refuse by themselves, since their gates read the same answers; what is
-ordered besides is to end what would leak from now on.
+Knows the last answers. Knows nothing of sessions: the gates of the workers read the same answers, and refuse by themselves;
+what it has done besides is that sessions which would leak from now on are ended.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from _tsproxy.policy.levers import Lever
 from _tsproxy.supervisor.monitor import Look
 
 Log = Callable[[str, str, str], None]  # event, level, message
-_AGAIN_S = 1.0  # while it fails: a connection may have been made by an answer from just before
+_REPEAT_S = 1.0  # while it fails: the answer before may have let one more session connect
 
 
 class Drift:
-    """Give it each look."""
+    """Call on_look() with each look of the monitors, in one thread."""
 
-    def __init__(self, lever: Lever, log: Log, drifted: Callable[[], None]) -> None:
-        """`drifted` is called when the policy fails for some family, and again while it does."""
-        self._lever, self._log, self._drifted = lever, log, drifted
+    def __init__(self, lever: Lever, log: Log, on_failure: Callable[[], None]) -> None:
+        """`on_failure` is called when the policy fails for some family, and every second while it does."""
+        self._lever, self._log, self._on_failure = lever, log, on_failure
         self._answers: Dict[int, Answer] = {}
-        self._ordered_at = 0.0
+        self._called_at = 0.0
         self.evidence = ""  # of the last failure
 
     @property
     def refused(self) -> str:
-        """What is refused now, in words; "" if nothing is."""
+        """What is refused now, for people; "" if nothing is."""
         failing = [family for family, answer in sorted(self._answers.items()) if answer is Answer.FAILS]
         if not failing:
             return ""
@@ -38,46 +38,36 @@ class Drift:
         return f"new connections over {' and '.join(map(NAMES.__getitem__, failing))}" if others else "new connections"
 
     def on_look(self, look: Look) -> None:
-        """Say what is not as it was, and end what would leak."""
+        """Log a change; have sessions that would leak ended."""
         before, self._answers[look.family] = self._answers.get(look.family, Answer.NEVER), look.answer
         if look.answer is not before:
-            _LEFT.get(before, _nothing)(self, look)
-            _ENTERED.get(look.answer, _nothing)(self, look)
-        if look.answer is Answer.FAILS and time.monotonic() - self._ordered_at > _AGAIN_S:
-            self._ordered_at = time.monotonic()
-            self._drifted()
+            self._log_left(before, look)
+            self._log_entered(look)
+        if look.answer is Answer.FAILS and time.monotonic() - self._called_at > _REPEAT_S:
+            self._called_at = time.monotonic()
+            self._on_failure()
 
-    def _fails(self, look: Look) -> None:
-        self._ordered_at, self.evidence = 0.0, _evidence(look.policy_check, self._lever)
-        self._log("timestamps_drift", "error", f"{self.refused} are refused until it holds again: {self.evidence}")
-
-    def _failed(self, look: Look) -> None:
-        if look.answer is Answer.HOLDS:
-            where = f" over {NAMES[look.family]}" if self.refused else ""
+    def _log_left(self, before: Answer, look: Look) -> None:
+        name = NAMES[look.family]
+        if before is Answer.UNSEEN:
+            self._log("warning", "info", f"{name} timestamps can be looked at again")
+        elif before is Answer.ABSENT:
+            self._log("warning", "info", f"{name} is in use again")
+        elif before is Answer.FAILS and look.answer is Answer.HOLDS:
+            where = f" over {name}" if self.refused else ""
             self._log("timestamps_drift", "info", f"the policy holds again{where}: {look.policy_check.evidence}")
 
-    def _unseen(self, look: Look) -> None:
-        meanwhile = "the sysctl's value decides" if self._lever is Lever.SYSCTL else "new connections wait for it"
-        why, name = look.policy_check.families[look.family].problem, NAMES[look.family]
-        self._log("warning", "warning", f"{name} timestamps can't be looked at now: {why}; meanwhile {meanwhile}")
-
-    def _was_unseen(self, look: Look) -> None:
-        self._log("warning", "info", f"{NAMES[look.family]} timestamps can be looked at again")
-
-    def _absent(self, look: Look) -> None:
-        what = NAMES[look.family]
-        self._log("warning", "warning", f"{what} is left out until it comes: no interface has an address of it")
-
-    def _was_absent(self, look: Look) -> None:
-        self._log("warning", "info", f"{NAMES[look.family]} is in use again")
-
-
-def _nothing(drift: Drift, look: Look) -> None:
-    """Most answers are as before."""
-
-
-_ENTERED = {Answer.FAILS: Drift._fails, Answer.UNSEEN: Drift._unseen, Answer.ABSENT: Drift._absent}
-_LEFT = {Answer.FAILS: Drift._failed, Answer.UNSEEN: Drift._was_unseen, Answer.ABSENT: Drift._was_absent}
+    def _log_entered(self, look: Look) -> None:
+        name = NAMES[look.family]
+        if look.answer is Answer.FAILS:
+            self._called_at, self.evidence = 0.0, _evidence(look.policy_check, self._lever)
+            self._log("timestamps_drift", "error", f"{self.refused} are refused until it holds again: {self.evidence}")
+        elif look.answer is Answer.UNSEEN:
+            meanwhile = "the sysctl's value decides" if self._lever is Lever.SYSCTL else "new connections wait for it"
+            why = look.policy_check.families[look.family].problem
+            self._log("warning", "warning", f"{name} timestamps can't be looked at now: {why}; meanwhile {meanwhile}")
+        elif look.answer is Answer.ABSENT:
+            self._log("warning", "warning", f"{name} is left out until it comes: no interface has an address of it")
 
 
 def _evidence(policy_check: PolicyCheck, lever: Lever) -> str:

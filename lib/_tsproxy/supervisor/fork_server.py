@@ -1,12 +1,14 @@
-"""A small process that forks workers on demand: made before there is any thread, so that its forks are safe for ever.
+"""A process that forks workers on demand. It is made before there is any thread, so that its fork(2)s stay safe.
 
-The main process has a reporter thread when a dead worker must be replaced, and to fork then would copy whatever lock
-that thread holds. To start Python anew would need its files and rights, which are gone after --user. The fork server has
-one thread, the imports done and the memory shared; it starts workers, reaps them, tells how they ended, and ends with
-the main process (its control socket is closed then).
+The main process has a reporter thread by the time that a dead worker must be replaced: a fork(2) there would copy the
+locks which that thread holds. A new Python would need its files and rights, which are gone after --user. The fork server
+has one thread, the imports done and the memory shared; it forks workers, calls wait4(2) for them, reports how they
+exited, and exits when the main process does (EOF on its control socket).
 
-Should it be killed itself, its workers go on. Nobody tells of their ends then but a pipe that each of them holds one
-end of, and nobody can start a replacement.
+If the fork server itself is killed, its workers go on. Then only a pipe for each, whose other end the worker holds, shows
+that it has exited, and no replacement can be started.
+
+Knows fork(2), wait4(2) and how requests and reports look. Knows nothing of when a worker is started, or what it does.
 """
 
 from __future__ import annotations
@@ -26,13 +28,13 @@ from _tsproxy.linux import children, inherited, memory, uapi
 from _tsproxy.linux.devnull import open_devnull
 from _tsproxy.linux.needs import Refused, needing
 from _tsproxy.linux.wakeup import Wakeup
-from _tsproxy.proxy import inbox
+from _tsproxy.proxy.inbox import Channel, ChannelProducer
 from _tsproxy.supervisor.worker_args import WorkerArgs, run_worker
 
 _LAST_S = 2.0
 _ANSWER_S = 1.0
-_NEWS = struct.Struct("=HBi")  # worker's number, one of the next line, wait status or errno
-_BEGUN, _REFUSED, _ENDED, _FAILED = range(4)
+_REPORT = struct.Struct("=HBi")  # worker's number, one of the next line, wait status or errno
+_STARTED, _REFUSED, _EXITED, _FAILED = range(4)
 _LONGEST = 256  # behind _FAILED comes why
 
 
@@ -40,14 +42,18 @@ class ForkServer:
     """The main process's handle on it."""
 
     def __init__(self, kept: Set[int], exited: Wakeup) -> None:
-        """Fork it now: no thread may have been started. `kept` are the descriptors that workers need; others are closed."""
+        """Fork it now: no thread may have been started. `kept` are the descriptors that workers need; others are closed.
+
+        `exited` is rung for each worker that exits, and when the fork server itself does.
+        """
         with needing("socketpair(2)", "to start workers as processes"):
             self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._exited = exited
         self._alive: Set[int] = set()
         self._exit_statuses: Dict[int, str] = {}
-        self._lifelines: Dict[int, int] = {}  # worker's number -> our end of its pipe
-        self._answers: Dict[int, int] = {}  # worker's number -> what became of the last request for it: an errno, or 0
-        self._own_exit_status = self._unsaid = self._failure = ""
+        self._exit_pipes: Dict[int, int] = {}  # worker's number -> our end of its pipe
+        self._answers: Dict[int, int] = {}  # worker's number -> errno of the last request for it, or 0
+        self._own_exit_status = self._unreported = self._failure = ""
         with needing("fork(2)", "to start workers as processes"):
             self._pid = children.fork_deaf()
         if self._pid == 0:
@@ -55,42 +61,42 @@ class ForkServer:
         theirs.close()
         self._control.setblocking(False)
         with needing("epoll_create1(2) or epoll_ctl(2)", "to watch the workers"):
-            self._ends = select.epoll()
-            self._ends.register(self._control, select.EPOLLIN | select.EPOLLET)
+            self._events = select.epoll()
+            self._events.register(self._control, select.EPOLLIN | select.EPOLLET)
 
     def fileno(self) -> int:
-        """Readable when is_alive() or loss() may have something new to tell."""
-        return self._ends.fileno()
+        """Readable when is_alive() or own_exit() may have changed."""
+        return self._events.fileno()
 
     @property
     def pids(self) -> List[int]:
-        """The child that is to be waited for here, by its number, and by nobody else."""
+        """The child that is waited for here, by its process id, and by nobody else."""
         return [] if self._own_exit_status else [self._pid]
 
-    def start(self, args: WorkerArgs, box: inbox.ChannelProducer) -> None:
-        """Fork a worker. Its end of the inbox goes along. If the fork server is gone, the worker has ended already.
+    def start(self, args: WorkerArgs, inbox: ChannelProducer) -> None:
+        """Fork a worker, which gets its end of the inbox. If the fork server has exited, so has the worker.
 
-        OSError if there can't be a worker now. No answer within a second (it is stopped) counts as one that will come.
+        OSError if there can't be a worker now. No answer within a second (the fork server is stopped) counts as success.
         """
-        lifeline = self._new_lifeline(args.number)
+        exit_pipe = self._new_exit_pipe(args.number)
         try:
-            self._ask(args, [box.theirs.fileno(), lifeline, *args.listeners])
+            self._request(args, [inbox.theirs.fileno(), exit_pipe, *args.listeners])
         finally:
-            os.close(lifeline)
+            os.close(exit_pipe)
         self._alive.add(args.number)
         self._await_answer(args.number)
 
-    def _ask(self, args: WorkerArgs, fds: List[int]) -> None:
+    def _request(self, args: WorkerArgs, fds: List[int]) -> None:
         self._answers.pop(args.number, None)
         self._control.setblocking(True)
         try:
-            with open(memory.create("tsproxy-spec", 0), "w+b") as text:  # a message has no room for 3,000 --allow
+            with open(memory.create("tsproxy-args", 0), "w+b") as text:  # a message has no room for 3,000 --allow
                 pickle.dump(args, text)
                 text.flush()
                 with needing("sendmsg(2)", "to start a worker"):
                     socket.send_fds(self._control, [b"."], [text.fileno(), *fds])
         except Refused as problem:
-            if problem.errno not in (errno.EPIPE, errno.ECONNRESET):  # then nobody has the other end of the lifeline now
+            if problem.errno not in (errno.EPIPE, errno.ECONNRESET):  # then the exit pipe is hung up at once
                 raise
         finally:
             self._control.setblocking(False)
@@ -106,71 +112,80 @@ class ForkServer:
         if self._answers.get(number):
             raise Refused("fork(2)", self._answers[number], "for a worker")
 
-    def _new_lifeline(self, number: int) -> int:
-        """The worker's end of a new pipe; ours is hung up when the worker is gone, however it ended."""
-        if number in self._lifelines:
-            os.close(self._lifelines.pop(number))
+    def _new_exit_pipe(self, number: int) -> int:
+        """The worker's end of a new pipe; EPOLLHUP on ours when the worker has exited, however."""
+        if number in self._exit_pipes:
+            os.close(self._exit_pipes.pop(number))
         with needing("pipe2(2)", "to see a worker end"):
-            self._lifelines[number], theirs = os.pipe2(os.O_CLOEXEC)
-        self._ends.register(self._lifelines[number], select.EPOLLET)
+            self._exit_pipes[number], theirs = os.pipe2(os.O_CLOEXEC)
+        self._events.register(self._exit_pipes[number], select.EPOLLET)
         return theirs
 
     def own_exit(self) -> str:
-        """How the fork server itself ended: told once; "" before, and after."""
-        self._listen()
-        told, self._unsaid = self._unsaid, ""
-        return told
+        """How the fork server itself exited, the first time that it is asked after that; else ""."""
+        self._receive()
+        exit_status, self._unreported = self._unreported, ""
+        return exit_status
 
     @property
     def can_start(self) -> bool:
         """Whether a worker can be started."""
-        self._listen()
+        self._receive()
         return not self._own_exit_status
 
     def is_alive(self, number: int) -> bool:
-        """Whether that worker runs, as far as has been heard."""
-        self._listen()
+        """Whether that worker runs, as far as has been reported."""
+        self._receive()
         return number in self._alive
 
     def exit_status(self, number: int) -> str:
-        """How that worker ended."""
+        """How that worker exited."""
         return self._exit_statuses.get(number, "it has not ended")
 
-    def _listen(self) -> None:
-        self._ends.poll(0)
+    def _receive(self) -> None:
+        """Handle all reports. recvmsg(2) does not block."""
+        self._events.poll(0)
         while True:
             try:
                 message = self._control.recv(_LONGEST)
             except BlockingIOError:
                 return
-            except ConnectionResetError:  # it ended without taking a request, which comes before what it said last
+            except ConnectionResetError:  # it exited with a request unread; its last reports come after this error
                 continue
             if not message:
-                self._look_ourselves()
+                self._on_eof()
                 return
-            number, what, value = _NEWS.unpack_from(message)
-            self._hear(number, what, value, message[_NEWS.size :].decode())
+            number, kind, value = _REPORT.unpack_from(message)
+            self._on_report(number, kind, value, message[_REPORT.size :].decode())
 
-    def _hear(self, number: int, what: int, value: int, text: str) -> None:
-        if what == _FAILED:
+    def _on_report(self, number: int, kind: int, value: int, text: str) -> None:
+        if kind == _FAILED:
             self._failure = text
-        elif what != _ENDED:
+        elif kind != _EXITED:
             self._answers[number] = value
-        if what == _REFUSED:
-            self._alive.discard(number)
-            self._exit_statuses[number] = f"fork(2): {os.strerror(value)}"
-        elif what == _ENDED:
-            self._alive.discard(number)
-            self._exit_statuses[number] = _exit_status(value)
+        if kind == _REFUSED:
+            self._note_exit(number, f"fork(2): {os.strerror(value)}")
+        elif kind == _EXITED:
+            self._note_exit(number, _exit_status(value))
 
-    def _look_ourselves(self) -> None:
-        """The fork server is gone: see how it ended, and which workers have ended without it."""
-        if not self._own_exit_status:
+    def _note_exit(self, number: int, exit_status: str) -> None:
+        self._alive.discard(number)
+        self._exit_statuses[number] = exit_status
+
+    def _on_eof(self) -> None:
+        """The fork server has exited: find out how, and which workers have exited since.
+
+        Whoever asked may be in the middle of something else, and the edges on the epoll descriptor are consumed: so ring.
+        """
+        exited = [number for number in self._alive if _is_hung_up(self._exit_pipes[number])]
+        for number in exited:
+            self._note_exit(number, "how is not known, since the fork server is gone")
+        is_new = not self._own_exit_status
+        if is_new:
             exit_status = self._wait()
-            self._own_exit_status = self._unsaid = self._failure or exit_status
-        for number in {number for number in self._alive if _is_hung_up(self._lifelines[number])}:
-            self._alive.discard(number)
-            self._exit_statuses[number] = "how is not known, since the fork server is gone"
+            self._own_exit_status = self._unreported = self._failure or exit_status
+        if exited or is_new:
+            self._exited.ring()
 
     def _wait(self) -> str:
         try:
@@ -193,72 +208,76 @@ def _exit_status(status: int) -> str:
     return f"exit code {os.WEXITSTATUS(status)}"
 
 
+# In the fork server's process
+
+
 def _run_fork_server(control: socket.socket, kept: Set[int], exited: Wakeup) -> None:
-    """The child's life. Never returns."""
+    """All that the child does. Never returns."""
     code = 1
     try:
-        _settle(kept)
+        _close_all_but(kept)
         _serve(control, exited)
         code = 0
     except OSError as problem:
         why = problem.strerror or str(problem)
-        _tell(control, exited, _NEWS.pack(0, _FAILED, 0) + why.encode()[: _LONGEST - _NEWS.size])
+        _report(control, exited, _REPORT.pack(0, _FAILED, 0) + why.encode()[: _LONGEST - _REPORT.size])
     finally:
         os._exit(code)
 
 
-def _settle(kept: Set[int]) -> None:
-    """Of what the main process has open only what workers need stays: a listener kept here would never close."""
+def _close_all_but(kept: Set[int]) -> None:
+    """A listener that stayed open here would never close, and the reader of standard output would get no EOF."""
     inherited.close_all_but(kept)
     devnull = open_devnull()
     for fd in (0, 1):
-        with needing("dup2(2)", "to let go of standard output"):
-            os.dup2(devnull, fd)  # the reader of standard output must see its end when the main process ends
+        with needing("dup2(2)", "to leave standard output"):
+            os.dup2(devnull, fd)
     os.close(devnull)
 
 
 def _serve(control: socket.socket, exited: Wakeup) -> None:
-    """Fork what is asked for, report what has ended, until the main process is gone."""
-    with needing("pipe2(2)", "to hear of workers that end"):
-        deaths, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    asked = control.fileno()
+    """Fork what is requested and report what has exited, until EOF: the main process is gone."""
+    with needing("pipe2(2)", "to see workers end"):
+        child_signals, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    requests = control.fileno()
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     workers: Dict[int, int] = {}
-    events = select.poll()  # not select(2): behind many inherited listeners a descriptor may be beyond what that takes
-    events.register(asked, select.POLLIN)
-    events.register(deaths, select.POLLIN)
+    events = select.poll()  # not select(2): behind many inherited listeners a descriptor may be beyond FD_SETSIZE
+    events.register(requests, select.POLLIN)
+    events.register(child_signals, select.POLLIN)
     while True:
-        prepared = {fd for fd, _ in events.poll()}
-        if deaths in prepared:
-            os.read(deaths, 4096)
+        ready = {fd for fd, _ in events.poll()}
+        if child_signals in ready:
+            os.read(child_signals, 4096)
             _reap(workers, control, exited)
-        if asked in prepared:
-            with needing("recvmsg(2)", "to be told of workers to start"):
+        if requests in ready:
+            with needing("recvmsg(2)", "to receive requests for workers"):
                 request, fds, _, _ = socket.recv_fds(control, 1, uapi.SCM_MAX_FD)
             if not request:
-                _outlive(workers, deaths)
+                _end_workers(workers, child_signals)
                 return
-            args = _args(fds.pop(0))
-            refusal = _fork(args, fds, workers, {asked, deaths, wake})
-            _tell(control, exited if refusal else None, _NEWS.pack(args.number, _REFUSED if refusal else _BEGUN, refusal))
+            args = _load(fds.pop(0))
+            refusal = _fork(args, fds, workers, {requests, child_signals, wake})
+            report = _REPORT.pack(args.number, _REFUSED if refusal else _STARTED, refusal)
+            _report(control, exited if refusal else None, report)
 
 
-def _outlive(workers: Dict[int, int], deaths: int) -> None:
-    """The main process is gone, which its workers see as well. One that is stuck would keep what it has open: the port."""
+def _end_workers(workers: Dict[int, int], child_signals: int) -> None:
+    """The main process is gone; workers see that, too (EOF of the inbox). SIGKILL for one that is stuck: it holds the port."""
     deadline = time.monotonic() + _LAST_S
     events = select.poll()
-    events.register(deaths, select.POLLIN)
+    events.register(child_signals, select.POLLIN)
     while workers and events.poll(max(0.0, deadline - time.monotonic()) * 1000):
-        os.read(deaths, 4096)
-        for pid in _ended(workers):
+        os.read(child_signals, 4096)
+        for pid in _wait_for(workers):
             del workers[pid]
     for pid in workers:
         os.kill(pid, signal.SIGKILL)
 
 
-def _ended(workers: Dict[int, int]) -> Dict[int, int]:
-    """Process id -> wait status of those that have ended since the last time."""
+def _wait_for(workers: Dict[int, int]) -> Dict[int, int]:
+    """Process id -> wait status of those that have exited since the last call. Does not block."""
     found: Dict[int, int] = {}
     while len(found) < len(workers):
         with needing("wait4(2)", "to see workers end"):
@@ -269,18 +288,18 @@ def _ended(workers: Dict[int, int]) -> Dict[int, int]:
     return found
 
 
-def _args(fd: int) -> WorkerArgs:
+def _load(fd: int) -> WorkerArgs:
     with open(fd, "rb") as text:
-        text.seek(0)  # it shares the writer's position
+        text.seek(0)  # the offset is shared with the writer's descriptor
         args: WorkerArgs = pickle.load(text)  # noqa: S301 -- from our own parent, by a socket pair
     return args
 
 
 def _fork(args: WorkerArgs, fds: List[int], workers: Dict[int, int], private: Set[int]) -> int:
-    """0, or the errno of fork(2): too many tasks, no memory.
+    """0, or the errno of fork(2): EAGAIN (too many tasks) or ENOMEM.
 
-    `fds`: its end of the inbox, and of its lifeline, which it holds till it ends; then its listeners. `private` is what it
-    must not keep: with the fork server's own ends its death would go unnoticed.
+    `fds`: the worker's end of its inbox and of its exit pipe, which it holds until it exits; then its listeners. `private`
+    is what the worker must close: a copy of the control socket would keep the main process from seeing EOF.
     """
     pid, refusal = -1, 0
     try:
@@ -291,7 +310,7 @@ def _fork(args: WorkerArgs, fds: List[int], workers: Dict[int, int], private: Se
         signal.set_wakeup_fd(-1)
         for fd in private:
             os.close(fd)
-        _be_worker(args._replace(inbox=inbox.Channel(fds[0]), listeners=tuple(fds[2:])))
+        _be_worker(args._replace(inbox=Channel(fds[0]), listeners=tuple(fds[2:])))
     if not refusal:
         workers[pid] = args.number
     for fd in fds:
@@ -300,6 +319,7 @@ def _fork(args: WorkerArgs, fds: List[int], workers: Dict[int, int], private: Se
 
 
 def _be_worker(args: WorkerArgs) -> None:
+    """All that the worker's process does. Never returns."""
     code = 1
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -310,13 +330,13 @@ def _be_worker(args: WorkerArgs) -> None:
 
 
 def _reap(workers: Dict[int, int], control: socket.socket, exited: Wakeup) -> None:
-    for pid, status in _ended(workers).items():
-        _tell(control, exited, _NEWS.pack(workers.pop(pid), _ENDED, status))
+    for pid, status in _wait_for(workers).items():
+        _report(control, exited, _REPORT.pack(workers.pop(pid), _EXITED, status))
 
 
-def _tell(control: socket.socket, bell: Optional[Wakeup], news: bytes) -> None:
-    """Nobody hears it when the main process is gone, which the end of its requests shows."""
+def _report(control: socket.socket, wakeup: Optional[Wakeup], report: bytes) -> None:
+    """EPIPE or ECONNRESET: the main process is gone, which the next recvmsg(2) shows as well."""
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        control.sendmsg([news])
-        if bell:
-            bell.ring()
+        control.sendmsg([report])
+        if wakeup:
+            wakeup.ring()

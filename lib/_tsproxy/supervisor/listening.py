@@ -1,6 +1,6 @@
-"""The listeners: those that were handed over, or one of our own; that they are no way back to ourselves; who can reach them.
+"""The listening sockets: inherited, or one that is bound here. Refuses those by which tsproxy would connect to itself.
 
-Knows addresses, inherited descriptors and the options that bound clients. Knows nothing of accepting.
+Knows addresses, inherited descriptors and the options that limit clients. Knows nothing of accepting.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _LOOPBACK: Dict[int, str] = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"
 def listeners(
     config: Config, upstreams: Sequence[Address], sources: Sequence[Address], environment: Mapping[str, str]
 ) -> List[socket.socket]:
-    """The listeners that were handed over, or one of our own, each keeping its clients' SYNs. Exit 2 or 69 if there is none."""
+    """The inherited sockets, or a new one, each with TCP_SAVE_SYN. Exit 2 or 69 if there is none."""
     found = _inherited(config, upstreams, sources, environment) or [_own(config, upstreams, sources)]
     for listener in found:
         sockets.save_syns(listener)
@@ -47,17 +47,17 @@ def family_of(ip: str) -> int:
 
 
 def is_local(address: Address) -> bool:
-    """Whether it is an address of this network namespace: one that can be bound to."""
+    """Whether it is an address of this network namespace: bind(2) takes it."""
     try:
         with socket.socket(address.family, socket.SOCK_STREAM) as probe:
             probe.bind(address._replace(port=0).sockaddr)
-    except OSError:  # the family may not be there at all
+    except OSError:  # or socket(2) does not have the family
         return False
     return True
 
 
 def unbounded(config: Config, found: Sequence[socket.socket]) -> Optional[str]:
-    """What to warn of: a listener that other hosts can reach, where nothing keeps one client from taking all there is."""
+    """The warning for a listener that other hosts can reach, where no option limits one client; None if there is no need."""
     if config.max_connections_per_client or config.idle_timeout_s or config.allow:
         return None
     addresses = [from_sockaddr(listener.family, listener.getsockname()) for listener in found]
@@ -103,14 +103,14 @@ def _own(config: Config, upstreams: Sequence[Address], sources: Sequence[Address
 
 
 def _refuse_loop(listening: Address, takes_ipv4: bool, upstreams: Sequence[Address], sources: Sequence[Address]) -> None:
-    """A proxy that is its own target would connect to itself until it has no room left."""
+    """Exit 2 for a target that is the listener itself: each client would connect on until --max-connections."""
     for upstream in upstreams:
         if upstream.port == listening.port and any(_takes(listening, takes_ipv4, end) for end in _ends(upstream, sources)):
             raise Exit(exits.USAGE, f"--target: given {str(upstream)!r}; allowed: any address but tsproxy's own")
 
 
 def _ends(upstream: Address, sources: Sequence[Address]) -> Iterator[Address]:
-    """Where connect(2) leads. 0.0.0.0 and :: are this host: its loopback address or, in IPv4, the source that is bound.
+    """The addresses that connect(2) may reach. For 0.0.0.0 and :: its loopback address or, in IPv4, the bound source.
 
     (tcp_v6_connect() and ip_route_output_key_hash_rcu() in net/.)
     """
@@ -122,7 +122,7 @@ def _ends(upstream: Address, sources: Sequence[Address]) -> Iterator[Address]:
 
 
 def _takes(listening: Address, takes_ipv4: bool, end: Address) -> bool:
-    """Whether who connects to `end` comes to the listener, the ports being the same."""
+    """Whether connect(2) to `end` reaches the listener, if the ports are the same."""
     if listening.ip == _ANY[listening.family]:
         return (end.family == listening.family or (takes_ipv4 and end.family == socket.AF_INET)) and is_local(end)
     return listening.ip == end.ip and (listening.scope == end.scope or not (listening.scope and end.scope))

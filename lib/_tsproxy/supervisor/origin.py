@@ -1,4 +1,4 @@
-"""Where this program came from, for another interpreter to import it from the same place."""
+"""Where this program was imported from, so that another interpreter can import it from the same place."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Targets into addresses, off the loops: at the start, again when connecting fails, and every half minute.
+"""Resolves the targets to addresses: at the start, again when connects fail, and every half minute, in a thread.
 
-Knows names and getaddrinfo(3). A name that can't be resolved any more keeps its last good answer, and that is said.
+Knows names and getaddrinfo(3). Knows nothing of who uses the addresses. A name that can't be resolved any more keeps its last
+answer, with a warning.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from _tsproxy.linux.addresses import Address, from_sockaddr, pack
 from _tsproxy.supervisor.signals import Signals
 
 _INTERVAL_S = 30.0
-_LOOK_S = 1.0
+_CHECK_S = 1.0
 Log = Callable[[str, str, str], None]  # event, level, message
 
 
@@ -39,7 +40,7 @@ class Resolver:
         self.left_out = 0  # addresses of the targets that are beyond what can be tried
 
     def resolve(self) -> None:
-        """Ask for all targets now; blocks as long as the resolver does."""
+        """Resolve all targets now. Blocks as long as getaddrinfo(3) does."""
         for target in self._targets:
             try:
                 answer = self._usable(_lookup(target))
@@ -51,11 +52,11 @@ class Resolver:
         self._publish()
 
     def resolve_unless(self, signals: Signals) -> bool:
-        """resolve(), unless a signal asks for the end first: then False, at once.
+        """resolve(), but False at once on SIGTERM, SIGINT or SIGHUP.
 
         No signal ends getaddrinfo(3) early, and it may take a minute. So it runs in a child process: a thread would have
-        to be gone before root is dropped and workers are forked. The child is gone when this returns, and should this
-        process be killed, it ends with it: standard output and inherited listeners are open in it, too.
+        to be gone before root is dropped and workers are forked. The child has exited when this returns, and is killed
+        with this process (PR_SET_PDEATHSIG): standard output and inherited listeners are open in it, too.
         """
         if not self._may_change:
             self.resolve()
@@ -66,23 +67,23 @@ class Resolver:
                 pid = children.fork_deaf()
                 if pid == 0:
                     self._be_the_child(writer)
-            except OSError:  # a limit on tasks, or a sandbox: then a signal waits for the answer
+            except OSError:  # a limit on tasks, or a sandbox: then the signal has to wait
                 self.resolve()
                 return True
             finally:
                 os.close(writer)
-            comes = _comes_before_the_end(reader, signals)
-            said = answer.read() if comes else b""
-        with contextlib.suppress(OSError):  # a sandbox refuses kill(2) or wait4(2): then it ends, or is reaped, later
-            if not comes:
+            is_answered = _comes_before_termination(reader, signals)
+            pickled = answer.read() if is_answered else b""
+        with contextlib.suppress(OSError):  # a sandbox refuses kill(2) or wait4(2): then it exits, or is reaped, later
+            if not is_answered:
                 os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-        if said:
-            self._answers, self._failures = pickle.loads(said)  # noqa: S301 -- from our own child, by a pipe
+        if pickled:
+            self._answers, self._failures = pickle.loads(pickled)  # noqa: S301 -- from our own child, by a pipe
             self._publish()
         else:
             self._failures = dict.fromkeys(self._targets, "the process that looks names up ended without an answer")
-        return comes
+        return is_answered
 
     def _be_the_child(self, writer: int) -> None:
         """Never returns."""
@@ -97,7 +98,7 @@ class Resolver:
 
     @property
     def _may_change(self) -> bool:
-        """Whether an answer can become another: that of a name, and the number of an interface that is made again."""
+        """Whether an answer can change: that of a name does, and the index of an interface that is made again."""
         return any(target.scope or not target.is_literal for target in self._targets)
 
     def _usable(self, found: List[Address]) -> List[Address]:
@@ -118,7 +119,7 @@ class Resolver:
 
     @property
     def excess(self) -> str:
-        """What is left out, for people; empty if nothing is."""
+        """Which addresses are left out, for people; "" if none are."""
         tried = f"the targets have {self.left_out + len(self.addresses)} addresses, and {MOST_UPSTREAMS} can be tried"
         return f"{tried}: {self.left_out} are left out, the last ones of the longest answers" if self.left_out else ""
 
@@ -128,7 +129,7 @@ class Resolver:
         return list(self._failures.items())
 
     def follow(self, connect_failures: Callable[[], int], log: Log) -> None:
-        """Keep the answers fresh from now on, in a thread of its own; nothing to do if all are addresses without a zone."""
+        """Keep the answers fresh in a thread of its own, where `log` is called. No thread if no answer can change."""
         if self._may_change:
             thread = threading.Thread(target=self._follow, args=(connect_failures, log), name="resolver", daemon=True)
             needs.start_thread(thread, "to resolve the targets again")
@@ -136,14 +137,14 @@ class Resolver:
     def _follow(self, connect_failures: Callable[[], int], log: Log) -> None:
         seen, due = connect_failures(), time.monotonic() + _INTERVAL_S
         while True:
-            time.sleep(_LOOK_S)
+            time.sleep(_CHECK_S)
             failed = connect_failures()
             if failed != seen or time.monotonic() >= due:
                 seen, due = failed, time.monotonic() + _INTERVAL_S
                 self._refresh(log)
 
     def _refresh(self, log: Log) -> None:
-        """Ask again, and say what is different."""
+        """Resolve again, and log what has changed."""
         before, failures, excess = self.addresses, dict(self._failures), self.excess
         self.resolve()
         for target, reason in self.failures:
@@ -161,12 +162,12 @@ def _distinct(answers: List[List[Address]]) -> List[Address]:
     return list(dict.fromkeys(address for answer in answers for address in answer))
 
 
-def _comes_before_the_end(fd: int, signals: Signals) -> bool:
-    """Wait until `fd` is readable: True; or until a signal asks for the end: False. poll(2) takes any descriptor."""
+def _comes_before_termination(fd: int, signals: Signals) -> bool:
+    """Wait until `fd` is readable: True; or for SIGTERM, SIGINT or SIGHUP: False. poll(2) has no limit as FD_SETSIZE."""
     poller = select.poll()
     poller.register(fd, select.POLLIN)
     poller.register(signals.fd, select.POLLIN)
-    while not signals.ask_for_the_end:
+    while not signals.has_termination:
         if fd in dict(poller.poll()):
             return True
     return False

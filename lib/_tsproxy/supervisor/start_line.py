@@ -1,4 +1,7 @@
-"""The fields of the `start` line: what this process is, what it proved, and which knobs took effect."""
+"""The fields of the `start` line: version, addresses, policy, runtime, and the knobs and limits that took effect.
+
+Knows names and order of the fields. Knows nothing of how the values came about.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from _tsproxy.supervisor.startup import Prepared
 
 
 def fields(prepared: Prepared, wakeup: str) -> Dict[str, Any]:
-    """Flat, but for lists of short texts. `wakeup` is the kind that is in use."""
+    """Flat, but for lists of short texts. `wakeup`: eventfd or pipe."""
     config = prepared.shared.config
     addresses = [from_sockaddr(listener.family, listener.getsockname()) for listener in prepared.listeners]
     return {

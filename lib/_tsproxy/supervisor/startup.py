@@ -1,7 +1,7 @@
-"""All that must be in place before the first client: names, policy, limits, listeners, the right user.
+"""All that must be in place before the first client: addresses, policy, limits, listeners, user, shared memory.
 
-Each step ends with its own exit code and one message when it can't be done. Order matters: the policy needs to know the
-address families, root is needed until the listeners are bound.
+Knows the order, and for each step that fails its exit code and one message. The policy needs the address families; bind(2)
+may need root. Knows nothing of threads or processes: none is started here.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from _tsproxy.policy.evidence import NAMES, Answer, Evidence
 from _tsproxy.policy.inspector import Inspector, PolicyCheck
 from _tsproxy.policy.levers import Lever, Policy
 from _tsproxy.proxy.clients import slots_for
-from _tsproxy.stats.counters import bytes_for
-from _tsproxy.supervisor import listening, worker_slots
+from _tsproxy.stats.counters import SharedCounters, bytes_for
+from _tsproxy.stats.records import RecordPipe
+from _tsproxy.supervisor import listening, runners
 from _tsproxy.supervisor.resolver import Resolver
 from _tsproxy.supervisor.signals import Signals
 from _tsproxy.supervisor.worker_args import WorkerShared
@@ -34,9 +35,11 @@ _LOOK_UP_S = 240.0
 
 
 class Prepared(NamedTuple):
-    """What a server starts with."""
+    """What the supervisor starts with. `counters` and `records` are those whose descriptors are in `shared`."""
 
     shared: WorkerShared
+    counters: SharedCounters
+    records: RecordPipe
     listeners: List[socket.socket]
     resolver: Resolver
     inspector: Inspector
@@ -45,9 +48,9 @@ class Prepared(NamedTuple):
 
 
 def prepare(config: Config, environment: Mapping[str, str], notifier: systemd.Notifier, signals: Signals) -> Prepared:
-    """Do all of it, and drop root at the end. Exit with its code and message if something is in the way.
+    """Do all of it, and drop root. Exit with the code and message of the step that fails.
 
-    What takes long, the first look-up of names, ends when a signal asks for the end, and with it all.
+    The first look-up of names may take minutes: SIGTERM, SIGINT or SIGHUP end it, with Exit.
     """
     account = _account(config)
     names = [target for target in config.targets if not target.is_literal]
@@ -59,16 +62,27 @@ def prepare(config: Config, environment: Mapping[str, str], notifier: systemd.No
     nofile = _raise_limits(config)
     sources = _require_sources(config)
     runtime = _runtime(config)
-    # From here on clients may come to us: no refusal after it.
+    # From here on clients can connect: what may refuse to start comes before it.
     listeners = listening.listeners(config, resolver.addresses, sources, environment)
     _renounce(account)
     if account:
-        runtime = _runtime(config)  # anew: it may have no right to read the Python that an interpreter starts from
+        runtime = _runtime(config)  # again: the user may have no right to read the Python that an interpreter starts from
     config = replace(config, runtime=runtime)
-    evidence, lever = Evidence.create(), policy_check.lever or Lever.NONE
-    asked = {family: wakeup.create() for family in NAMES}
-    shared = WorkerShared(config, sources, inspector.policy, lever, evidence.fd, asked, bool(inspector.mark_is_known))
-    return Prepared(shared, listeners, resolver, inspector, evidence, nofile)
+    evidence, records = Evidence.create(), RecordPipe.create()
+    counters = SharedCounters.create(config.workers, slots_for(config.max_connections, config.max_connections_per_client))
+    shared = WorkerShared(
+        config=config,
+        sources=sources,
+        policy=inspector.policy,
+        lever=policy_check.lever or Lever.NONE,
+        evidence_fd=evidence.fd,
+        asked={family: wakeup.create() for family in NAMES},
+        for_rules=bool(inspector.mark_is_known),
+        counters_fd=counters.fd,
+        records_fd=records.writer,
+        exited=wakeup.create(),
+    )
+    return Prepared(shared, counters, records, listeners, resolver, inspector, evidence, nofile)
 
 
 def policy_of(config: Config, resolver: Resolver) -> Policy:
@@ -87,21 +101,21 @@ def _require_policy(config: Config, inspector: Inspector) -> PolicyCheck:
 
 
 def look_twice(inspector: Inspector) -> PolicyCheck:
-    """A look; and another one where it failed itself, as it may on a host that is busy just now."""
+    """Inspect; once more where the inspection itself failed, as it may on a busy host."""
     policy_check = inspector.look()
     return inspector.look() if policy_check.lever is None and policy_check.of(Answer.UNSEEN) else policy_check
 
 
 def _runtime(config: Config) -> str:
-    """The runtime to use; auto is the best that works here, tried."""
-    if config.runtime == "interpreters" and not worker_slots.have_interpreters():
+    """The runtime to use; for auto the best that works here."""
+    if config.runtime == "interpreters" and not runners.have_interpreters():
         needs = "interpreters needs Python 3.13, which --user may read"
         raise Exit(exits.USAGE, f"--runtime: given 'interpreters'; allowed: threads or processes ({needs})")
-    return worker_slots.best() if config.runtime == "auto" else config.runtime
+    return runners.best() if config.runtime == "auto" else config.runtime
 
 
 def _account(config: Config) -> Optional[pwd.struct_passwd]:
-    """Who to become after binding; None if nobody was named."""
+    """The account of --user, to change to after bind(2); None without it, or if it is that already."""
     if config.user is None:
         return None
     try:
@@ -116,7 +130,7 @@ def _account(config: Config) -> Optional[pwd.struct_passwd]:
 
 
 def _renounce(account: Optional[pwd.struct_passwd]) -> None:
-    """Become the user, if one was named. Without one, only gain no more rights, as far as Python and the kernel can."""
+    """Change to the account. Without one, only set no_new_privs, where Python and the kernel can."""
     if account is None:
         with contextlib.suppress(OSError):
             privileges.gain_no_more()
@@ -128,7 +142,7 @@ def _renounce(account: Optional[pwd.struct_passwd]) -> None:
 
 
 def _raise_limits(config: Config) -> int:
-    """The descriptor limit in force; a clear no if it, or that on files, is too low for what was asked."""
+    """The descriptor limit in force. Exit 2 if it, or RLIMIT_FSIZE, is too low for the options."""
     counters_bytes = bytes_for(config.workers, slots_for(config.max_connections, config.max_connections_per_client))
     if limits.largest_file() < counters_bytes:
         given = f"the limit on file sizes (RLIMIT_FSIZE, ulimit -f): given {limits.largest_file():.0f} bytes"
@@ -146,10 +160,10 @@ def _raise_limits(config: Config) -> int:
 
 
 def _require_sources(config: Config) -> Tuple[Address, ...]:
-    """Each --source must be an address of this host: found out now, not with the first order.
+    """The addresses of --source. Exit 75 if one is not of this host: bind(2) finds out now, not with the first client.
 
-    It may be a slip, and it may be yet to come: by DHCP, with a fail-over, or an IPv6 one that nobody else is known not to
-    have so far. No errno tells these apart. To try again costs little where it is a slip, to give up costs a person where not.
+    It may be a typing error, or an address that comes later: by DHCP, with a fail-over, or after IPv6 duplicate address
+    detection. No errno distinguishes these, so it is the exit code for which a service manager tries again.
     """
     sources = _sources(config)
     for source in sources:
@@ -163,10 +177,10 @@ def _sources(config: Config) -> Tuple[Address, ...]:
 
 
 def resolve(config: Config) -> Resolver:
-    """The targets' addresses; a target that can't be resolved is an error only if no other can be.
+    """The targets' addresses. Exit 75 only if none of the targets can be resolved.
 
-    Whatever the resolver says, "no such name" too, may be otherwise in a minute: the name was sound, the network is not up,
-    the record not out, a negative answer cached (RFC 2308).
+    Any answer of getaddrinfo(3), EAI_NONAME too, may change in a minute: the network is not up yet, the record not published,
+    a negative answer cached (RFC 2308).
     """
     resolver = _resolver(config)
     resolver.resolve()
@@ -174,7 +188,7 @@ def resolve(config: Config) -> Resolver:
 
 
 def _resolve_unless(config: Config, signals: Signals) -> Resolver:
-    """The same, unless a signal comes first."""
+    """The same, but Exit 0 on SIGTERM, SIGINT or SIGHUP."""
     resolver = _resolver(config)
     if not resolver.resolve_unless(signals):
         raise Exit(exits.DRAINED, "ended by a signal while the targets' names were looked up; nothing was begun")

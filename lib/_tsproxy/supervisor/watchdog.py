@@ -1,61 +1,61 @@
-"""What the service manager hears while tsproxy lives: WATCHDOG=1 as long as every worker takes what it is given, and STATUS.
+"""What the service manager gets while tsproxy runs: WATCHDOG=1 as long as every worker consumes its inbox, and STATUS.
 
-A stuck loop goes silent, and is restarted. A busy one is not: what counts is that a worker has taken what was in its
-inbox when it was asked, not that the inbox is empty.
+A worker whose loop is stuck stops WATCHDOG=1, and the manager restarts the service. A busy one does not: it has to consume
+what was in its inbox at the time of the ping, not to empty it.
 """
 
 from __future__ import annotations
 
 import time
-from typing import Callable, Optional
+from typing import Callable
 
 from _tsproxy.linux.systemd import Notifier
+from _tsproxy.loop.event_loop import EventLoop
+from _tsproxy.supervisor.callbacks import CallTimer
 from _tsproxy.supervisor.worker_pool import WorkerPool
 
-_ASKS = 3  # within the manager's limit, so that one answer that comes late is no hang
-_LOOKS = 10  # for the answers, from one question to the next
+_PINGS = 3  # within the manager's limit, so that one late answer is no hang
+_CHECKS = 10  # of the answers, from one ping to the next
 _STATUS_S = 10.0  # how old STATUS may be where there is no watchdog
 
 
 class Watchdog:
-    """Ask it for `due_s` and call tick() then, or more often: it does nothing before. Without a manager it is never due."""
+    """A timer of the loop from start() on. Does nothing where there is no service manager."""
 
-    def __init__(self, notifier: Notifier, pool: WorkerPool, status: Callable[[], str]) -> None:
-        """`status` is the one place that knows what tsproxy does just now."""
+    def __init__(self, loop: EventLoop, notifier: Notifier, pool: WorkerPool, status: Callable[[], str]) -> None:
+        """`status` gives the text of STATUS."""
         self._notifier, self._pool, self._status = notifier, pool, status
-        self._interval_s = notifier.watchdog_s / _ASKS or _STATUS_S
-        self._asked = self._next = time.monotonic()
-        self._waits = False  # for answers
+        self._timer = CallTimer(loop, self._ping if notifier.watchdog_s else self._refresh)
+        self._check_timer = CallTimer(loop, self._check)
+        self._interval_s = notifier.watchdog_s / _PINGS
+        self._pinged_at = 0.0
 
-    @property
-    def due_s(self) -> Optional[float]:
-        """Seconds until the next tick; None if nobody waits for one."""
-        return max(0.0, self._next - time.monotonic()) if self._notifier.is_heard else None
+    def start(self) -> None:
+        """Ping the workers from now on, or only keep STATUS fresh if the manager has no watchdog for this service."""
+        if self._notifier.is_heard:
+            self._timer.arm(0)
 
     def notify(self, **state: object) -> None:
-        """A change of state, with the status that goes with it."""
+        """Send a change of state with its STATUS."""
         self._notifier.notify(**state, STATUS=self._status())
 
     def extend(self, by_s: float, **state: object) -> None:
-        """The same, and it may take so long."""
+        """The same, with EXTEND_TIMEOUT_USEC."""
         self._notifier.extend(by_s, **state, STATUS=self._status())
 
-    def tick(self) -> None:
-        """Ask the workers, or look whether all have answered, and then say so."""
-        if self.due_s != 0:
-            return
-        if not self._notifier.watchdog_s:
-            self._next = time.monotonic() + self._interval_s
-            self.notify()
-        elif not self._waits:
-            self._waits, self._asked = True, time.monotonic()
-            self._pool.ping()
-            self._look()
-        else:
-            self._look()
+    def _refresh(self) -> None:
+        self._timer.arm(_STATUS_S)
+        self.notify()
 
-    def _look(self) -> None:
-        self._next = time.monotonic() + self._interval_s / _LOOKS
+    def _ping(self) -> None:
+        self._pinged_at = time.monotonic()
+        self._pool.ping()
+        self._check()
+
+    def _check(self) -> None:
+        """WATCHDOG=1 once all have answered, and the next ping an interval after this one."""
         if self._pool.all_answered():
-            self._waits, self._next = False, self._asked + self._interval_s
+            self._timer.arm(max(0.0, self._pinged_at + self._interval_s - time.monotonic()))
             self.notify(WATCHDOG=1)
+        else:
+            self._check_timer.arm(self._interval_s / _CHECKS)

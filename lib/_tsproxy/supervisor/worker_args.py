@@ -1,4 +1,4 @@
-"""What a worker is told, and the one function that runs it, whatever started it.
+"""The arguments of a worker, and the one function that runs it, whatever started it.
 
 A worker is written once, against descriptors and shared memory. WorkerArgs is plain data: it can be pickled into another
 interpreter or process.
@@ -9,19 +9,21 @@ from __future__ import annotations
 import gc
 import time
 import traceback
-from typing import Dict, NamedTuple, Tuple, Union
+from typing import Dict, NamedTuple, Set, Tuple, Union
 
 from _tsproxy.cli.config import Config
-from _tsproxy.linux import cpus, sockets, wakeup
+from _tsproxy.linux import cpus, sockets
 from _tsproxy.linux.addresses import Address
 from _tsproxy.linux.needs import Refused
 from _tsproxy.linux.sockets import Tuning
+from _tsproxy.linux.wakeup import Wakeup
 from _tsproxy.policy import gates, levers, syn
 from _tsproxy.policy.evidence import Evidence
 from _tsproxy.proxy import inbox
 from _tsproxy.proxy.acceptor import Acceptor
 from _tsproxy.proxy.clients import Clients
 from _tsproxy.proxy.context import SessionSettings, WorkerContext
+from _tsproxy.proxy.inbox import Channel, Ring
 from _tsproxy.proxy.listener import Listener
 from _tsproxy.proxy.worker import Worker
 from _tsproxy.stats.counters import SharedCounters
@@ -29,43 +31,44 @@ from _tsproxy.stats.records import Notice, RecordWriter
 
 
 class WorkerShared(NamedTuple):
-    """What all workers are told alike."""
+    """What is alike for all workers. The descriptors are the main process's to close."""
 
     config: Config
     sources: Tuple[Address, ...]
     policy: levers.Policy
     lever: levers.Lever
     evidence_fd: int
-    asked: Dict[int, wakeup.Wakeup]  # by family; rung by a gate that needs fresh evidence
+    asked: Dict[int, Wakeup]  # by family; rung by a gate that needs fresh evidence
     for_rules: bool  # upstream sockets carry the mark that packet filter rules know
+    counters_fd: int
+    records_fd: int
+    exited: Wakeup  # rung by whatever started a worker, when it has exited
+
+    @property
+    def fds(self) -> Set[int]:
+        """All descriptors in it."""
+        wakeups = (self.exited, *self.asked.values())
+        return {self.evidence_fd, self.counters_fd, self.records_fd, *(fd for wakeup in wakeups for fd in wakeup)}
 
 
 class WorkerArgs(NamedTuple):
-    """All that a worker is told: its number, the shared part, and its ends of the shared memory and pipes."""
+    """All that run_worker() needs."""
 
     number: int
-    config: Config
-    sources: Tuple[Address, ...]
-    policy: levers.Policy
-    lever: levers.Lever
-    evidence_fd: int
-    asked: Dict[int, wakeup.Wakeup]
-    for_rules: bool
-    ledger_fd: int
-    inbox: Union[inbox.Ring, inbox.Channel]
-    records_fd: int
-    exited: wakeup.Wakeup  # rung by whoever started the worker, when it has ended
-    listeners: Tuple[int, ...] = ()  # for a worker that accepts by itself; run_worker() closes them
+    shared: WorkerShared
+    inbox: Union[Ring, Channel]
+    listeners: Tuple[int, ...] = ()  # of a worker that accepts by itself, which closes them
 
 
 def run_worker(args: WorkerArgs) -> None:
-    """Build a worker and run it to its end. A bug that ends it is reported."""
-    shared_counters = SharedCounters(args.ledger_fd)
-    row = shared_counters.worker(args.number)
-    records = RecordWriter(args.records_fd, row)
+    """Build a worker and run it until it ends. SystemExit(1) after a bug, whose traceback is a Notice then."""
+    counters = SharedCounters(args.shared.counters_fd)
+    row = counters.worker(args.number)
+    records = RecordWriter(args.shared.records_fd, row)
     try:
-        worker = _build(args, row, records)
-        _attach_listeners(worker, args, shared_counters, row)
+        _prepare_thread(args)
+        worker = Worker(_context(args, row, records), inbox.consumer(args.inbox, row))
+        _attach_listeners(worker, args, counters, row)
         try:
             worker.run()
         finally:
@@ -76,39 +79,48 @@ def run_worker(args: WorkerArgs) -> None:
         raise SystemExit(1) from None
 
 
-def _build(args: WorkerArgs, row: memoryview, records: RecordWriter) -> Worker:
-    config = args.config
-    if config.cpus:
-        cpus.pin_this_thread(config.cpus[args.number])
-    # Nothing on the hot path makes a cycle, so there is nothing to collect, and a collection is a pause.
+def _prepare_thread(args: WorkerArgs) -> None:
+    """Pin it, and switch the collector off: nothing on the hot path makes a cycle, and a collection is a pause."""
+    if args.shared.config.cpus:
+        cpus.pin_this_thread(args.shared.config.cpus[args.number])
     gc.collect()
     gc.freeze()
     gc.disable()
-    gate = gates.gate_for(args.lever, args.policy, Evidence(args.evidence_fd), args.asked, for_rules=args.for_rules)
-    context = WorkerContext(
-        args.number, settings_of(config), gate, syn.offered_tsval, row, records, args.sources, config.buffer_size
+
+
+def _context(args: WorkerArgs, row: memoryview, records: RecordWriter) -> WorkerContext:
+    shared, config = args.shared, args.shared.config
+    gate = gates.gate_for(shared.lever, shared.policy, Evidence(shared.evidence_fd), shared.asked, for_rules=shared.for_rules)
+    return WorkerContext(
+        args.number,
+        settings_of(config),
+        gate,
+        syn.offered_tsval,
+        row,
+        records,
+        shared.sources,
+        config.buffer_size,
+        spin_ns=config.busy_poll_us * 1000,
     )
-    return Worker(context, inbox.consumer(args.inbox, row), config.busy_poll_us)
 
 
-def _attach_listeners(worker: Worker, args: WorkerArgs, shared_counters: SharedCounters, row: memoryview) -> None:
-    """Let the worker accept by itself, if it has listeners; the listeners stay shut until an order says what upstreams."""
+def _attach_listeners(worker: Worker, args: WorkerArgs, counters: SharedCounters, row: memoryview) -> None:
+    """Let the worker accept by itself, if it has listeners, from START_ACCEPTING on."""
     if args.listeners:
+        context = worker.context
         acceptor = Acceptor(
-            args.config,
-            shared_counters,
+            args.shared.config,
+            counters,
             row,
-            Clients(shared_counters, 0, 0),
-            upstreams=lambda: worker.upstreams,
-            dispatch=worker.begin,
-            log_ratelimited=lambda level, why: worker.context.log_ratelimited(level, f"accept {level}", why),
+            Clients(counters, 0, 0),
+            dispatch=worker.dispatch,
+            log_ratelimited=lambda level, why: context.log_ratelimited(level, f"accept {level}", why),
         )
-        listeners = [sockets.inherit(fd) for fd in args.listeners]
-        worker.listeners += [Listener(worker, worker.context, acceptor, listener) for listener in listeners]
+        worker.listen(acceptor, [Listener(context.loop, acceptor, sockets.inherit(fd)) for fd in args.listeners])
 
 
 def settings_of(config: Config) -> SessionSettings:
-    """What a connection needs of the Config."""
+    """The part of the Config that a session needs."""
     return SessionSettings(
         tuning=tuning_of(config),
         connect_timeout_ns=round(config.connect_timeout_s * 1e9),

@@ -1,229 +1,212 @@
-"""All workers, as the main thread sees them: a round-robin of inboxes, orders for all, and a replacement for each that dies."""
+"""All workers: spawned, reaped and replaced by the main thread, which dispatches clients and commands to their inboxes.
+
+Knows slots, the loop and the counters. Knows nothing of what its observer does about an exit.
+"""
 
 from __future__ import annotations
 
+import functools
 import socket
-import time
-from typing import Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import List, NamedTuple, Protocol, Sequence, Tuple
 
-from _tsproxy.linux import wakeup
+from _tsproxy.linux.needs import needing
+from _tsproxy.loop.event_loop import EventLoop
+from _tsproxy.loop.poller import READ
 from _tsproxy.proxy import inbox
+from _tsproxy.proxy.inbox import Command, Message
 from _tsproxy.stats.counters import ACCEPTOR_ROW, Counter, SharedCounters
+from _tsproxy.supervisor.callbacks import CallTimer, OnReadable
 from _tsproxy.supervisor.fork_server import ForkServer
+from _tsproxy.supervisor.runners import InterpreterRunner, ProcessRunner, ThreadRunner
 from _tsproxy.supervisor.worker_args import WorkerArgs, WorkerShared
-from _tsproxy.supervisor.worker_slots import InterpreterSlot, ProcessSlot, ThreadSlot, WorkerSlot
+from _tsproxy.supervisor.worker_slot import WorkerSlot
 
-_QUICK_S = 1.0  # a worker that lives no longer than this ...
-_TRIES = 3  # ... so often in a row will not live at all
+_PENDING_S = 0.005  # until an inbox that was full is tried again
 
 
-_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0  # before a replacement is tried again: doubled each time
+class Replacement(NamedTuple):
+    """What came of the try to start one."""
+
+    obstacle: str = ""  # why there will be none; "" if there is one, or may be later
+    delay: str = ""  # why there is none yet; "" if there is
 
 
 class WorkerExit(NamedTuple):
-    """A worker that ended without being told to."""
+    """A worker that exited, though it was sent neither DRAIN nor KILL."""
 
     number: int
     exit_status: str
     connections: int  # that it had
-    obstacle: str  # why there will be no replacement; "" if there is one, or may be later
-    delay: str  # why there is none yet; "" if there is
+    replacement: Replacement
 
 
-class Retry(NamedTuple):
-    """One more try to start a replacement where there was none yet."""
+class PoolObserver(Protocol):
+    """What the pool reports, in the loop's thread."""
 
-    number: int
-    obstacle: str  # as above
-    delay: str
+    def on_worker_exit(self, worker_exit: WorkerExit) -> None:
+        """Its replacement has been tried."""
+        ...
 
+    def on_restart(self, number: int, replacement: Replacement) -> None:
+        """A replacement that could not be started before was tried again."""
+        ...
 
-class _Backoff(NamedTuple):
-    """A slot that waits for a replacement."""
-
-    until: float
-    pause_s: float
+    def on_fork_server_exit(self, exit_status: str) -> None:
+        """No process can be started any more. Called once, and before on_worker_exit() of workers that exited later."""
+        ...
 
 
 class WorkerPool:
-    """Make it before any thread is started: under `processes` it forks."""
+    """See the module. Make it before any thread is started: with --runtime=processes it calls fork(2)."""
 
     def __init__(
-        self, shared: WorkerShared, shared_counters: SharedCounters, records_fd: int, listeners: Sequence[socket.socket] = ()
+        self,
+        loop: EventLoop,
+        observer: PoolObserver,
+        shared: WorkerShared,
+        counters: SharedCounters,
+        listeners: Sequence[socket.socket] = (),
     ) -> None:
-        """A worker that is the only one accepts by itself, if it is given the listeners; the order OPEN lets it."""
-        self.exited = wakeup.create()
-        self._counters_of_all = shared_counters
-        self._next = 0
-        kept = {shared_counters.fd, records_fd, shared.evidence_fd, *(fd for asked in shared.asked.values() for fd in asked)}
-        self._fork_server = ForkServer(kept, self.exited) if shared.config.runtime == "processes" else None
+        """With `listeners` the only worker accepts by itself, from start_accepting() on."""
+        self._loop, self._observer, self._shared, self._counters = loop, observer, shared, counters
+        self._fork_server = ForkServer(shared.fds, shared.exited) if shared.config.runtime == "processes" else None
         self.accepts = bool(listeners)
-        self._slots = _slots(
-            shared, shared_counters, records_fd, self.exited, self._fork_server, tuple(sock.fileno() for sock in listeners)
-        )
-        self._abandoned: Set[int] = set()  # slots that nobody will sit on any more
-        self._restart_after: Dict[int, _Backoff] = {}  # number -> when to try again
-        self._started = [0.0] * len(self._slots)
-        self._quick = [0] * len(self._slots)
-        self._asked = [0] * len(self._slots)  # the last entry of each inbox at the last ping
-        self._notices: Dict[Tuple[int, int], int] = {}  # slot's number and kind -> the last such entry in its inbox
-        self._ending = False
-        self._pending_commands: List[Tuple[WorkerSlot, inbox.Message]] = []  # in order
+        fds = tuple(sock.fileno() for sock in listeners)
+        self._slots = [self._make_slot(number, fds) for number in range(shared.config.workers)]
+        self._next = 0  # slot
+        self._upstreams = b""  # of workers that accept
+        self._is_ending = False
+        self._pending_timer = CallTimer(loop, self._send_pending)
+        self._restart_timers = [CallTimer(loop, functools.partial(self._restart, slot)) for slot in self._slots]
+
+    def _make_slot(self, number: int, listeners: Tuple[int, ...]) -> WorkerSlot:
+        row = self._counters.worker(number)
+        if self._fork_server:
+            channel = inbox.ChannelProducer(row)
+            # The fork server sets the number that it gets for the worker's end.
+            args = WorkerArgs(number, self._shared, inbox.Channel(-1), listeners)
+            return WorkerSlot(number, channel, ProcessRunner(args, channel, self._fork_server))
+        ring = inbox.create_ring()
+        kind = InterpreterRunner if self._shared.config.runtime == "interpreters" else ThreadRunner
+        return WorkerSlot(number, inbox.RingProducer(ring, row), kind(WorkerArgs(number, self._shared, ring, listeners)))
+
+    # Spawn
 
     def start(self) -> None:
-        """Start them all. OSError if one can't be."""
-        for number, slot in enumerate(self._slots):
-            self._started[number] = time.monotonic()
+        """Start them all, and watch for their exits. OSError if one can't be started."""
+        with needing("epoll_ctl(2)", "to wait for events"):
+            for fd in self._exit_fds:
+                self._loop.watch(fd, READ, OnReadable(self._reap))
+        for slot in self._slots:
             slot.start()
 
     @property
-    def watched(self) -> List[int]:
-        """Descriptors that become readable when replace_the_dead() or loss() may have something to tell."""
-        return [self.exited.reader] if self._fork_server is None else [self.exited.reader, self._fork_server.fileno()]
+    def _exit_fds(self) -> List[int]:
+        fork_server = [self._fork_server.fileno()] if self._fork_server else []
+        return [self._shared.exited.reader, *fork_server]
 
     @property
     def children(self) -> List[int]:
-        """The processes that somebody here waits for."""
+        """Process ids that are waited for here, and by nobody else."""
         return self._fork_server.pids if self._fork_server else []
 
-    def dispatch(self, message: inbox.Message) -> bool:
-        """Give an entry to the next worker that is there and has room; False if none has."""
+    @property
+    def is_alive(self) -> bool:
+        """Whether any worker still runs."""
+        return any(slot.runner.is_alive for slot in self._slots)
+
+    # Reap
+
+    def _reap(self) -> None:
+        """A worker or the fork server has exited. Inbox and row of a worker are its replacement's."""
+        self._shared.exited.collect()
+        exit_status = self._fork_server.own_exit() if self._fork_server else ""
+        if exit_status:
+            self._observer.on_fork_server_exit(exit_status)
+        for slot in self._slots:
+            if not self._is_ending and not slot.is_vacant and not slot.runner.is_alive:
+                self._replace(slot)
+
+    def _replace(self, slot: WorkerSlot) -> None:
+        exit_status, lost = slot.runner.exit_status, self._counters.write_off(slot.number)
+        self._counters.rows[ACCEPTOR_ROW][Counter.LOST_WITH_WORKER] += lost
+        slot.note_exit()
+        self._observer.on_worker_exit(WorkerExit(slot.number, exit_status, lost, self._fill(slot)))
+        if self._upstreams:
+            self._send(Message(Command.START_ACCEPTING, upstreams=self._upstreams))
+
+    def _restart(self, slot: WorkerSlot) -> None:
+        if not self._is_ending:
+            self._observer.on_restart(slot.number, self._fill(slot))
+
+    def _fill(self, slot: WorkerSlot) -> Replacement:
+        if slot.obstacle:
+            slot.is_abandoned = True
+            return Replacement(obstacle=slot.obstacle)
+        slot.inbox.redispatch()
+        try:
+            slot.start()
+        except OSError as problem:  # EAGAIN, ENOMEM, EMFILE: too many tasks, no memory, no descriptors
+            self._restart_timers[slot.number].arm(slot.backoff_s)
+            return Replacement(delay=str(problem.strerror))
+        self._counters.rows[ACCEPTOR_ROW][Counter.WORKER_RESTARTS] += 1
+        return Replacement()
+
+    # Manage
+
+    def dispatch(self, message: Message) -> bool:
+        """Put a message into the inbox of the next worker that runs and has room; False if none has."""
         for _ in self._slots:
-            turn, self._next = self._next, (self._next + 1) % len(self._slots)
-            if turn not in self._abandoned and turn not in self._restart_after and self._slots[turn].box.put(message):
+            slot, self._next = self._slots[self._next], (self._next + 1) % len(self._slots)
+            if not slot.is_vacant and slot.inbox.put(message):
                 return True
         return False
 
-    def send_command(self, kind: int, upstreams: bytes = b"") -> None:
-        """Send an order to all; OPEN goes with addresses. After DRAIN or KILL a worker that ends has done as it was told."""
-        self._ending = self._ending or kind in (inbox.DRAIN, inbox.KILL)
-        self._pending_commands += [(slot, inbox.Message(kind, upstreams=upstreams)) for slot in self._slots]
-        self.send_pending_commands()
+    def start_accepting(self, upstreams: bytes) -> None:
+        """Have the only worker accept by itself, and connect to these addresses; its replacements too."""
+        if upstreams != self._upstreams:
+            self._upstreams = upstreams
+            self._send(Message(Command.START_ACCEPTING, upstreams=upstreams))
 
-    def notify(self, kind: int) -> None:
-        """Have all look again at something. Not again while one of that kind waits; without room it is left out."""
-        for number, slot in enumerate(self._slots):
-            if slot.box.has_consumed(self._notices.get((number, kind), 0)) and slot.box.put(inbox.Message(kind)):
-                self._notices[number, kind] = slot.box.last_put
+    def stop_accepting(self) -> None:
+        """Have it accept no more; has_consumed_all tells when it does not."""
+        self._send(Message(Command.STOP_ACCEPTING))
 
-    def send_pending_commands(self) -> None:
-        """Put the orders that an inbox had no room for, in their order. Call it again and again while `owes`."""
-        full: Set[WorkerSlot] = set()
-        pending, self._pending_commands = self._pending_commands, []
-        for slot, send_command in pending:
-            if slot in full or not slot.box.put(send_command):
-                full.add(slot)
-                self._pending_commands.append((slot, send_command))
+    def drain(self) -> None:
+        """Have each worker exit when its last connection has ended. From now on exits are expected."""
+        self._is_ending = True
+        self._send(Message(Command.DRAIN))
+
+    def kill(self) -> None:
+        """Have each worker end its connections and exit."""
+        self._is_ending = True
+        self._send(Message(Command.KILL))
+
+    def _send(self, message: Message) -> None:
+        for slot in self._slots:
+            slot.pending.append(message)
+        self._send_pending()
+
+    def _send_pending(self) -> None:
+        full = [slot for slot in self._slots if not slot.send_pending()]
+        if full:
+            self._pending_timer.arm(_PENDING_S)
 
     @property
-    def has_pending_commands(self) -> bool:
-        """Whether an order waits for room."""
-        return bool(self._pending_commands)
+    def has_consumed_all(self) -> bool:
+        """Whether each worker has consumed all that it was sent."""
+        return all(slot.has_consumed_all for slot in self._slots)
 
-    @property
-    def has_handled_all(self) -> bool:
-        """Whether each worker has emptied its inbox, and so taken each order that was given."""
-        return not self._pending_commands and all(slot.box.is_empty for slot in self._slots)
+    def notify(self, command: Command) -> None:
+        """Have all workers look at something again; left out where one such command, or no room, is in the inbox."""
+        for slot in self._slots:
+            slot.notify(command)
 
     def ping(self) -> None:
-        """See to it that each inbox has had something to take, for all_answered() to ask about: a do-nothing order at least."""
+        """See all_answered()."""
         for slot in self._slots:
-            if slot.box.is_empty:
-                slot.box.put(inbox.Message(inbox.PING))
-        self._asked = [slot.box.last_put for slot in self._slots]
+            slot.ping()
 
     def all_answered(self) -> bool:
-        """Whether each worker has taken what was in its inbox at the last ping, however much has come since.
-
-        One that has ended owes no answer: it has done as it was told, or is to be replaced.
-        """
-        return all(slot.box.has_consumed(asked) or not slot.is_alive for slot, asked in zip(self._slots, self._asked))
-
-    def replace_exited(self) -> List[WorkerExit]:
-        """After `gone` was rung: a replacement for each worker that should still be there. Its inbox and row go on."""
-        self.exited.collect()
-        if self._ending:
-            return []
-        missed = self._abandoned | self._restart_after.keys()
-        slots = [(number, slot) for number, slot in enumerate(self._slots) if number not in missed]
-        return [self._replace(number, slot) for number, slot in slots if not slot.is_alive]
-
-    @property
-    def retry_s(self) -> Optional[float]:
-        """Seconds until try_again() has something to do; None if nobody is absent."""
-        if self._ending or not self._restart_after:
-            return None
-        return max(0.0, min(backoff.until for backoff in self._restart_after.values()) - time.monotonic())
-
-    def try_again(self) -> List[Retry]:
-        """Try to start the replacements whose time has come. Their inboxes and rows have waited."""
-        now = time.monotonic()
-        due = [] if self._ending else [number for number, backoff in self._restart_after.items() if backoff.until <= now]
-        return [Retry(number, *self._fill(number, self._slots[number])) for number in due]
-
-    def fork_server_exit(self) -> str:
-        """How the process that starts workers ended: told once; "" while it is there, or where none is needed."""
-        return self._fork_server.own_exit() if self._fork_server else ""
-
-    def _replace(self, number: int, slot: WorkerSlot) -> WorkerExit:
-        exit_status, lost = slot.exit_status, self._counters_of_all.write_off(number)
-        self._counters_of_all.rows[ACCEPTOR_ROW][Counter.LOST_WITH_WORKER] += lost
-        now = time.monotonic()
-        self._quick[number] = self._quick[number] + 1 if now - self._started[number] < _QUICK_S else 0
-        return WorkerExit(number, exit_status, lost, *self._fill(number, slot))
-
-    def _fill(self, number: int, slot: WorkerSlot) -> Tuple[str, str]:
-        """Start a replacement; (why there will be none, why there is none yet)."""
-        before, obstacle = self._restart_after.pop(number, None), self._obstacle(number, slot)
-        if obstacle:
-            self._abandoned.add(number)
-            return obstacle, ""
-        try:
-            slot.box.redispatch()
-            slot.start()
-        except OSError as problem:  # of tasks, memory or descriptors
-            pause_s = min(2 * before.pause_s, _LONGEST_PAUSE_S) if before else _PAUSE_S
-            self._restart_after[number] = _Backoff(time.monotonic() + pause_s, pause_s)
-            return "", str(problem.strerror)
-        self._started[number] = time.monotonic()
-        self._counters_of_all.rows[ACCEPTOR_ROW][Counter.WORKER_RESTARTS] += 1
-        return "", ""
-
-    def _obstacle(self, number: int, slot: WorkerSlot) -> str:
-        if self._quick[number] >= _TRIES:
-            return "its successors die at once"
-        return "" if slot.can_start else "nobody can start a successor"
-
-    @property
-    def alive(self) -> bool:
-        """Whether any worker still runs."""
-        return any(slot.is_alive for slot in self._slots)
-
-
-def _slots(
-    shared: WorkerShared,
-    shared_counters: SharedCounters,
-    records_fd: int,
-    exited: wakeup.Wakeup,
-    fork_server: Optional[ForkServer],
-    listeners: Tuple[int, ...],
-) -> List[WorkerSlot]:
-    numbers = range(shared.config.workers)
-    if fork_server:
-        channels = [inbox.ChannelProducer(shared_counters.worker(number)) for number in numbers]
-        nowhere = inbox.Channel(-1)  # the fork server puts the number in under which it got the worker's end
-        return [
-            ProcessSlot(
-                WorkerArgs(number, *shared, shared_counters.fd, nowhere, records_fd, exited, listeners),
-                channels[number],
-                fork_server,
-            )
-            for number in numbers
-        ]
-    kind = InterpreterSlot if shared.config.runtime == "interpreters" else ThreadSlot
-    rings = [inbox.create_ring() for _ in numbers]
-    boxes = [inbox.RingProducer(ring, shared_counters.worker(number)) for number, ring in enumerate(rings)]
-    return [
-        kind(WorkerArgs(number, *shared, shared_counters.fd, rings[number], records_fd, exited, listeners), boxes[number])
-        for number in numbers
-    ]
+        """Whether each worker has consumed what its inbox held at the last ping()."""
+        return all(slot.has_answered for slot in self._slots)

@@ -1,9 +1,9 @@
 """`bundle OUT`: the whole program as one plain-text script.
 
-A bundle is tsproxy.py with one block put in before its last lines: a loader, and each module and licence as text. Take
-the block out and tsproxy.py is left, but for the first line: a bundle needs no module from elsewhere, so that one keeps
-Python from looking where others may put some. Same sources, same bytes: nothing of the host, the user, the clock, the working
-directory or the Python that writes it goes in.
+A bundle is tsproxy.py with one block put in before its last lines: a loader, and each module, template and licence as
+text. Take the block out and tsproxy.py is left, but for the first line: a bundle needs no module from elsewhere, so that one
+keeps Python from looking where others may put some. Same sources, same bytes: nothing of the host, the user, the clock, the
+working directory or the Python that writes it goes in.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from _tsproxy.cli.exits import Exit
 from _tsproxy.linux.printable import printable
 
 LOADER = "_tsproxy/tools/bundle_loader.py"
+TEMPLATES = "_tsproxy.tools.generate.templates"  # the one package with files beside its modules
 # -I: not beside the script, not in the user's site-packages, not where PYTHON* variables point. -S of env(1) splits the words.
 SHEBANG = "#!/usr/bin/env -S python3 -I\n"
 MAIN = 'if __name__ == "__main__":\n'
@@ -79,7 +80,8 @@ def _files() -> Dict[str, str]:
     if held is not None:
         return {path: text[1:] for path, (_, text) in held.items()}
     licences = {f"docopt/{name}": text for name, text in _licences("docopt-ng").items()}
-    return {**_own_licence(), **licences, **dict(_modules("_tsproxy")), **dict(_modules("docopt"))}
+    modules = {**dict(_modules("_tsproxy")), **dict(_modules("docopt"))}
+    return {**_own_licence(), **licences, **modules, **dict(_templates())}
 
 
 def _modules(name: str) -> Iterator[Tuple[str, str]]:
@@ -93,6 +95,17 @@ def _modules(name: str) -> Iterator[Tuple[str, str]]:
     yield name.replace(".", "/") + (".py" if inside is None else "/__init__.py"), text
     for module in pkgutil.iter_modules(inside or ()):
         yield from _modules(f"{name}.{module.name}")
+
+
+def _templates() -> Iterator[Tuple[str, str]]:
+    """(path, text) of each file beside the modules of that package."""
+    spec = importlib.util.find_spec(TEMPLATES)
+    loader: Any = spec and spec.loader
+    reader = loader.get_resource_reader(TEMPLATES)
+    for name in reader.contents():
+        if reader.is_resource(name) and not name.endswith((".py", ".pyc")):
+            with reader.open_resource(name) as file:
+                yield f"{TEMPLATES.replace('.', '/')}/{name}", str(file.read(), "utf-8")
 
 
 def _own_licence() -> Dict[str, str]:

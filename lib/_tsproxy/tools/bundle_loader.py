@@ -7,6 +7,7 @@ This text stands in each bundle twice: live, to load the rest, and as one of the
 line, which may stand at the top of a script only.
 """
 
+import io
 import os
 import sys
 from importlib.machinery import ModuleSpec
@@ -52,6 +53,10 @@ class Bundle:
         """True if other modules are in it."""
         return (self._place(name) or "").endswith("/__init__.py")
 
+    def get_resource_reader(self, name: str) -> "Resources":
+        """Reads the files beside a package's modules."""
+        return Resources(self.bundled, name.replace(".", "/"))
+
     def _held(self, name: str) -> Tuple[int, str]:
         place = self._place(name)
         if place is None:
@@ -61,6 +66,20 @@ class Bundle:
     def _place(self, name: str) -> Optional[str]:
         stem = name.replace(".", "/")
         return next((place for place in (f"{stem}/__init__.py", f"{stem}.py") if place in self.bundled), None)
+
+
+class Resources:
+    """As much of importlib.resources.abc.ResourceReader as is needed here."""
+
+    def __init__(self, bundled: Files, package: str) -> None:
+        self._bundled, self._package = bundled, package
+
+    def open_resource(self, resource: str) -> io.BytesIO:
+        """The file, to be read. FileNotFoundError for one that is not here."""
+        place = f"{self._package}/{resource}"
+        if place not in self._bundled:
+            raise FileNotFoundError(place)
+        return io.BytesIO(self._bundled[place][1][1:].encode())
 
 
 def install(path: str, bundled: Files) -> None:

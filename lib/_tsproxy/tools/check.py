@@ -14,11 +14,11 @@ import sys
 import time
 from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
+from _tsproxy.capture.outgoing import Capture, Seen
 from _tsproxy.cli import exits
 from _tsproxy.cli.config import Config
 from _tsproxy.linux import facts, netfilter, sockets, uapi, wakeup
 from _tsproxy.linux.addresses import Address
-from _tsproxy.linux.capture import Capture, Seen
 from _tsproxy.policy import advice, syn, witness
 from _tsproxy.policy.evidence import NAMES, Answer, Evidence
 from _tsproxy.policy.gates import Gate, gate_for

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
+from _tsproxy.tools import terminal
+from _tsproxy.tools.audit import verdict
 from _tsproxy.tools.demo_trade import ORDER_BYTES
 from _tsproxy.tools.terminal import BOLD, DIM, GREEN, RED, YELLOW, Style
 
@@ -17,7 +19,8 @@ _MOST_BARS = 7
 def draw(facts: Facts, style: Style) -> str:
     """All lines, at most 80 columns wide."""
     parts = [[style.paint(_title(facts), BOLD)], _boxes(facts), _legs(facts, style), _told(facts), _bars(facts, style)]
-    return "\n".join(style.fit("\n".join(part)) + "\n" for part in [*parts, [_verdict(facts, style)]]).rstrip("\n")
+    parts += [_audit(facts["audit"], style), [_verdict(facts, style)]]
+    return "\n".join(style.fit("\n".join(part)) + "\n" for part in parts).rstrip("\n")
 
 
 def _title(facts: Facts) -> str:
@@ -116,6 +119,20 @@ def _buckets(metrics: Facts) -> Iterator[Tuple[str, int]]:
     rest = metrics["relay_us_count"] - sum(count for _, count in found[:_MOST_BARS])
     if rest:
         yield "longer", rest
+
+
+def _audit(audit: Facts, style: Style) -> List[str]:
+    """What the wire itself shows, of each leg; or why it can't be looked at, and what there is instead."""
+    if audit["why"]:
+        lines = terminal.wrapped(f"no audit of the wire: {audit['why']}", terminal.WIDTH - 2)
+        return [f"  {line}" for line in [*lines, "what the kernel says of both legs, above, needs no such right"]]
+    lines = ["  audit: a connection captured on each leg by a packet socket, from its SYN on"]
+    for title, leg in zip(("client -> tsproxy", "tsproxy -> exchange"), audit["legs"]):
+        word = style.paint(f"{leg['verdict']:<9}", GREEN if leg["verdict"] == verdict.CLEAN else YELLOW)
+        clock = f", {leg['clock']}" if leg["clock"] else ""
+        lines.append(f"  {title:<20} {word} {leg['stamped']} of {leg['segments']} segments have a timestamp{clock}")
+    agreed = "the same" if audit["claimed"] == bool(audit["legs"][1]["stamped"]) else "otherwise"
+    return [*lines, f'  tsproxy\'s line says {agreed}: "upstream_timestamps":{str(audit["claimed"]).lower()}']
 
 
 def _verdict(facts: Facts, style: Style) -> str:

@@ -14,18 +14,21 @@ import signal
 import socket
 import sys
 import time
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
+from _tsproxy.cli import program
 from _tsproxy.linux import namespaces, sockets, systemd
 from _tsproxy.linux.addresses import Address, from_sockaddr
 from _tsproxy.linux.children import Child
 from _tsproxy.linux.sockets import Tuning
 from _tsproxy.policy import syn, witness
 from _tsproxy.policy.sysctl import Sysctl
+from _tsproxy.tools.demo_audit import LegWatch
 
 Line = Dict[str, Any]
 ORDER_BYTES = 64
 _TRADING_S = 2.0
+_WATCHED_S, _WATCHED_ORDERS = 0.4, 8
 _PATIENCE_S = 10.0
 _GRACE_S = 3.0
 
@@ -35,17 +38,21 @@ class Trouble(Exception):
 
 
 def trade(listener: socket.socket, mode: str, move_on: Callable[[], None]) -> Dict[str, Any]:
-    """Facts of one relayed connection. `move_on` changes from the client's network namespace to the exchange's."""
+    """Facts of one relayed connection, and of one before it that is captured.
+
+    `move_on` changes from the client's network namespace to the exchange's.
+    """
     client_sysctl, client_syn = _sysctl(), _witness_syn()
-    client = socket.socket(listener.family, socket.SOCK_STREAM)
-    with client:
+    with contextlib.ExitStack() as stack:
+        watch = stack.enter_context(contextlib.closing(LegWatch()))
+        watch.add(listener.getsockname()[1])
+        clients = [stack.enter_context(socket.socket(listener.family, socket.SOCK_STREAM)) for _ in range(2)]
         move_on()
-        exchange = sockets.listener(Address(socket.AF_INET, "127.0.0.1", 0), 16, Tuning())
-        with exchange:
-            sockets.save_syns(exchange)
-            facts = _relay(listener, client, exchange, mode)
+        exchange = stack.enter_context(sockets.listener(Address(socket.AF_INET, "127.0.0.1", 0), 16, Tuning()))
+        watch.add(exchange.getsockname()[1])
+        sockets.save_syns(exchange)
         return {
-            **facts,
+            **_relay(listener, clients, exchange, mode, watch),
             "mode": mode,
             "client_sysctl": client_sysctl,
             "exchange_sysctl": _sysctl(),
@@ -71,22 +78,47 @@ def _witness_syn() -> List[str]:
     return str(witness.saved(socket.AF_INET, time.monotonic() + _PATIENCE_S)).split(",")
 
 
-def _relay(listener: socket.socket, client: socket.socket, exchange: socket.socket, mode: str) -> Dict[str, Any]:
+def _relay(
+    listener: socket.socket, clients: Sequence[socket.socket], exchange: socket.socket, mode: str, watch: LegWatch
+) -> Dict[str, Any]:
     target = from_sockaddr(exchange.family, exchange.getsockname())
     with _proxy(listener, str(target), mode) as proxy:
         proxy.wait_for("start")
-        client.settimeout(_PATIENCE_S)
-        client.connect(listener.getsockname())
-        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        with _accepted(exchange) as far:
+        audit = _watched(clients[0], listener, exchange, proxy, watch)
+        with _connected(clients[1], listener, exchange) as far:
             upstream_syn = str(syn.parse(sockets.saved_syn(far))).split(",")
-            round_trips = _orders(client, far)
-            facts = {"client": _leg(client), "upstream": _leg(far)}
-        client.close()
-        connection = proxy.wait_for("connection")
+            round_trips = _orders(clients[1], far)
+            facts = {"client": _leg(clients[1]), "upstream": _leg(far)}
+        connection = proxy.wait_for("connection", 1 if audit["why"] else 2)
         proxy.child.tell(signal.SIGTERM)
         lines = {"connection": connection, "metrics": proxy.wait_for("metrics"), "start": proxy.wait_for("start")}
-    return {**facts, **lines, "upstream_syn": upstream_syn, "round_trips_ns": _summary(round_trips)}
+    return {**facts, **lines, "upstream_syn": upstream_syn, "round_trips_ns": _summary(round_trips), "audit": audit}
+
+
+def _watched(
+    client: socket.socket, listener: socket.socket, exchange: socket.socket, proxy: _Proxy, watch: LegWatch
+) -> Dict[str, Any]:
+    """A connection with a few orders, for so long that a clock shows. Captured, therefore not timed."""
+    with contextlib.closing(watch):
+        if watch.why:
+            return watch.facts()
+        with _connected(client, listener, exchange) as far:
+            for number in range(_WATCHED_ORDERS):
+                _there_and_back(client, far, number)
+                watch.take()
+                time.sleep(_WATCHED_S / _WATCHED_ORDERS)
+        claimed = proxy.wait_for("connection")["upstream_timestamps"]
+        return {**watch.facts(), "claimed": claimed}
+
+
+@contextlib.contextmanager
+def _connected(client: socket.socket, listener: socket.socket, exchange: socket.socket) -> Iterator[socket.socket]:
+    """Connect the client; tsproxy's connection to the exchange for it. Both are closed when the block ends."""
+    client.settimeout(_PATIENCE_S)
+    client.connect(listener.getsockname())
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    with client, _accepted(exchange) as far:
+        yield far
 
 
 def _accepted(exchange: socket.socket) -> socket.socket:
@@ -104,14 +136,19 @@ def _orders(client: socket.socket, far: socket.socket) -> List[int]:
     took: List[int] = []
     end = time.monotonic() + _TRADING_S
     while time.monotonic() < end:
-        order = f"8=FIX.4.4|35=D|34={len(took):09d}|55=TSPX|54=1|38=100|".ljust(ORDER_BYTES, "x").encode()
-        begun = time.monotonic_ns()
-        client.sendall(order)
-        far.sendall(_exactly(far))
-        if _exactly(client) != order:
-            raise Trouble(f"order {len(took)} did not come back as it was sent")
-        took.append(time.monotonic_ns() - begun)
+        took.append(_there_and_back(client, far, len(took)))
     return took
+
+
+def _there_and_back(client: socket.socket, far: socket.socket, number: int) -> int:
+    """How many nanoseconds an order took."""
+    order = f"8=FIX.4.4|35=D|34={number:09d}|55=TSPX|54=1|38=100|".ljust(ORDER_BYTES, "x").encode()
+    begun = time.monotonic_ns()
+    client.sendall(order)
+    far.sendall(_exactly(far))
+    if _exactly(client) != order:
+        raise Trouble(f"order {number} did not come back as it was sent")
+    return time.monotonic_ns() - begun
 
 
 def _exactly(sock: socket.socket) -> bytes:
@@ -147,13 +184,13 @@ class _Proxy:
         self._rest = b""
         self.child = child
 
-    def wait_for(self, event: str) -> Line:
-        """The first line of that event. Trouble, with what it says instead, if it ends without."""
+    def wait_for(self, event: str, which: int = 1) -> Line:
+        """The first line of that event, or the second one. Trouble, with what it says instead, if it ends without."""
         deadline = time.monotonic() + _PATIENCE_S
         while True:
-            for line in self._lines:
-                if line["event"] == event:
-                    return line
+            found = [line for line in self._lines if line["event"] == event]
+            if len(found) >= which:
+                return found[which - 1]
             self._read(deadline - time.monotonic())
 
     def _read(self, patience_s: float) -> None:
@@ -166,7 +203,8 @@ class _Proxy:
     def _complaint(self) -> str:
         said = os.read(self._errors, 4096) if _readable(self._errors, 0) else b""
         lines = said.decode("utf-8", "replace").strip().splitlines()
-        return lines[0 if lines[0].startswith("tsproxy: ") else -1].replace("tsproxy: ", "", 1) if lines else "no reason given"
+        begin = f"{program.name(_script())}: "
+        return lines[0 if lines[0].startswith(begin) else -1].replace(begin, "", 1) if lines else "no reason given"
 
 
 @contextlib.contextmanager

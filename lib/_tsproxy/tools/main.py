@@ -9,7 +9,7 @@ import sys
 from typing import Any, Callable, Dict, List, Tuple, Union
 
 import _tsproxy
-from _tsproxy.cli import config, exits, parser
+from _tsproxy.cli import config, exits, parser, program
 from _tsproxy.cli.config import UsageError
 from _tsproxy.cli.exits import Exit
 from _tsproxy.linux import inherited
@@ -75,15 +75,15 @@ def _forget_output() -> None:
 
 def _dispatch(options: Dict[str, Any], manual: str) -> int:
     if options["--help"]:
-        print(manual.strip())
+        print(program.named(manual.strip()))
         return exits.DRAINED
     if options["--version"]:
         print(f"tsproxy {_tsproxy.__version__}")
         return exits.DRAINED
-    return _command(options)
+    return _command(options, manual)
 
 
-def _command(options: Dict[str, Any]) -> int:
+def _command(options: Dict[str, Any], manual: str) -> int:
     """The chosen command; each is imported only when it is asked for."""
     if options["bundle"]:
         from _tsproxy.tools import bundle
@@ -96,11 +96,15 @@ def _command(options: Dict[str, Any]) -> int:
     if options["top"]:
         from _tsproxy.tools import top
 
-        return top.run(options["FILE"])
+        return top.run(next(iter(options["FILE"]), None))
+    if options["audit"]:
+        from _tsproxy.tools import audit
+
+        return audit.run(options)
     if options["generate"] and options["KIND"] is None:
         from _tsproxy.tools import generate
 
-        return generate.ship(next(kind for kind in generate.SHIPPERS if options[kind]))
+        return generate.without_options(options, manual)
     return _for_targets(options, config.parse(options))
 
 
@@ -121,5 +125,5 @@ def _for_targets(options: Dict[str, Any], settings: config.Config) -> int:
 
 def _fail(code: int, message: str) -> int:
     if sys.stderr is not None:  # print() would take standard output for a standard error that was closed
-        print(f"tsproxy: {printable(message, kept=chr(10))}", file=sys.stderr)
+        print(f"{program.name()}: {printable(message, kept=chr(10))}", file=sys.stderr)
     return code

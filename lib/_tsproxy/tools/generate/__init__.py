@@ -2,62 +2,56 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Callable, Mapping
 
 from _tsproxy.cli import exits
 from _tsproxy.cli.config import Config
 from _tsproxy.cli.exits import Exit
-from _tsproxy.tools.generate import (
-    alloy,
-    docker,
-    fields,
-    filebeat,
-    fluent_bit,
-    journald,
-    kubernetes,
-    logrotate,
-    netns,
-    nftables,
-    promtail,
-    rsyslog,
-    syslog_ng,
-    systemd,
-    vector,
-)
+from _tsproxy.tools.generate import completion, fields, man, prometheus, setups, shippers
 
 KINDS: Mapping[str, Callable[[Config], str]] = {
-    "nftables": nftables.text,
-    "netns": netns.text,
-    "systemd": systemd.text,
-    "docker": docker.text,
-    "kubernetes": kubernetes.text,
+    "nftables": setups.nftables,
+    "netns": setups.netns,
+    "systemd": setups.systemd,
+    "docker": setups.docker,
+    "kubernetes": setups.kubernetes,
 }
 SHIPPERS: Mapping[str, Callable[[], str]] = {
-    "rsyslog": rsyslog.text,
-    "syslog-ng": syslog_ng.text,
-    "vector": vector.text,
-    "fluent-bit": fluent_bit.text,
-    "filebeat": filebeat.text,
-    "promtail": promtail.text,
-    "alloy": alloy.text,
-    "journald": journald.text,
-    "logrotate": logrotate.text,
+    "rsyslog": shippers.rsyslog,
+    "syslog-ng": shippers.syslog_ng,
+    "vector": shippers.vector,
+    "fluent-bit": shippers.fluent_bit,
+    "filebeat": shippers.filebeat,
+    "promtail": partial(shippers.fill, "promtail.yaml"),
+    "alloy": shippers.alloy,
+    "journald": partial(shippers.fill, "journald.conf"),
+    "logrotate": partial(shippers.fill, "logrotate.conf"),
     "fields": fields.text,
+    "prometheus": prometheus.text,
+    "grafana": partial(shippers.fill, "grafana.json"),
 }
 """What goes with the lines, whatever the proxy is asked for: these take no option."""
+FROM_MANUAL: Mapping[str, Callable[[str], str]] = {
+    "man": man.text,
+    "completion": partial(completion.text, kinds=tuple(KINDS)),
+}
+"""What is made of the text that `--help` prints, and takes no option either."""
+ALONE = (*SHIPPERS, *FROM_MANUAL)
 REWRITING = "nftables"  # the only kind that can: the others turn the option off where it is made
 
 
-def ship(kind: str) -> int:
-    """Print the configuration of that shipper."""
-    print(SHIPPERS[kind](), end="")
+def without_options(chosen: Mapping[str, object], manual: str) -> int:
+    """Print what takes no option: that one of ALONE that is true in docopt's dictionary."""
+    kind = next(kind for kind in ALONE if chosen[kind])
+    print(SHIPPERS[kind]() if kind in SHIPPERS else FROM_MANUAL[kind](manual), end="")
     return exits.DRAINED
 
 
 def run(kind: str, config: Config) -> int:
     """Print the set-up of that kind for what `config` asks. Exit 2 for a kind that is none or can't do it."""
     if kind not in KINDS:
-        raise Exit(exits.USAGE, f"KIND: given {kind!r}; allowed: {' or '.join(KINDS)}; {' or '.join(SHIPPERS)} alone")
+        raise Exit(exits.USAGE, f"KIND: given {kind!r}; allowed: {' or '.join(KINDS)}; {' or '.join(ALONE)} alone")
     _require_mode(kind, config.timestamps)
     if kind != REWRITING:
         _require_port(kind, config.port)

@@ -1,0 +1,1 @@
+"""What a network carried: frames from capture files and packet sockets, and the TCP headers in them down to TSopt."""

@@ -1,0 +1,46 @@
+"""A Config back as the words of a command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Iterator, List, Sequence
+
+from _tsproxy.cli.config import OPTIONS, REPEATED, Config, usable_cpus
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Config)}
+
+
+def words(config: Config, without: Sequence[str] = ()) -> List[str]:
+    """The options that make this Config and differ from their defaults, but for those in `without`."""
+    return [word for word in _words(config) if word.partition("=")[0] not in without]
+
+
+def _words(config: Config) -> Iterator[str]:
+    for name, option in REPEATED.items():
+        yield from (f"{name}={value}" for value in getattr(config, option.field))
+    for name, option in OPTIONS.items():
+        value = getattr(config, option.field)
+        if value != _default(option.field, config):
+            yield f"{name}={_spelled(value)}"
+    yield from (switch for switch, on in _switches(config) if on)
+
+
+def _default(field: str, config: Config) -> Any:
+    """What the field would be if its option had not been given."""
+    if field == "workers":
+        return len(config.cpus or usable_cpus())
+    return _DEFAULTS[field]
+
+
+def _switches(config: Config) -> Iterator[tuple[str, bool]]:
+    yield "--reuse-port", config.reuse_port
+    yield "--trust-host", config.trust_host
+
+
+def _spelled(value: Any) -> str:
+    """A field's value as its option takes it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return f"{value:.9f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
