@@ -63,8 +63,8 @@ class Machine:
             self.host.run("ip", "route", "add", "default", "via", EXCHANGE)
             if not containers:
                 self._mask("docker.service", "docker.socket", "containerd.service")
-            self._stack.callback(self._kill)
             self.boot()
+            self._stack.callback(self._kill)
             undo.pop_all()
 
     def _make_place(self) -> None:
@@ -97,6 +97,7 @@ class Machine:
         try:
             wait_until(self._is_up, "systemd is up", _BOOT_S, _PACE_S)
         except AssertionError as late:
+            self._kill()
             said = self._console.read_text(errors="replace").strip().splitlines()
             machine_refuses(f"systemd does not boot in systemd-nspawn: {late}; {'; '.join(said[-3:])}")
 
@@ -162,7 +163,10 @@ def _own_cgroup() -> Path:
     for old in places[0].glob("tsproxy-*"):
         if not Path("/proc", old.name.split("-")[1]).exists():
             _removed(old)
-    return Path(tempfile.mkdtemp(prefix=f"tsproxy-{os.getpid()}-", dir=places[0]))
+    try:
+        return Path(tempfile.mkdtemp(prefix=f"tsproxy-{os.getpid()}-", dir=places[0]))
+    except OSError as problem:
+        machine_refuses(f"no cgroup can be made: {problem}")
 
 
 def _removed(cgroup: Path) -> bool:
