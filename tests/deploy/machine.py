@@ -17,7 +17,7 @@ from typing import Dict, List, Optional
 
 from harness import wait_until
 from namespaces import Namespace
-from roots import STORE, machine_refuses, remove, require
+from roots import machine_refuses, remove, require, scratch
 from wire import UPSTREAM, join
 
 HOST, EXCHANGE = "10.2.0.1", "10.2.0.2"
@@ -63,12 +63,12 @@ class Machine:
             self.host.run("ip", "route", "add", "default", "via", EXCHANGE)
             if not containers:
                 self._mask("docker.service", "docker.socket", "containerd.service")
-            self._stack.callback(self._kill)
             self.boot()
+            self._stack.callback(self._kill)
             undo.pop_all()
 
     def _make_place(self) -> None:
-        place = Path(tempfile.mkdtemp(prefix="machine-", dir=STORE))
+        place = scratch("machine")
         self._stack.callback(remove, place)
         for each in ("root", "upper", "work", "merged", "docker"):
             (place / each).mkdir()
@@ -85,7 +85,7 @@ class Machine:
 
     def boot(self) -> None:
         """Start it, again too: what was written stays."""
-        self._cgroup = Path(tempfile.mkdtemp(prefix="tsproxy-", dir=_cgroups()))
+        self._cgroup = _own_cgroup()
         words = [*_FOR_CONTAINERS, "--bind=/mnt/docker:/var/lib/docker"] if self._containers else ["--capability=CAP_NET_ADMIN"]
         environment = {**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1", "SYSTEMD_NSPAWN_API_VFS_WRITABLE": "network"}
         places = [str(self._cgroup), str(self._place), str(self._root), self.host.path]
@@ -97,6 +97,7 @@ class Machine:
         try:
             wait_until(self._is_up, "systemd is up", _BOOT_S, _PACE_S)
         except AssertionError as late:
+            self._kill()
             said = self._console.read_text(errors="replace").strip().splitlines()
             machine_refuses(f"systemd does not boot in systemd-nspawn: {late}; {'; '.join(said[-3:])}")
 
@@ -146,32 +147,35 @@ class Machine:
         self._forget()
 
     def _forget(self) -> None:
-        """cgroups go when their processes have."""
-        for tree in [self._cgroup, *Path("/sys/fs/cgroup").glob(f"*/{self._cgroup.name}")]:  # nspawn makes it in others, too
-            for path, _, _ in os.walk(tree, topdown=False):
-                wait_until(lambda path=path: _removed(path), f"nobody is in {path}", _END_S)  # type: ignore[misc]
+        wait_until(lambda: _removed(self._cgroup), f"nobody is in {self._cgroup} any more", _END_S, _PACE_S)
 
     def close(self) -> None:
         self._stack.close()
 
 
-def _cgroups() -> Path:
-    """Where this process is in the cgroup2 tree, as it is mounted."""
+def _own_cgroup() -> Path:
+    """A new one below that of this process, in the cgroup2 tree as it is mounted. Those of processes that were killed go."""
     ours = Path("/proc/self/cgroup").read_text().split("0::/")[-1].split("\n")[0]
     mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-    places = [fields[4] for fields in mounts if fields[fields.index("-") + 1] == "cgroup2"]
+    places = [Path(fields[4] + ours) for fields in mounts if fields[fields.index("-") + 1] == "cgroup2"]
     if not places:
         machine_refuses("no cgroup2 file system is mounted")
-    return Path(places[0] + ours)
+    for old in places[0].glob("tsproxy-*"):
+        if not Path("/proc", old.name.split("-")[1]).exists():
+            _removed(old)
+    try:
+        return Path(tempfile.mkdtemp(prefix=f"tsproxy-{os.getpid()}-", dir=places[0]))
+    except OSError as problem:
+        machine_refuses(f"no cgroup can be made: {problem}")
 
 
-def _removed(cgroup: str) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            os.rmdir(cgroup)
-        except OSError:
-            return False
-    return True
+def _removed(cgroup: Path) -> bool:
+    """Try to, and in the trees where nspawn has made it, too; they go when their last processes have."""
+    for tree in [cgroup, *Path("/sys/fs/cgroup").glob(f"*/{cgroup.name}")]:
+        for path, _, _ in os.walk(tree, topdown=False):
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
+    return not cgroup.exists()
 
 
 def _status(pid: int) -> Dict[str, str]:

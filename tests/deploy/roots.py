@@ -10,6 +10,8 @@ import hashlib
 import os
 import shutil
 import subprocess
+import tempfile
+from importlib import metadata
 from pathlib import Path
 from typing import Callable, List, NamedTuple, NoReturn, Sequence, Set
 
@@ -45,6 +47,20 @@ DEBIAN = Root(
     "bookworm",
     "bookworm",
     "systemd systemd-sysv dbus udev python3 iproute2 nftables iptables tcpdump procps kmod logrotate docker.io".split(),
+)
+
+# For kernels under emulation: no systemd, and what the tests themselves need.
+EMULATED = Root(
+    "trixie",
+    "trixie",
+    "python3 python3-pytest python3-pytest-timeout python3-hypothesis iproute2 nftables iptables tcpdump procps kmod".split(),
+)
+
+# What comes next: its own Python and the one after that.
+NEWEST = Root(
+    "sid",
+    "sid",
+    "python3.14 python3.15 python3-pytest python3-pytest-timeout python3-hypothesis iproute2 nftables procps".split(),
 )
 
 
@@ -104,6 +120,28 @@ def _debootstrap(root: Root, place: Path, tell: Tell) -> str:
                 told.add(phase)
                 tell(f"debootstrap {root.suite}: {line[3:].strip()}")
     return "; ".join(last) if made.returncode else ""
+
+
+def scratch(name: str) -> Path:
+    """A directory of this process's own to run something in. Those of processes that were killed go."""
+    for place in STORE.glob("run-*"):
+        if not Path("/proc", place.name.split("-")[1]).exists():
+            remove(place)
+    return Path(tempfile.mkdtemp(prefix=f"run-{os.getpid()}-{name}-", dir=STORE))
+
+
+def copy_checkout(place: Path) -> None:
+    """The program, its tests and what both import, for a place that has a Python and pytest: `checkout`, `libraries`."""
+    for each in ("lib", "tests", "bench"):
+        shutil.copytree(ROOT / each, place / "checkout" / each, ignore=shutil.ignore_patterns("__pycache__"))
+    for each in ("tsproxy.py", "setup.cfg", "README.md", "SECURITY.md", "LICENSE"):
+        shutil.copy(ROOT / each, place / "checkout")
+    for name in ("docopt-ng", "pyte", "wcwidth"):
+        for file in metadata.files(name) or ():
+            if file.suffix != ".pyc" and not str(file).startswith(".."):
+                target = place / "libraries" / file
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(str(file.locate()), target)
 
 
 def remove(place: Path) -> None:

@@ -94,7 +94,9 @@ OFFER = bytes.fromhex("020405a00402080a112233440000000001030307")
 HOP_BY_HOP, DESTINATION = b"\0\1\4\0\0\0\0", b"\1\x1e\x0c" + bytes(12)  # padding; an experimental option (RFC 4727)
 
 
-ROUTING, FRAGMENT = b"\2\2\0" + bytes(20), b"\xff\0\0\0\0\0\7"  # no segments left; the whole packet in one fragment
+# No segments left, and a type for experiments (RFC 4727): one of type 2 is dropped by a kernel that knows Mobile IPv6.
+# The whole packet in one fragment.
+ROUTING, FRAGMENT = b"\2\xfd\0" + bytes(20), b"\xff\0\0\0\0\0\7"
 
 
 UNUSUAL = [

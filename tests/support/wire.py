@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 from common.tap import mac_of
-from harness import ROOT, Exchange, Proxy, wait_until
+from harness import PATIENCE, ROOT, Exchange, Proxy, wait_until
 from namespaces import Namespace
 
 FIN, SYN, RST, PSH, ACK = 1, 2, 4, 8, 16
@@ -299,4 +299,4 @@ def _kind(packet: Packet, unanswered: Set[Any], highest: Dict[Any, int]) -> Set[
 
 def settled(sniffer: Sniffer, wanted: Set[str], target: Tuple[str, int]) -> None:
     """Wait until all wanted kinds have crossed."""
-    wait_until(lambda: wanted <= kinds(list(sniffer.packets), target), f"{wanted} on the wire", 30)
+    wait_until(lambda: wanted <= kinds(list(sniffer.packets), target), f"{wanted} on the wire", max(30, PATIENCE))

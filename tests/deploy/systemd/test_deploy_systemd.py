@@ -20,7 +20,7 @@ from progress import Progress
 from storms import Storm, far_end
 from wire import UPSTREAM, Sniffer
 
-pytestmark = [pytest.mark.deploy, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.deploy, pytest.mark.timeout(1200)]
 NAME = "exchange.example"
 LISTENER = ("127.0.0.1", 8080)
 PROGRAM = "/opt/tsproxy/tsproxy.py"  # whoever installs has one; what is installed is made from it
@@ -34,7 +34,7 @@ def eventually(look: Callable[[], Any], what: str, deadline: float = HEALED_S) -
     """Wait for it; what is asked about may have gone, or not be there yet."""
 
     def once() -> bool:
-        with contextlib.suppress(AssertionError, OSError, ValueError):
+        with contextlib.suppress(AssertionError, OSError, ValueError, LookupError):
             return bool(look())
         return False
 
@@ -259,7 +259,7 @@ def test_a_stop_with_a_connection_that_stays_is_the_whole_drain_and_no_hang(serv
         began = time.monotonic()
         service.machine.run("systemctl", "stop", "--no-block", "tsproxy.socket", "tsproxy.service")
         eventually(lambda: service.show("StatusText").startswith("draining 1 connection"), "the status says so")
-        eventually(lambda: time.monotonic() - began > 20, "twice the watchdog's limit", 30)
+        eventually(lambda: time.monotonic() - began > 16, "longer than the watchdog's limit", 30)
         assert service.show("StatusText").startswith("draining 1 connection")
         client.sendall(b"still")
         assert receive_exactly(client, 5) == b"still"
@@ -357,6 +357,8 @@ def test_undo_leaves_nothing_nor_does_that_of_journald_and_logrotate(service: Se
     for name in ("journald", "logrotate"):
         service.do(steps(service.generated(name), "Make"))
     service.trade()
+    main = int(service.show("MainPID"))
+    eventually(lambda: service.lines("connection")[-1]["pid"] == main, "under journald's drop-in the lines are in the journal")
     for text in (service.generated("journald"), service.generated("logrotate"), service.units):
         service.do(steps(text, "Undo"))
     service.machine.sh("rm /usr/local/bin/tsproxy; rmdir /var/log/tsproxy")

@@ -1,0 +1,87 @@
+"""The kernels that people have, emulated: what tsproxy asks of each is asked by the tests that ask it of this one.
+
+Emulation takes its time, so the selection is short, waits are long, and nothing is said of speed. What fails is run a second
+time: a processor that stands still for a tenth of a second makes the kernel send a SYN again, which is refused as it should be.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import List
+
+import pytest
+import roots
+from debs import Apt
+from emulated import booted
+from progress import Progress
+
+pytestmark = [pytest.mark.deploy, pytest.mark.timeout(3600)]
+SUITES = ("bullseye", "bookworm", "trixie", "trixie-backports")
+REHEARSAL = "tests/test_evidence.py::test_rules_have_to_hold_against_what_a_far_end_can_do_not_for_our_syn_alone"
+SELECTED = [
+    "tests/test_check.py::test_in_a_clean_namespace_the_policy_holds_and_the_target_is_tried[checkout]",
+    "tests/test_check.py::test_where_timestamps_are_on_no_syn_leaves_and_the_fixes_are_told[1]",
+    "tests/test_demo.py::test_root_sees_a_leg_with_timestamps_and_a_leg_without[checkout]",
+    "tests/test_wire.py::test_strip_lets_no_timestamp_out_in_any_packet_of_a_life",  # both levers and families
+    "tests/test_wire.py::test_rewrite_gives_each_packet_the_constant_and_nothing_else",
+    f"{REHEARSAL}[ours, strip-without]",
+    f"{REHEARSAL}[ours, rewrite-without]",
+    "tests/test_syn.py::test_the_kernels_own_saved_syn_is_read",
+    "tests/test_syn.py::test_a_syn_behind_headers_that_the_kernel_takes_is_read",
+    "tests/test_drift.py::test_a_lever_that_goes_under_load_lets_no_byte_out_beside_a_timestamp",
+    "tests/test_restart.py::test_an_overlap_by_reuse_port_loses_no_client_of_a_storm[threads 2]",
+    "tests/test_restart.py::test_an_overlap_by_reuse_port_loses_no_client_of_a_storm[processes 1]",
+    "tests/test_restart.py::test_an_overlap_by_reuse_port_loses_no_client_of_a_storm[interpreters 2]",
+    "tests/test_liveness.py::test_a_reader_that_pauses_for_many_user_timeouts_gets_every_byte[client-auto]",
+    "tests/test_liveness.py::test_a_reader_that_pauses_for_many_user_timeouts_gets_every_byte[exchange-auto]",
+]
+INIT = """#!/bin/sh
+mount -t proc proc /proc && mount -t sysfs sys /sys && mount -t devtmpfs dev /dev
+mkdir -p /dev/pts /dev/shm && mount -t devpts devpts /dev/pts
+for place in /dev/shm /tmp /run; do mount -t tmpfs none $place; done
+mkdir -p /lib/modules && ln -sfn /mnt/modules /lib/modules/$(uname -r) && depmod
+ip link set lo up
+echo "booted $(uname -r)"
+cd /mnt/checkout
+export PYTHONPATH=/mnt/libraries PYTHONDONTWRITEBYTECODE=1 TSPROXY_TEST_PATIENCE=300 HOME=/root PATH
+set -- python3 -m pytest -v -o cache_dir=/tmp/cache -o timeout=1200
+"$@" {selected}
+code=$?
+if [ $code = 1 ]; then
+    echo "once more, what failed"
+    "$@" --last-failed --last-failed-no-failures=none
+    code=$?
+fi
+echo "exit code $code"
+sync
+echo o >/proc/sysrq-trigger
+sleep 600
+"""
+
+
+@pytest.fixture
+def payload(tmp_path: Path) -> Path:
+    """The checkout, what it imports, and what is done with it."""
+    place = tmp_path / "payload"
+    roots.copy_checkout(place)
+    (place / "init").write_text(INIT.format(selected=shlex.join(SELECTED)))
+    return place
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_a_kernel_of_debian_keeps_what_tsproxy_rests_on(suite: str, payload: Path, request: pytest.FixtureRequest) -> None:
+    tell = Progress(request.config)
+    roots.require("qemu-system-x86_64", "mke2fs", "cpio", "busybox", "setpriv", "dpkg", "apt-get")
+    root, kernel = roots.made(roots.EMULATED, tell), Apt(suite, tell).kernel()
+    said: List[str] = []
+    with booted(kernel, root, payload) as console:
+        for line in console:
+            said.append(line)
+            if re.search(r"booted|once more|PASSED|FAILED|ERROR|SKIPPED| in [0-9.]+s", line):
+                tell(f"{kernel.release}: {line}")
+    print(*said[-400:], sep="\n")
+    if f"booted {kernel.release}" not in said:
+        roots.machine_refuses(f"{kernel.release} does not boot in QEMU")
+    assert "exit code 0" in said
