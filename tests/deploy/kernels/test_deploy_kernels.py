@@ -19,23 +19,23 @@ from progress import Progress
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(3600)]
 SUITES = ("bullseye", "bookworm", "trixie", "trixie-backports")
-REHEARSAL = "tests/test_evidence.py::test_rules_have_to_hold_against_what_a_far_end_can_do_not_for_our_syn_alone"
+REHEARSAL = "tests/root/test_evidence.py::test_rules_have_to_hold_against_what_a_far_end_can_do_not_for_our_syn_alone"
 SELECTED = [
-    "tests/test_check.py::test_in_a_clean_namespace_the_policy_holds_and_the_target_is_tried[checkout]",
-    "tests/test_check.py::test_where_timestamps_are_on_no_syn_leaves_and_the_fixes_are_told[1]",
-    "tests/test_demo.py::test_root_sees_a_leg_with_timestamps_and_a_leg_without[checkout]",
-    "tests/test_wire.py::test_strip_lets_no_timestamp_out_in_any_packet_of_a_life",  # both levers and families
-    "tests/test_wire.py::test_rewrite_gives_each_packet_the_constant_and_nothing_else",
+    "tests/root/test_check.py::test_in_a_clean_namespace_the_policy_holds_and_the_target_is_tried[checkout]",
+    "tests/root/test_check.py::test_where_timestamps_are_on_no_syn_leaves_and_the_fixes_are_told[1]",
+    "tests/root/test_demo.py::test_root_sees_a_leg_with_timestamps_and_a_leg_without[checkout]",
+    "tests/root/test_wire.py::test_strip_lets_no_timestamp_out_in_any_packet_of_a_life",  # both levers and families
+    "tests/root/test_wire.py::test_rewrite_gives_each_packet_the_constant_and_nothing_else",
     f"{REHEARSAL}[ours, strip-without]",
     f"{REHEARSAL}[ours, rewrite-without]",
-    "tests/test_syn.py::test_the_kernels_own_saved_syn_is_read",
-    "tests/test_syn.py::test_a_syn_behind_headers_that_the_kernel_takes_is_read",
-    "tests/test_drift.py::test_a_lever_that_goes_under_load_lets_no_byte_out_beside_a_timestamp",
-    "tests/test_restart.py::test_an_overlap_by_reuse_port_loses_no_client_of_a_storm[threads 2]",
-    "tests/test_restart.py::test_an_overlap_by_reuse_port_loses_no_client_of_a_storm[processes 1]",
-    "tests/test_restart.py::test_an_overlap_by_reuse_port_loses_no_client_of_a_storm[interpreters 2]",
-    "tests/test_liveness.py::test_a_reader_that_pauses_for_many_user_timeouts_gets_every_byte[client-auto]",
-    "tests/test_liveness.py::test_a_reader_that_pauses_for_many_user_timeouts_gets_every_byte[exchange-auto]",
+    "tests/root/test_saved_syn.py::test_the_kernels_own_saved_syn_is_read",
+    "tests/root/test_saved_syn.py::test_a_syn_behind_headers_that_the_kernel_takes_is_read",
+    "tests/root/test_drift.py::test_a_lever_that_goes_under_load_lets_no_byte_out_beside_a_timestamp",
+    "tests/process/test_restart.py::test_an_overlap_by_reuse_port_loses_no_client_of_a_storm[threads 2]",
+    "tests/process/test_restart.py::test_an_overlap_by_reuse_port_loses_no_client_of_a_storm[processes 1]",
+    "tests/process/test_restart.py::test_an_overlap_by_reuse_port_loses_no_client_of_a_storm[interpreters 2]",
+    "tests/root/test_liveness.py::test_a_reader_that_pauses_for_many_user_timeouts_gets_every_byte[client-auto]",
+    "tests/root/test_liveness.py::test_a_reader_that_pauses_for_many_user_timeouts_gets_every_byte[exchange-auto]",
 ]
 INIT = """#!/bin/sh
 mount -t proc proc /proc && mount -t sysfs sys /sys && mount -t devtmpfs dev /dev
