@@ -72,18 +72,18 @@ class Sender(socket.socket):
             return super().send(data)
         {send}
 from _tsproxy.linux import sockets
-real_adopt, real_dial = sockets.adopt, sockets.dial
+real_from_fd, real_dial = sockets.from_fd, sockets.dial
 def turned(sock):
     return Sender(sock.family, sock.type, sock.proto, fileno=sock.detach())
-def adopt(fd, family):
-    sock = turned(real_adopt(fd, family))
+def from_fd(fd, family):
+    sock = turned(real_from_fd(fd, family))
     sock.setblocking(False)
     return sock
 def dial(*args, **words):
     sock = turned(real_dial(*args, **words))
     sock.setblocking(False)
     return sock
-sockets.adopt, sockets.dial = adopt, dial
+sockets.from_fd, sockets.dial = from_fd, dial
 """
 
 FAULTS = {

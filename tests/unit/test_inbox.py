@@ -18,8 +18,8 @@ class Pair:
     """Both sides of an inbox; a consumer may be replaced, as a worker is."""
 
     def __init__(self, kind: str) -> None:
-        self._counters_of_all = SharedCounters.create(1)
-        row = self._counters_of_all.worker(0)
+        self._shared_counters = SharedCounters.create(1)
+        row = self._shared_counters.worker(0)
         if kind == "ring":
             self.place = inbox.create_ring()
             self.producer: inbox.RingProducer | inbox.ChannelProducer = inbox.RingProducer(self.place, row)
@@ -33,7 +33,7 @@ class Pair:
         self._drop_consumer()
         self.producer.redispatch()
         place = self.place or inbox.Channel(os.dup(self.producer.theirs.fileno()))
-        self.consumer = inbox.consumer(place, self._counters_of_all.worker(0))
+        self.consumer = inbox.consumer(place, self._shared_counters.worker(0))
 
     def _drop_consumer(self) -> None:
         if isinstance(getattr(self, "consumer", None), inbox.ChannelConsumer):
@@ -47,7 +47,7 @@ class Pair:
         else:
             self.producer.theirs.close()
             self.producer._ours.close()
-        os.close(self._counters_of_all.fd)
+        os.close(self._shared_counters.fd)
         vars(self).clear()  # the maps go with their last reference, and their descriptors with them
 
 

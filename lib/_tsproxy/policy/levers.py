@@ -26,7 +26,7 @@ class Lever(IntEnum):
         return self.name.lower()
 
 
-WITNESS_WORDS = tuple(lever.word for lever in Lever)
+WITNESS_NAMES = tuple(lever.word for lever in Lever)
 WATCHED = frozenset({Lever.SYSCTL, Lever.NFTABLES})  # those that are looked at again and again
 
 

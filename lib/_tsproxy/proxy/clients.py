@@ -22,8 +22,8 @@ class Clients:
     """The acceptor's own; see the module. A client is an address, IPv4-mapped as IPv4; a link-local one with its zone."""
 
     def __init__(self, shared_counters: SharedCounters, slots: int, limit: int) -> None:
-        """At most `limit` connections a client; 0 is no limit. The shared counters have two words for each of `slots` clients."""
-        self._counters_of_all, self._slots, self._limit = shared_counters, slots, limit
+        """At most `limit` connections a client; 0 is no limit. `slots` is the number of client slots in the shared counters."""
+        self._shared_counters, self._slots, self._limit = shared_counters, slots, limit
         self._slot_of: Dict[bytes, int] = {}
         self._owners: List[bytes] = []  # by slot; it grows to `slots` at most
         self._given: List[int] = []  # by slot: connections handed over, whoever the owner was
@@ -45,7 +45,7 @@ class Clients:
             self._given[self._slot_of[without_port(packed)]] -= 1
 
     def _open(self, slot: int) -> int:
-        return self._given[slot] - self._counters_of_all.client_ended(slot_offset(slot))
+        return self._given[slot] - self._shared_counters.client_ended(slot_offset(slot))
 
     def _find(self, client: bytes) -> Optional[int]:
         """The client's slot, or a vacant one that becomes its; None if all have connections."""

@@ -20,7 +20,7 @@ from _tsproxy.linux.sockets import TcpInfo
 from _tsproxy.loop.poller import WRITE
 from _tsproxy.loop.posted import NEW
 from _tsproxy.proxy.context import WorkerContext
-from _tsproxy.stats.counters import CONNECT, Counter, note
+from _tsproxy.stats.counters import CONNECT, Counter, observe
 from _tsproxy.stats.endings import Ending
 from _tsproxy.stats.records import Notice
 
@@ -189,7 +189,7 @@ class Connector:
     def _connected(self, sock: socket.SocketType, info: TcpInfo) -> None:
         took_ns = time.monotonic_ns() - self._started_ns
         self.connect_us = took_ns // 1000
-        note(self._context.counters, CONNECT, took_ns)
+        observe(self._context.counters, CONNECT, took_ns)
         self._session.on_connected(sock, info)
 
     def on_deadline(self, now_ns: int) -> None:

@@ -21,7 +21,7 @@ from _tsproxy.proxy.gate import PolicyGate
 from _tsproxy.proxy.liveness import Liveness
 from _tsproxy.proxy.pipes import Pipes
 from _tsproxy.proxy.registry import Registry
-from _tsproxy.stats.counters import LONGEST_RELAY, LOOP_LAG, Counter, note
+from _tsproxy.stats.counters import LONGEST_RELAY, LOOP_LAG, Counter, observe
 from _tsproxy.stats.records import ConnectionRecord, Notice, RecordWriter
 
 _LOG_NS = 1_000_000_000
@@ -59,7 +59,7 @@ class WorkerContext:
         self.number, self.settings, self.gate = number, settings, gate
         self.tsval_of = tsval_of
         self.counters, self.records = counters, records
-        self.loop = EventLoop(spin_ns=spin_ns, on_lag=functools.partial(note, counters, LOOP_LAG))
+        self.loop = EventLoop(spin_ns=spin_ns, on_lag=functools.partial(observe, counters, LOOP_LAG))
         self.buffers = Buffers(buffer_size)
         self.buffer = self.buffers.acquire()
         self.prefixes = PrefixViews(self.buffer)

@@ -25,8 +25,8 @@ from _tsproxy.proxy.liveness import Stall
 from _tsproxy.proxy.pending import Pending, PendingBuffer
 from _tsproxy.proxy.pipes import Pipe
 from _tsproxy.proxy.states import DRAINING, EOF, FLUSHED, OPEN, SHUT, flow_after
-from _tsproxy.stats.counters import RELAY, Counter, note
-from _tsproxy.stats.histogram import LINEAR_NS, STEP_NS, slot
+from _tsproxy.stats.counters import RELAY, Counter, observe
+from _tsproxy.stats.histogram import LINEAR_NS, STEP_NS, bucket
 
 
 class DirectionCounters(NamedTuple):
@@ -166,7 +166,7 @@ class Direction:
         if took < LINEAR_NS:
             counters[RELAY + took // STEP_NS] += 1
         else:
-            counters[RELAY + slot(took)] += 1
+            counters[RELAY + bucket(took)] += 1
 
     def ready(self, mask: int) -> None:
         """Any event of the source's descriptor that is not plain EPOLLIN, or that was posted."""
@@ -221,7 +221,7 @@ class Direction:
     def note_relayed(self, since_ns: int) -> None:
         """All that was received at `since_ns` is sent now."""
         self.last_active_ns = now = monotonic_ns()
-        note(self.context.counters, RELAY, now - since_ns)
+        observe(self.context.counters, RELAY, now - since_ns)
 
     # Backpressure
 

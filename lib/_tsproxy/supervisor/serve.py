@@ -84,7 +84,7 @@ class Supervisor:
             self._prepared.records,
             level=self._config.log_level,
             interval_s=self._config.metrics_interval_s,
-            witness_words=levers.WITNESS_WORDS,
+            witness_names=levers.WITNESS_NAMES,
         )
 
     def _make_acceptor(self) -> Acceptor:
