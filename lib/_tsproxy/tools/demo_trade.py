@@ -75,7 +75,7 @@ def _sysctl() -> Optional[int]:
 
 def _witness_syn() -> List[str]:
     """The options of a SYN made here and now, as a list of words."""
-    return str(witness.saved(socket.AF_INET, time.monotonic() + _PATIENCE_S)).split(",")
+    return str(witness.capture_syn(socket.AF_INET, time.monotonic() + _PATIENCE_S)).split(",")
 
 
 def _relay(
