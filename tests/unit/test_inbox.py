@@ -42,7 +42,7 @@ class Pair:
     def close(self) -> None:
         self._drop_consumer()
         if self.place:
-            self.place.bell.close()
+            self.place.wakeup.close()
             os.close(self.place.memory)
         else:
             self.producer.theirs.close()

@@ -228,8 +228,8 @@ class LateBell:
         self.inner, self.rung = reporter._wakeup, threading.Event()
         self.closing = threading.Thread(target=reporter.close)
 
-    def ring(self) -> None:
-        self.inner.ring()
+    def wake(self) -> None:
+        self.inner.wake()
         self.rung.set()
 
     def collect(self) -> int:

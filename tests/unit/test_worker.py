@@ -84,7 +84,7 @@ def stand() -> Iterator[Stand]:
         vars(consumer).clear()
         vars(producer).clear()
         vars(worker).clear()
-    ring.bell.close()
+    ring.wakeup.close()
     for fd in (reader, writer, ring.memory):
         os.close(fd)
 

@@ -88,7 +88,7 @@ class MonitoredGate:
         if answer in _CONCLUSIVE and time.monotonic_ns() - at_ns <= MAX_AGE_NS:
             return answer is Answer.HOLDS
         self._evidence.need(family)
-        self._asked[family].ring()
+        self._asked[family].wake()
         return None
 
 

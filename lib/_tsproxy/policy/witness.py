@@ -137,7 +137,7 @@ def upstream_like(family: int) -> SocketType:
 
 def reuseaddr_socket(family: int) -> socket.socket:
     """A plain socket with SO_REUSEADDR, bound to lo."""
-    return _bound_to_lo(sockets.reusing(family))
+    return _bound_to_lo(sockets.reuseaddr_socket(family))
 
 
 _Sock = TypeVar("_Sock", bound=SocketType)

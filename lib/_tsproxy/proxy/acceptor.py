@@ -28,7 +28,7 @@ _FULL_LOG_S = 60.0
 _FAMILIES = {2: socket.AF_INET, 4: socket.AF_INET6}
 
 # accept(2): "treat these errors like EAGAIN by retrying": they are the new connection's, not the listener's.
-_PEER_ERRORS = uapi.NEW_CONNECTION_GONE | uapi.RETRY
+_PEER_ERRORS = uapi.ACCEPT_PEER_ERRORS | uapi.RETRY
 
 Dispatch = Callable[[Message], bool]
 

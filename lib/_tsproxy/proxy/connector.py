@@ -145,7 +145,7 @@ class Connector:
         for source in self._context.sources(address.family):
             try:
                 sock = sockets.dial(address.family, self._context.settings.tuning, source, self._context.gate.for_rules)
-            except sockets.SourceGone:
+            except sockets.SourceUnavailable:
                 self._log_source_gone(source)
                 continue
             code = sock.connect_ex(address.sockaddr)

@@ -91,7 +91,7 @@ class Ring(NamedTuple):
     """What both sides need to map the ring: plain numbers, so it can be handed to another interpreter."""
 
     memory: int
-    bell: Wakeup
+    wakeup: Wakeup
 
 
 class Channel(NamedTuple):
@@ -134,7 +134,7 @@ class RingProducer(_Producer):
     def __init__(self, ring: Ring, row: memoryview) -> None:
         """Attach to the ring."""
         super().__init__(row)
-        self._bell = ring.bell
+        self._wakeup = ring.wakeup
         self._map = mmap.mmap(ring.memory, 0)
 
     def put(self, message: Message) -> bool:
@@ -145,36 +145,36 @@ class RingProducer(_Producer):
         start = (self.last_put % CAPACITY) * _SLOT
         self._map[start : start + len(data)] = data
         self.last_put += 1
-        self._bell.ring()
+        self._wakeup.wake()
         return True
 
     def redispatch(self) -> None:
         """The worker is gone: announce to its replacement what it was told of but has not taken."""
-        self._bell.collect()
+        self._wakeup.collect()
         for _ in range(self.last_put - self._row[Counter.CONSUMED]):
-            self._bell.ring()
+            self._wakeup.wake()
 
 
 class RingConsumer:
     """The worker's side of a ring."""
 
     def __init__(self, ring: Ring, row: memoryview) -> None:
-        self._bell, self._row = ring.bell, row
+        self._wakeup, self._row = ring.wakeup, row
         self._map = mmap.mmap(ring.memory, 0)
-        self.fileno = ring.bell.reader
-        self._told = 0  # entries that we know of and have not taken
+        self.fileno = ring.wakeup.reader
+        self._announced = 0  # entries that we know of and have not taken
 
     @property
     def has_more(self) -> bool:
         """See Consumer."""
-        return self._told > 0
+        return self._announced > 0
 
     def pop(self) -> Optional[Message]:
         """See Consumer."""
-        self._told = self._told or self._bell.collect()
-        if not self._told:
+        self._announced = self._announced or self._wakeup.collect()
+        if not self._announced:
             return None
-        self._told -= 1
+        self._announced -= 1
         start = (self._row[Counter.CONSUMED] % CAPACITY) * _SLOT
         message = Message.decode(self._map[start : start + _SLOT])
         self._row[Counter.CONSUMED] += 1

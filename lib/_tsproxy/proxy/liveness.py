@@ -74,7 +74,7 @@ class Liveness:
                 stall.clear(sink)
             return Verdict(False, Stall(seen.acknowledged, now_ns) if seen.any else None)
         waited_ms = (now_ns - stall.since_ns) // 1_000_000
-        if min(waited_ms, seen.silent_ms + _JIFFY_MS) >= self._timeout_ms and seen.asked:
+        if min(waited_ms, seen.silent_ms + _JIFFY_MS) >= self._timeout_ms and seen.unanswered:
             return Verdict(True, stall)
         return Verdict(False, self._probe_sooner(sink, stall, waited_ms))
 

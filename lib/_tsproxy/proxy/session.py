@@ -106,7 +106,7 @@ class Session:
             self.end(Ending.POLICY)
             return
         for sock in (self._client, upstream):
-            sockets.acknowledge_at_once(sock)
+            sockets.set_quickack(sock)
         context.registry.begin_sweeps(up.last_active_ns)
         up.readable()  # what the client has sent meanwhile need not wait, not even until the descriptors are watched
         self.on_flow()
@@ -279,7 +279,7 @@ class Session:
         if error.errno in uapi.PEER_RESET:
             self._context.count(Counter.RESET_BY_PEER)
             return Ending.CLIENT_RESET if is_client else Ending.SERVER_RESET
-        if error.errno in uapi.PEER_GONE:
+        if error.errno in uapi.PEER_ERRORS:
             return Ending.CLIENT_TIMEOUT if is_client else Ending.SERVER_TIMEOUT
         raise error
 

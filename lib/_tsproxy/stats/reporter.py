@@ -67,17 +67,17 @@ class Reporter:
     def log(self, event: str, level: str = "info", **fields: Any) -> None:
         """Queue one line. Never blocks."""
         self._log_queue.append((time.time_ns(), level, event, fields))
-        self._wakeup.ring()
+        self._wakeup.wake()
 
     def metrics_now(self) -> None:
         """Queue a `metrics` line. The counters are read when the reporter encodes it."""
         self._log_queue.append((time.time_ns(), "info", "metrics", {}))
-        self._wakeup.ring()
+        self._wakeup.wake()
 
     def close(self) -> None:
         """Write what is queued, wait at most a second while standard output blocks, then drop and count the rest."""
         self._close_deadline = time.monotonic() + _CLOSE_TIMEOUT_S
-        self._wakeup.ring()
+        self._wakeup.wake()
         self._thread.join(2 * _CLOSE_TIMEOUT_S)
 
     def run(self) -> None:

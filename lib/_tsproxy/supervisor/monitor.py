@@ -55,7 +55,7 @@ class PolicyMonitor:
         self._family, self._inspector, self._lever = family, inspector, lever
         self._evidence, self._asked = evidence, asked
         self._on_update, self._log_ratelimited = on_update, log_ratelimited
-        self._last_answer = Answer.NEVER  # that on_look was called with
+        self._last_answer = Answer.NEVER  # that on_update was called with
         self._unseen_since: Optional[float] = None
 
     def start(self) -> None:

@@ -49,8 +49,8 @@ _STDOUT = 1  # by number: sys.stdout is None when it was closed at the start
 
 def serve(config: Config) -> int:
     """Relay until a signal ends it; the exit code. Exit with its code if it can't start."""
-    inherited.close_all_but(systemd.numbers(os.environ, os.getpid()))
-    inherited.leave_directory()
+    inherited.close_all_but(systemd.inherited_fds(os.environ, os.getpid()))
+    inherited.change_to_root()
     with needing("pipe2(2) or rt_sigaction(2)", "to handle signals"):
         signals = Signals()
     inherited.unblock_signals()

@@ -133,7 +133,7 @@ def _renounce(account: Optional[pwd.struct_passwd]) -> None:
     """Change to the account. Without one, only set no_new_privs, where Python and the kernel can."""
     if account is None:
         with contextlib.suppress(OSError):
-            privileges.gain_no_more()
+            privileges.set_no_new_privs()
         return
     try:
         privileges.drop(account)

@@ -60,7 +60,7 @@ def update(config: Config) -> Report:
     return Report(
         config=config,
         lever=None if missing else policy_check.lever,
-        host=facts.all_of_them(),
+        host=facts.read_all(),
         levers=[_sysctl(policy, policy_check, syns), _rules(policy_check, syns, tried)],
         witnesses=[*rows, *wires],
         connections=[attempt.connection for attempt in attempts],
