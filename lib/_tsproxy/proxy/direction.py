@@ -210,7 +210,7 @@ class Direction:
             self.keep_pending(PendingBuffer(context.buffers, context.swap_buffer(), sent, received))
         else:
             self.note_relayed(context.loop.now)
-            context.loop.poller.again(self.fd)  # a short receive has emptied the socket; this one has not
+            context.loop.poller.rearm(self.fd)  # a short receive has emptied the socket; this one has not
 
     def account(self, received: int, sent: int) -> None:
         """Count what was received, and what of it is unsent."""
@@ -430,7 +430,7 @@ class Splicer:
             direction.keep_pending(self._pipe)
             return
         direction.note_relayed(loop.now)
-        loop.poller.again(direction.fd)  # how much splice(2) took does not tell whether there is more
+        loop.poller.rearm(direction.fd)  # how much splice(2) took does not tell whether there is more
         if self._small >= _UNSPLICE_AFTER:
             direction.stop_splicing()
 

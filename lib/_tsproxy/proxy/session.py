@@ -129,7 +129,7 @@ class Session:
         if mask & ~WRITABLE and direction.is_reading and self._phase is RELAYING:
             direction.reader.readable()
             if mask & MORE and self._phase is RELAYING and direction.is_reading:
-                self._context.loop.poller.again(direction.fd)
+                self._context.loop.poller.rearm(direction.fd)
         if mask & BROKEN and self._phase is RELAYING and not direction.is_reading:
             self._on_hang_up(direction)
 
