@@ -221,7 +221,7 @@ def test_what_was_recorded_just_before_the_end_is_written_though_nothing_is_said
     assert desk.events() == ["connection"] * 500
 
 
-class LateBell:
+class LateWakeup:
     """The reporter's wake-up, which is rung by close() just when the reporter is about to collect an earlier ring."""
 
     def __init__(self, reporter: Reporter) -> None:
@@ -246,7 +246,7 @@ class LateBell:
 def test_a_ring_of_close_that_is_taken_with_an_earlier_one_is_not_lost() -> None:
     def prepare(desk: Desk) -> None:
         desk.writers[0].put(CLOSED)
-        desk.reporter._wakeup = LateBell(desk.reporter)
+        desk.reporter._wakeup = LateWakeup(desk.reporter)
 
     with desk_with(prepare=prepare) as desk:
         wait_until(lambda: not desk.reporter._thread.is_alive(), "the end of the reporter")

@@ -29,7 +29,7 @@ def read_all() -> Dict[str, str]:
 
 
 def _namespace() -> str:
-    """Its number, its name from `ip netns`, and whether PID 1 lives in it."""
+    """Its inode number, its name from `ip netns`, and whether PID 1 is in it."""
     own = _identity(_OWN_NETNS)
     first = _identity("/proc/1/ns/net")
     name = next((entry for entry in _entries("/run/netns") if own and _identity(f"/run/netns/{entry}") == own), "")

@@ -5,8 +5,8 @@ socket buffer. RELAYING: the policy gate has allowed the connection, two directi
 pending, the record is written after it.
 
 A FIN of either side is passed on as FIN, a reset as a reset. Any end other than two FINs resets both sides, so that a
-truncated stream never looks complete. After two FINs no reset is sent: the session waits for the bytes in the kernel's send
-buffers to be acknowledged, and at any later end the kernel goes on delivering them.
+truncated stream never looks complete. After two FINs no reset is sent (but after a bug): the session waits until the bytes in
+the kernel's send buffers are acknowledged, and at any other end the kernel goes on delivering them.
 
 Knows the two sockets and the order of states. Knows nothing of accepting, of how names are resolved, or of what the gate
 checks. The file reads in the order of a session's life.

@@ -55,7 +55,7 @@ class ConnectionRecord(NamedTuple):
     rx_bytes: int = 0
     tx_bytes: int = 0  # acknowledged by the client's kernel
     upstream_tx_bytes: int = 0  # acknowledged by the upstream one's
-    discarded_bytes: int = 0  # received, not acknowledged by the other side, and given up
+    discarded_bytes: int = 0  # received, not acknowledged by the other side, and discarded
     unacknowledged_bytes: int = 0  # received, not acknowledged by the other side, and left to the kernel to deliver
 
     def fields(self) -> Fields:
