@@ -62,7 +62,7 @@ UNMARK = ["ip dscp set 0", "ip6 dscp set 0"]
 RULES = {
     "ours, strip": (STRIP, generated(), "", ""),
     "ours, rewrite": (CONST, generated(*REWRITE), "", ""),
-    "each tagged segment": (STRIP, table(["meta priority 0:4 reset tcp option timestamp"]), "", rehearsal.UNSEEN),
+    "each tagged segment": (STRIP, table(["meta priority 0:4 reset tcp option timestamp"]), "", rehearsal.UNVERIFIED),
     "SYNs and SYN-ACKs, both ways": (
         STRIP,
         table(
@@ -77,13 +77,13 @@ RULES = {
         STRIP,
         table(["meta priority 0:4 tcp flags & syn == syn reset tcp option timestamp"]),
         rehearsal.UNASKED,
-        rehearsal.UNSEEN,
+        rehearsal.UNVERIFIED,
     ),
     "all but resets": (
         STRIP,
         table(["meta priority 0:4 tcp flags & rst != rst reset tcp option timestamp"]),
         rehearsal.RESET,
-        rehearsal.UNSEEN,
+        rehearsal.UNVERIFIED,
     ),
     "rewrite by a mark that conntrack loses": (
         CONST,

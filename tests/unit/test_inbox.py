@@ -8,7 +8,7 @@ from typing import Iterator, List
 
 import pytest
 from _tsproxy.proxy import inbox
-from _tsproxy.proxy.inbox import CAPACITY, Command, Message
+from _tsproxy.proxy.inbox import RING_SLOTS, Command, Message
 from _tsproxy.stats.counters import SharedCounters
 from hypothesis import given
 from hypothesis import strategies as st
@@ -83,7 +83,7 @@ def test_a_full_inbox_says_so_and_takes_again_when_there_is_room(pair: Pair) -> 
     count = 0
     while pair.producer.put(order(count)):
         count += 1
-    assert 16 < count <= max(CAPACITY, 1024), "a socket has room for what net.core.wmem_default allows"
+    assert 16 < count <= max(RING_SLOTS, 1024), "a socket has room for what net.core.wmem_default allows"
     taken: List[Message] = []
     while more := all_of(pair.consumer):
         taken += more

@@ -39,7 +39,7 @@ UNASKED = "a SYN-ACK with TSopt that ours never offered"
 RESET = "a reset of such a connection"
 TIME_WAIT = "a SYN to a port in TIME_WAIT"
 DATA = "data, which carries another timestamp than our SYN"
-UNSEEN = f"{UNASKED} is taken up, and what is sent then can't be seen without CAP_NET_ADMIN"
+UNVERIFIED = f"{UNASKED} is taken up, and what is sent then can't be seen without CAP_NET_ADMIN"
 _ATTEMPTS = 16  # connections with a random offset, of which half will do
 _MIN_BEHIND_MS = 60_000  # that a connection's clock must be behind the constant
 _SCENARIO_TIMEOUT_S = 0.1  # loopback answers within microseconds; a SYN that was not answered is sent again after 1 s
@@ -85,7 +85,7 @@ def rehearse(family: int, policy: Policy, deadline: float, *, seen_before: bool)
         except PermissionError:
             if allowed is not None:
                 return Outcome("" if _sends_constant_tsval(family, allowed, deadline) else DATA, False)
-            return Outcome(UNSEEN if took_up and not seen_before else "", False)
+            return Outcome(UNVERIFIED if took_up and not seen_before else "", False)
 
 
 def scenarios(policy: Policy) -> Tuple[Scenario, ...]:
@@ -218,7 +218,7 @@ def _simultaneous_open(family: int, deadline: float, *, ours_first: bool) -> Ite
     with closing_by_reset(first):
         with _full_backlog(family, deadline) as address:
             connect(first, address)
-        with closing_by_reset(_bound_to(address, _reusing_ours(family) if not ours_first else None)) as second:
+        with closing_by_reset(_bound_to(address, _upstream_like_reuseaddr(family) if not ours_first else None)) as second:
             connect(second, _address_of(family, first))
             for end in (first, second):
                 if not _is_established(end, deadline):
@@ -240,7 +240,7 @@ def _full_backlog(family: int, deadline: float) -> Iterator[Address]:
         yield _address_of(family, listener)
 
 
-def _reusing_ours(family: int) -> SocketType:
+def _upstream_like_reuseaddr(family: int) -> SocketType:
     sock = upstream_like(family)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     return sock

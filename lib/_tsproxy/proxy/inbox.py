@@ -24,7 +24,7 @@ from _tsproxy.linux.needs import Refused, needing
 from _tsproxy.linux.wakeup import Wakeup
 from _tsproxy.stats.counters import Counter
 
-CAPACITY = 256  # a slot is large, and each that was once in use stays in memory
+RING_SLOTS = 256  # a slot is large, and each that was once in use stays in memory
 _SLOT = 2048  # room for config.MOST_UPSTREAMS addresses
 _MESSAGE = struct.Struct(f"=BiQqHI{PACKED_SIZE}s")
 _RIGHT = struct.Struct("i")  # the one descriptor in a message (SCM_RIGHTS, unix(7))
@@ -102,7 +102,7 @@ class Channel(NamedTuple):
 
 def create_ring() -> Ring:
     """A new, empty ring."""
-    return Ring(memory.create("tsproxy-inbox", CAPACITY * _SLOT), wakeup.create())
+    return Ring(memory.create("tsproxy-inbox", RING_SLOTS * _SLOT), wakeup.create())
 
 
 def consumer(inbox: Union[Ring, Channel], row: memoryview) -> Consumer:
@@ -139,10 +139,10 @@ class RingProducer(_Producer):
 
     def put(self, message: Message) -> bool:
         """Write one message and wake the worker; False, with nothing done, if the ring is full."""
-        if self.last_put - self._row[Counter.CONSUMED] >= CAPACITY:
+        if self.last_put - self._row[Counter.CONSUMED] >= RING_SLOTS:
             return False
         data = message.encode()
-        start = (self.last_put % CAPACITY) * _SLOT
+        start = (self.last_put % RING_SLOTS) * _SLOT
         self._map[start : start + len(data)] = data
         self.last_put += 1
         self._wakeup.wake()
@@ -175,7 +175,7 @@ class RingConsumer:
         if not self._announced:
             return None
         self._announced -= 1
-        start = (self._row[Counter.CONSUMED] % CAPACITY) * _SLOT
+        start = (self._row[Counter.CONSUMED] % RING_SLOTS) * _SLOT
         message = Message.decode(self._map[start : start + _SLOT])
         self._row[Counter.CONSUMED] += 1
         return message

@@ -31,8 +31,6 @@ _INT = struct.Struct("i")  # what FIONREAD answers (ioctl_tty(2))
 _NO_ADDRESS = bytes(PACKED_SIZE)
 NOTICE_LEVELS = ("debug", "info", "warning", "error")
 
-Fields = Dict[str, object]
-
 
 class ConnectionRecord(NamedTuple):
     """The access-log entry of one session. Addresses are packed; None: not known."""
@@ -58,7 +56,7 @@ class ConnectionRecord(NamedTuple):
     discarded_bytes: int = 0  # received, not acknowledged by the other side, and discarded
     unacknowledged_bytes: int = 0  # received, not acknowledged by the other side, and left to the kernel to deliver
 
-    def fields(self) -> Fields:
+    def fields(self) -> Dict[str, object]:
         """The fields of its JSON line, in order, without `witness`."""
         client, codes = unpack(self.client), ENDING_FIELDS[self.ending]
         upstream = unpack(self.upstream) if self.upstream else None

@@ -12,17 +12,17 @@ import sys
 import threading
 import time
 from collections import deque
-from typing import Any, Callable, Deque, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, Deque, Optional, Sequence, Tuple
 
 from _tsproxy.cli import program
 from _tsproxy.linux import needs, wakeup
 from _tsproxy.stats import encoder, metrics
 from _tsproxy.stats.counters import REPORTER_ROW, Counter, SharedCounters
+from _tsproxy.stats.encoder import Fields
 from _tsproxy.stats.endings import ENDING_FIELDS
 from _tsproxy.stats.line_writer import LineWriter
 from _tsproxy.stats.records import NOTICE_LEVELS, ConnectionRecord, Record, RecordPipe, decode
 
-Fields = Dict[str, Any]
 _POLL_INTERVAL_MS = 10.0
 _MAX_TIMEOUT_MS = 60_000.0
 _CLOSE_TIMEOUT_S = 1.0  # how long the last lines wait for POLLOUT
