@@ -6,7 +6,7 @@ Usage:
   tsproxy.py check --target=<host:port>... [--source=<address>]... [--allow=<cidr>]... [--json] [options]
   tsproxy.py generate KIND --target=<host:port>... [--source=<address>]... [--allow=<cidr>]... [options]
   tsproxy.py generate (rsyslog|syslog-ng|vector|fluent-bit|filebeat|promtail|alloy|journald|logrotate|fields)
-  tsproxy.py generate (prometheus|grafana|man)
+  tsproxy.py generate (prometheus|grafana|man|completion)
   tsproxy.py audit FILE... [--from=<cidr>]... [--target=<host:port>]... [--lines=<file>] [--json] [--svg=<file>]
   tsproxy.py audit --interface=<name> [--seconds=<s>] [--from=<cidr>]... [--target=<host:port>]... [--json] [--svg=<file>]
   tsproxy.py demo
@@ -19,7 +19,8 @@ Without a command it relays: clients connect to it, it connects to the target.
 check     would the timestamp policy hold here? Each lever, each witness, what is missing, the fix. Exit 0 only if so.
 generate  print the one-time set-up, with its undo: nftables, netns, systemd, docker or kubernetes; or what ships the
           lines: a log shipper's configuration, or fields, their names in ECS and OpenTelemetry; or prometheus, which makes
-          metrics of them, with alerts, and grafana, a dashboard; or man, this as a man page. Those need no option.
+          metrics of them, with alerts, and grafana, a dashboard; or man, this as a man page, and completion, for bash and
+          zsh. Those need no option.
 audit     the wire's own verdict: what captures (pcap, pcapng, gzip; - is standard input) or an interface (root, or
           CAP_NET_RAW) show, for each flow: CLEAN, LEAK, CONSTANT or UNDECIDED. It needs nothing of tsproxy.
 demo      show it: a private namespace, an embedded exchange, a client, and the SYN options of both legs. No root.

@@ -1,8 +1,12 @@
-"""Fixtures: the program in each form it is used in, an exchange to connect to, and a look for what a test left behind."""
+"""Fixtures: the program in each form it is used in, an exchange to connect to, and a look for what a test left behind.
+
+And what a run leaves out: it is said at its end.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import signal
@@ -10,30 +14,89 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
+import namespaces
 import pytest
-from harness import ROOT, Exchange, Proxy, echo, pythons, wait_until
+from faults import make_stand
+from harness import CHECKOUT, Exchange, Proxy, echo, wait_until
+from hypothesis import settings
+from name_server import Named
+from program import FORMS, PYTHON, RUNTIME, RUNTIMES, Start, checkout_alone, python_for, slow_but, starter
 from wire import Wire
 
 # A shell without job control ignores these for what it starts in the background, and tsproxy keeps to that.
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, signal.SIG_DFL)
+
+
 sys.argv[0] = "tsproxy.py"  # what runs in this process calls itself as the checkout does
-CHECKOUT = [sys.executable, str(ROOT / "tsproxy.py")]
-FORMS = ["checkout", *(f"bundle-{version}" for version, _ in pythons())]
-PYTHON = dict(pythons())
+
+
+# A first look takes a fifth of the examples; --hypothesis-profile=thorough takes all, of every property, with -m slow.
+settings.register_profile("fast", max_examples=20, deadline=None)
+settings.register_profile("thorough", max_examples=100, deadline=None)
+settings.load_profile("fast")
+
+_LEFT_OUT = pytest.StashKey[Dict[str, int]]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item]) -> None:
+    if config.getoption("--hypothesis-profile") == "thorough":
+        for item in items:
+            test = getattr(item, "obj", None)
+            inside = {"given", "run_state_machine_as_test"} & set(getattr(getattr(test, "__code__", None), "co_names", ()))
+            if inside or getattr(test, "is_hypothesis_test", False):
+                item.add_marker(pytest.mark.slow)
+
+
+def pytest_deselected(items: List[pytest.Item]) -> None:
+    config = items[0].config
+    counts = {mark: sum(bool(item.get_closest_marker(mark)) for item in items) for mark in ("slow", "deploy")}
+    config.stash[_LEFT_OUT] = counts
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["left_out"] = counts
+
+
+class _OfWorkers:
+    """What pytest-xdist's workers have left out: each of them the same."""
+
+    def pytest_testnodedown(self, node: Any) -> None:
+        node.config.stash[_LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", {})
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.pluginmanager.hasplugin("xdist"):
+        config.pluginmanager.register(_OfWorkers())
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for mark, count in config.stash.get(_LEFT_OUT, {}).items():
+        if count:
+            terminalreporter.write_line(f"LOUD: {count} tests marked {mark} were left out: pytest -m {mark}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    namespaces.may_be_root = any(item.get_closest_marker(mark) for mark in ("root", "deploy"))
+    if item.get_closest_marker("root"):
+        namespaces.require_root()
 
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """A test that leaves a thread or a descriptor of this process open has failed."""
-    threads, fds = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    threads, fds = threading.active_count(), _open_descriptors()
     yield
-    gc.collect()
+    if _open_descriptors() > fds:
+        gc.collect()  # a socket in a cycle is closed here, with a ResourceWarning. On each test it would cost 80 ms of CPU
     wait_until(lambda: threading.active_count() <= threads, "the test's threads end", 5)
-    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= fds, "the test's descriptors are closed", 5)
+    wait_until(lambda: _open_descriptors() <= fds, "the test's descriptors are closed", 5)
+
+
+def _open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
 
 
 @pytest.fixture(scope="session")
@@ -53,37 +116,16 @@ def form(request: pytest.FixtureRequest) -> Tuple[List[str], Any]:
     return [PYTHON[request.param.split("-")[1]], "-I", "-S", str(out)], empty
 
 
-Start = Callable[..., Proxy]
-
-
 @pytest.fixture
 def start() -> Iterator[Start]:
     """Start the checkout: start("-t", ..., ...) -> Proxy, relaying with --timestamps=preserve on a free port."""
-    yield from _starter(CHECKOUT, None)
+    yield from starter(CHECKOUT, None)
 
 
 @pytest.fixture
 def start_form(form: Tuple[List[str], Any]) -> Iterator[Start]:
     """The same for each form of the program: what must hold for all of them."""
-    yield from _starter(*form)
-
-
-def _starter(command: List[str], cwd: Any) -> Iterator[Start]:
-    running: List[Proxy] = []
-
-    def begin(target: str | Exchange, *options: str, **popen: Any) -> Proxy:
-        upstream = target if isinstance(target, str) else target.target
-        defaults = ["-t", upstream, "--metrics-interval=0"]
-        if not any(option.startswith(("-p", "--port")) for option in options):
-            defaults.append("-p0")
-        if not any(option.startswith("--timestamps") for option in options):
-            defaults.append("--timestamps=preserve")
-        running.append(Proxy(command, *defaults, *options, cwd=cwd, **popen))
-        return running[-1]
-
-    yield begin
-    for proxy in running:
-        proxy.close()
+    yield from starter(*form)
 
 
 @pytest.fixture
@@ -107,3 +149,27 @@ def make_wire() -> Iterator[Callable[..., Wire]]:
     """Make client, proxy and exchange in namespaces of their own: make_wire(split=...) -> Wire."""
     with contextlib.ExitStack() as stack:
         yield lambda *args, **options: stack.enter_context(contextlib.closing(Wire(*args, **options)))
+
+
+_EACH_WAY = [f"{runtime} from {form}" for runtime in RUNTIMES for form in ("checkout", "bundle")]
+
+
+@pytest.fixture(params=slow_but([f"{RUNTIME} from checkout", f"{RUNTIME} from bundle"], _EACH_WAY))
+def begin(request: pytest.FixtureRequest, bundle: Path) -> Iterator[Any]:
+    """Start the proxy under one runtime, on a Python that has it, from the checkout and from the bundle."""
+    runtime, _, form = request.param.split(" ")
+    script = str(bundle) if form == "bundle" else str(checkout_alone(bundle))
+    for start in starter([python_for(runtime), "-I", "-S", script], None):
+        yield functools.partial(_under, start, runtime)
+
+
+def _under(start: Any, runtime: str, far: Exchange, *options: str, **popen: Any) -> Proxy:
+    return start(far, f"--runtime={runtime}", *options, **popen)
+
+
+@pytest.fixture
+def named(bundle: Path, tmp_path: Path) -> Iterator[Named]:
+    """On one stand: names are the main process's affair, whatever the runtime."""
+    for stand in make_stand("processes from checkout", bundle):
+        with Named(stand, tmp_path) as named:
+            yield named

@@ -20,6 +20,7 @@ from xml.etree import ElementTree
 
 import pytest
 from harness import ROOT, Exchange, echo, wait_until
+from program import slow_but
 
 BENCH = ROOT / "bench"
 SMALL = {
@@ -44,6 +45,7 @@ OTHERS = ("flood_per_s", "bulk_gbit_per_s")  # what those beside the orders got:
 WRONG = ["--rounds=0", "--seconds=soon", "--only=nothing", "--svg=/nonexistent/x.svg", "--fast", "more"]
 PEERS = ("haproxy", "nginx", "socat")
 COMPARED = [name for name in SMALL if name != "hotpath"]
+EACH = slow_but(["hotpath", "connections"], SMALL)
 QUICK = ["--rounds=1", "--seconds=0.1", "--only=direct,tsproxy,closed"]
 FIGURE = {"benchmark", "event", "case", "figure", "value", "rounds", "statistic"}
 
@@ -80,7 +82,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Both]:
 Runs = Callable[[str], Both]
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", EACH)
 def test_json_lines_tell_the_setup_first_and_then_figures_above_zero(name: str, runs: Runs) -> None:
     ran = runs(name)
     assert ran.setup["event"] == "setup"
@@ -103,7 +105,7 @@ def test_hotpath_figures_stand_beside_the_naked_system_calls(runs: Runs) -> None
         assert line["ratio_to_baseline"] == 1 or line["figure"] != line["baseline"]
 
 
-@pytest.mark.parametrize("name", COMPARED)
+@pytest.mark.parametrize("name", EACH[1:])
 def test_every_compared_figure_stands_beside_direct_and_the_best_peer(name: str, runs: Runs) -> None:
     figures = runs(name).figures
     by_key = {(line["case"], line["figure"], line["relay"]): line for line in figures}
@@ -150,7 +152,7 @@ def test_the_relay_has_a_cpu_for_each_worker_and_the_loads_only_if_there_are_too
     assert layout.beside(frozenset([0]), [0, 1], 2) == {0, 1}
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", EACH)
 def test_a_table_has_a_line_for_each_relay(name: str, runs: Runs) -> None:
     ran = runs(name)
     names = {line["relay"] if "relay" in line else line["figure"] for line in ran.figures}
@@ -161,7 +163,7 @@ def test_a_table_has_a_line_for_each_relay(name: str, runs: Runs) -> None:
     assert "x" in ran.table.split("\n\n", 1)[1], "ratios"
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", EACH)
 def test_the_picture_is_well_formed_and_names_every_relay(name: str, runs: Runs) -> None:
     ran = runs(name)
     tree = ElementTree.parse(ran.svg).getroot()
@@ -226,7 +228,7 @@ def test_a_far_end_that_wakes_for_whole_messages_answers_them_in_one_piece() -> 
         assert len(client.recv(4096)) == 1000
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [*SMALL, "audit"])
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_argument_costs_one_line_and_exit_2(name: str, wrong: str) -> None:
     done = bench(name, wrong)
@@ -235,7 +237,7 @@ def test_a_wrong_argument_costs_one_line_and_exit_2(name: str, wrong: str) -> No
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [*SMALL, "audit"])
 def test_help_tells_how_to_read_the_result(name: str) -> None:
     done = bench(name, "--help")
     assert done.returncode == 0
@@ -305,6 +307,32 @@ def test_a_tsproxy_that_does_not_start_is_told_once_and_ends_with_1() -> None:
     assert done.returncode == 1
     assert done.stderr.count("--no-such-option") == 1
     assert "direct" in done.stdout
+
+
+def test_audit_is_measured_beside_tshark_where_there_is_one(tmp_path: Path) -> None:
+    words = ["--rounds=2", "--segments=200"]
+    setup, *figures = json_of(bench("audit", *words, "--only=vxlan", "--json"))
+    assert (setup["benchmark"], setup["event"], setup["segments"]) == ("audit", "setup", 200)
+    tools = ["audit", "tshark"] if shutil.which("tshark") else ["audit"]
+    wanted = {(tool, figure) for tool in tools for figure in ("seconds", "us_per_segment", "peak_mib")}
+    assert {(line["tool"], line["figure"]) for line in figures} == wanted
+    assert all(line.keys() >= FIGURE and line["value"] > 0 and len(line["rounds"]) == 2 for line in figures)
+    ratios = {line["ratio_to_tshark"] is not None for line in figures if (line["tool"], line["figure"]) == ("audit", "seconds")}
+    assert ratios == {len(tools) == 2}
+    table = bench("audit", *words)
+    assert table.returncode == 0, table.stderr
+    assert all(f"{case}: audit" in table.stdout for case in ("stamped", "clean", "vxlan"))
+
+
+@pytest.mark.parametrize("case", ["stamped", "clean", "vxlan"])
+def test_the_captures_that_audit_is_measured_with_are_read_whole(case: str, tmp_path: Path) -> None:
+    import audit
+
+    audit.write(tmp_path / "x", case, 1000)
+    command = [sys.executable, str(ROOT / "tsproxy.py"), "audit", str(tmp_path / "x"), "--json"]
+    end = json.loads(subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()[-1])
+    assert (end["segments"], end["flows"], end["segments_with_timestamps"]) == (1000, 40, 0 if case == "clean" else 1000)
+    assert (end["verdict"], end["unparsed"]) == ("CLEAN" if case == "clean" else "LEAK", 0)
 
 
 def test_hotpath_without_the_checkout_says_so_in_one_line(tmp_path: Path) -> None:

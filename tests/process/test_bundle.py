@@ -20,15 +20,18 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import pytest
 from _tsproxy.tools import bundle as bundler
-from harness import ROOT, Exchange, Proxy, pythons, receive_all
+from harness import ROOT, Exchange, Proxy, receive_all
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from program import AT_HAND, PYTHON
 
-PYTHONS = dict(pythons())
 LIB = ROOT / "lib"
 MODULES = {str(path.relative_to(LIB)): path for path in sorted(LIB.rglob("*.py"))}
 TEMPLATES = {str(path.relative_to(LIB)): path for path in sorted(LIB.rglob("templates/*.*")) if path.suffix != ".py"}
-on_each_python = pytest.mark.parametrize("python", PYTHONS.values(), ids=PYTHONS.keys())
+EACH_PYTHON = [
+    pytest.param(path, id=version, marks=() if version == AT_HAND else pytest.mark.slow) for version, path in PYTHON.items()
+]
+on_each_python = pytest.mark.parametrize("python", EACH_PYTHON)
 
 Ended = subprocess.CompletedProcess
 
@@ -52,7 +55,7 @@ def make(out: Any, **how: Any) -> Ended[str]:
 def refused(ended: Ended[str], code: int, *words: str) -> None:
     """It ended with that code and one line on standard error that has these words."""
     assert (ended.returncode, ended.stdout) == (code, ""), ended.stderr
-    assert ended.stderr.startswith("tsproxy.py: ") and ended.stderr.count("\n") == 1, ended.stderr
+    assert re.match(r"tsproxy(\.py)?: ", ended.stderr) and ended.stderr.count("\n") == 1, ended.stderr
     for word in words:
         assert word in ended.stderr
 
@@ -261,7 +264,7 @@ def test_version_and_manual_come_from_an_empty_directory(python: str, bundle: Pa
     version = re.search(r'__version__ = "(.*)"', (LIB / "_tsproxy/__init__.py").read_text())
     assert version and answer("--version") == f"tsproxy {version[1]}\n"
     manual = ast.get_docstring(ast.parse((ROOT / "tsproxy.py").read_text()), clean=False) or ""
-    assert answer("--help") == f"{manual.strip()}\n"
+    assert answer("--help") == f"{manual.strip()}\n".replace("tsproxy.py", "tsproxy"), "the name it was started by"
     assert list(empty.iterdir()) == []
 
 
@@ -303,7 +306,7 @@ def planted(tmp_path: Path) -> Path:
 def standard_modules() -> Set[str]:
     """Those of all Pythons here: sys.stdlib_module_names is there from 3.10 on."""
     code = "import sys; print(*getattr(sys, 'stdlib_module_names', ()))"
-    said = [subprocess.run([path, "-I", "-c", code], capture_output=True, text=True, check=True) for _, path in pythons()]
+    said = [subprocess.run([path, "-I", "-c", code], capture_output=True, text=True, check=True) for path in PYTHON.values()]
     return {name for done in said for name in done.stdout.split() if name != "antigravity"}
 
 
@@ -321,7 +324,9 @@ def lives(words: List[Any], env: Dict[str, str], far: Exchange) -> None:
 
 
 HOW = [
-    pytest.param(path, how, id=f"{how}-{version}") for version, path in PYTHONS.items() for how in ("by shebang", "by python3")
+    pytest.param(path, how, id=f"{how}-{version}", marks=() if version == AT_HAND else pytest.mark.slow)
+    for version, path in PYTHON.items()
+    for how in ("by shebang", "by python3")
 ]
 
 

@@ -7,8 +7,7 @@ import socket
 from typing import Any, Iterator, List
 
 import pytest
-from conftest import CHECKOUT
-from harness import Exchange, Proxy, echo, receive_all, receive_exactly, reset, wait_until
+from harness import CHECKOUT, Exchange, Proxy, echo, receive_all, receive_exactly, reset, wait_until
 from namespaces import Namespace
 
 WHO_ACCEPTS = pytest.mark.parametrize("workers", ["--workers=1", "--workers=2"])  # the only worker itself, or the main thread
@@ -52,6 +51,7 @@ def exchange_with(void: Namespace, client: socket.socket) -> None:
     assert receive_exactly(client, 4) == b"ping"
 
 
+@pytest.mark.root
 def test_targets_are_tried_in_order_and_the_first_that_answers_serves(void: Namespace, inside: Any) -> None:
     with void:
         far = Exchange(echo)
@@ -69,6 +69,7 @@ def test_targets_are_tried_in_order_and_the_first_that_answers_serves(void: Name
     far.close()
 
 
+@pytest.mark.root
 def test_a_silent_target_ends_in_a_timeout_and_the_client_is_reset(void: Namespace, inside: Any) -> None:
     proxy = inside("-t", SILENT, "--connect-timeout=200ms")
     with void:
@@ -79,6 +80,7 @@ def test_a_silent_target_ends_in_a_timeout_and_the_client_is_reset(void: Namespa
     assert line["upstream_timestamps"] is None
 
 
+@pytest.mark.root
 def test_a_client_that_resets_while_connecting_frees_its_place_at_once(void: Namespace, inside: Any) -> None:
     proxy = inside("-t", SILENT, "--connect-timeout=60", "--max-connections=1")
     with void:
@@ -121,6 +123,7 @@ def test_a_source_that_is_not_ours_says_so(start: Any, exchange: Exchange) -> No
     assert "--source: given '192.0.2.77'" in proxy.stderr()
 
 
+@pytest.mark.root
 @pytest.mark.parametrize(("family", "first", "second"), [(4, "10.97.0.1", "10.97.0.2"), (6, "fd97::1", "fd97::2")])
 def test_a_source_address_that_leaves_the_host_leaves_its_share_to_the_others(
     void: Namespace, inside: Any, family: int, first: str, second: str
@@ -154,6 +157,7 @@ def test_a_source_address_that_leaves_the_host_leaves_its_share_to_the_others(
     far.close()
 
 
+@pytest.mark.root
 def test_ports_that_run_out_are_reported_as_what_they_are(void: Namespace, inside: Any) -> None:
     with void:
         far = Exchange(echo)
@@ -209,6 +213,7 @@ def test_names_resolve_and_a_name_that_does_not_leaves_the_others_in_use(start: 
         assert receive_exactly(client, 2) == b"ok"
 
 
+@pytest.mark.root
 @WHO_ACCEPTS
 def test_beyond_max_connections_reject_resets_at_once(start: Any, echoing: Exchange, workers: str) -> None:
     proxy = start(echoing, workers, "--max-connections=2")
@@ -253,6 +258,7 @@ def test_beyond_max_connections_queue_serves_when_a_place_is_free(start: Any, ec
     assert (metrics["downstream_cx_total"], metrics["downstream_cx_overflow"]) == (2, 0)
 
 
+@pytest.mark.root
 def test_each_source_brings_its_own_ports(void: Namespace, inside: Any) -> None:
     """Four local ports, two sources: eight connections to one target, and the ninth finds none."""
     with void:

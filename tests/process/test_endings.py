@@ -12,25 +12,13 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
-from conftest import CHECKOUT
-from harness import Exchange, Proxy, pause, receive_all, receive_exactly, reset, wait_until
+from harness import CHECKOUT, Exchange, Proxy, fill, pause, receive_all, receive_exactly, reset, wait_until
 from namespaces import Namespace, require_root
 
 MIB = 1 << 20
 
 
-def fill(sock: socket.socket) -> int:
-    """Send until nothing more fits for a while; how much went."""
-    sock.settimeout(0.3)
-    sent = 0
-    with contextlib.suppress(socket.timeout):
-        while True:
-            sent += sock.send(bytes(1 << 16))
-    sock.settimeout(20)
-    return sent
-
-
-def test_an_idle_connection_is_ended_on_both_sides_and_a_busy_one_is_not(start: Any, exchange: Exchange) -> None:
+def test_idle_timeout_resets_both_sides_and_no_busy_session(start: Any, exchange: Exchange) -> None:
     proxy = start(exchange, "--idle-timeout=0.3")
     busy, idle = proxy.connect(), proxy.connect()
     servers = [exchange.accept(), exchange.accept()]
@@ -53,7 +41,7 @@ def test_an_idle_connection_is_ended_on_both_sides_and_a_busy_one_is_not(start: 
     idle.close()
 
 
-def test_a_half_closed_connection_may_be_silent_only_so_long(start: Any, exchange: Exchange) -> None:
+def test_half_close_timeout_ends_a_silent_half_closed_session(start: Any, exchange: Exchange) -> None:
     proxy = start(exchange, "--half-close-timeout=0.2")
     with proxy.connect() as client:
         server = exchange.accept()
@@ -108,7 +96,7 @@ def test_a_reset_is_noticed_while_reading_is_paused(start: Any, exchange: Exchan
     left.close()
 
 
-def test_the_last_words_of_a_server_that_closes_on_unread_data_arrive(start: Any, exchange: Exchange) -> None:
+def test_bytes_before_the_reset_of_a_server_that_closes_on_unread_data_arrive(start: Any, exchange: Exchange) -> None:
     """close() with unread data sends RST: the answer before it must reach the client, then the reset."""
     proxy = start(exchange)
     client = proxy.connect()
@@ -124,7 +112,7 @@ def test_the_last_words_of_a_server_that_closes_on_unread_data_arrive(start: Any
     client.close()
 
 
-def test_a_server_that_broke_is_heard_out_even_if_we_learn_of_it_by_sending(start: Any, exchange: Exchange) -> None:
+def test_bytes_before_a_servers_reset_arrive_even_if_send_reports_it_first(start: Any, exchange: Exchange) -> None:
     """The client's order and the server's reset come in one turn, the order first: the send fails before the receive."""
     proxy = start(exchange, "--runtime=threads", "--workers=1")
     client = proxy.connect()
@@ -192,6 +180,7 @@ def test_the_drain_timeout_cuts_what_does_not_end(start: Any, exchange: Exchange
     client.close()
 
 
+@pytest.mark.root
 def test_drain_while_connecting_ends_that_connection_too(start: Any) -> None:
     with contextlib.closing(Namespace(tcp_timestamps="0")) as namespace:
         with namespace:
@@ -228,6 +217,7 @@ def unplugged() -> Iterator[Any]:
         exchange.close()
 
 
+@pytest.mark.root
 def test_an_upstream_that_is_unplugged_is_dead_after_the_user_timeout(unplugged: Any) -> None:
     near, far, proxy, exchange = unplugged
     with near:
@@ -264,6 +254,7 @@ def test_many_connections_leave_no_descriptor_and_no_memory_behind(start: Any, e
     assert proxy.count("connection") == 0
 
 
+@pytest.mark.root
 def test_a_client_whose_syn_is_longer_than_can_be_read_ends_nobody(start: Any, echoing: Exchange) -> None:
     """IPv6 extension headers are the client's to choose: to read them must not raise where nobody is left to catch it."""
     require_root()  # for the sticky option

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from _tsproxy.linux import wakeup
 from _tsproxy.supervisor import fork_server
+from handover import hand_over, listeners
 from harness import Exchange, children, receive_exactly, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
-from test_systemd import hand_over, listeners
 
 
 @given(st.integers(1, 64), st.booleans())
@@ -24,7 +24,7 @@ def test_each_signal_that_ends_a_worker_has_a_word(number: int, dumped: bool) ->
 
 
 @given(st.integers(0, 255))
-def test_each_exit_code_of_a_worker_is_told(code: int) -> None:
+def test_each_exit_code_of_a_worker_is_reported(code: int) -> None:
     assert fork_server._exit_status(code << 8) == f"exit code {code}"
 
 

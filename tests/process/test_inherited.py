@@ -15,15 +15,13 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
 from _tsproxy.linux import children as host_children
-from conftest import CHECKOUT
-from harness import ROOT, Exchange, Proxy, children, pythons, receive_exactly, wait_until
+from handover import hand_over, listeners
+from harness import CHECKOUT, ROOT, SUPPORT, Exchange, Proxy, children, receive_exactly, wait_until
+from name_server import Named
 from namespaces import require_root
-from test_faults_names import Named, named  # noqa: F401 -- a fixture
-from test_syscalls import LAUNCHER
-from test_systemd import hand_over, listeners
+from program import RUNTIMES, python_for
 from unprivileged import as_nobody
 
-KINDS = ["threads", "processes", *(["interpreters"] if "3.13" in dict(pythons()) else [])]
 ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -130,8 +128,9 @@ def inside_of(proxy: Proxy) -> int:
     return int(wait_until(lambda: children(proxy.process.pid), "unshare has forked")[0])
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("first", [False, True], ids=["as any process", "as PID 1"])
-def test_a_sigterm_during_the_first_look_up_ends_it_at_once_with_0(named: Named, first: bool) -> None:  # noqa: F811
+def test_a_sigterm_during_the_first_look_up_ends_it_at_once_with_0(named: Named, first: bool) -> None:
     """getaddrinfo(3) goes on for seconds, and nothing interrupts it; for PID 1 the default action would be none."""
     named.names.address = None
     words = ("unshare", "--pid", "--fork", "--kill-child") if first else ()
@@ -144,7 +143,7 @@ def test_a_sigterm_during_the_first_look_up_ends_it_at_once_with_0(named: Named,
     assert not proxy.lines
 
 
-def looking_up(named: Named, *words: str) -> Tuple[Proxy, int]:  # noqa: F811
+def looking_up(named: Named, *words: str) -> Tuple[Proxy, int]:
     """A proxy that has asked for its target's address and gets no answer, and the process that waits for it."""
     named.names.address = None
     named._wrap = (*named._wrap, *words)
@@ -153,22 +152,25 @@ def looking_up(named: Named, *words: str) -> Tuple[Proxy, int]:  # noqa: F811
     return proxy, int(children(proxy.process.pid)[0])
 
 
-def test_nothing_is_left_of_a_look_up_that_a_sigterm_has_ended(named: Named) -> None:  # noqa: F811
+@pytest.mark.root
+def test_nothing_is_left_of_a_look_up_that_a_sigterm_has_ended(named: Named) -> None:
     """Where prctl(2) is refused, too, with which the kernel ends it: standard output and inherited listeners are open there."""
-    proxy, child = looking_up(named, sys.executable, LAUNCHER, "refuse", "prctl", "1")
+    proxy, child = looking_up(named, sys.executable, str(SUPPORT / "seccomp_launcher.py"), "refuse", "prctl", "1")
     proxy.process.send_signal(signal.SIGTERM)
     assert proxy.wait() == 0
     assert not Path(f"/proc/{child}").exists()
 
 
-def test_a_look_up_that_is_killed_ends_the_start_with_75(named: Named) -> None:  # noqa: F811
+@pytest.mark.root
+def test_a_look_up_that_is_killed_ends_the_start_with_75(named: Named) -> None:
     proxy, child = looking_up(named)
     os.kill(child, signal.SIGKILL)
     assert proxy.wait() == 75
     assert "can't be resolved: the process that looks names up ended without an answer" in proxy.stderr()
 
 
-def test_a_sigusr1_during_the_first_look_up_prints_metrics_when_it_relays(named: Named, tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.root
+def test_a_sigusr1_during_the_first_look_up_prints_metrics_when_it_relays(named: Named, tmp_path: Path) -> None:
     (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:5\n")
     proxy, _ = looking_up(named)
     proxy.process.send_signal(signal.SIGUSR1)
@@ -186,6 +188,7 @@ def orphan(pid: int) -> None:
     subprocess.run(["nsenter", f"--pid=/proc/{pid}/ns/pid", "sh", "-c", script], stdin=subprocess.DEVNULL, check=True)
 
 
+@pytest.mark.root
 def test_pid_1_reaps_orphans_and_takes_no_status_of_its_own_children(echoing: Exchange) -> None:
     """Else each is a zombie for ever. Its own: the fork server, whose end is still told as it was."""
     require_root()
@@ -252,13 +255,14 @@ def left_open() -> Iterator[Tuple[List[int], str]]:
         os.close(fd)
 
 
-@pytest.mark.parametrize("options", [[f"--runtime={kind}"] for kind in KINDS] + [["--runtime=processes", "--user=nobody"]])
+@pytest.mark.root
+@pytest.mark.parametrize("options", [[f"--runtime={kind}"] for kind in RUNTIMES] + [["--runtime=processes", "--user=nobody"]])
 def test_no_descriptor_that_was_left_open_stays(
     bundle: Path, echoing: Exchange, left_open: Tuple[List[int], str], options: List[str]
 ) -> None:
     if "--user=nobody" in options:
         require_root()
-    python = dict(pythons())["3.13"] if "--runtime=interpreters" in options else sys.executable
+    python = python_for("interpreters") if "--runtime=interpreters" in options else sys.executable
     fds, what = left_open
     with relaying([python, "-I", "-S", str(bundle)], echoing, *options, pass_fds=fds) as proxy:
         serves(proxy)
@@ -300,6 +304,7 @@ print(*(is_open(fd) for fd in (0, 1, 2, low, kept, high)))
 """
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("how", ["new", "old", "new limit", "old limit"])
 @pytest.mark.parametrize("proc", [True, False], ids=["with /proc", "without"])
 def test_all_are_closed_but_those_to_keep(how: str, proc: bool) -> None:
@@ -351,6 +356,7 @@ def test_a_limit_on_files_that_is_too_low_for_the_counters_is_said() -> None:
     )
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("kind", ["threads", "processes"])
 def test_a_limit_on_processes_that_is_too_low_is_said(bundle: Path, kind: str) -> None:
     with as_nobody(bundle) as command:

@@ -14,7 +14,7 @@ from typing import Any, List
 import pytest
 import shippers
 from _tsproxy.tools.generate import templates
-from conftest import CHECKOUT
+from harness import CHECKOUT
 from shippers import environment, find
 
 FILES = {path.name: path for path in sorted(Path(next(iter(templates.__path__))).glob("*.*")) if path.suffix != ".py"}
@@ -22,7 +22,7 @@ YAML = """{extends: default, rules: {
     document-start: disable,  # of one document
     line-length: {max: %s},
     commas: {max-spaces-before: 1}, braces: {max-spaces-inside: 1},  # {level: , event: }
-    comments-indentation: disable,  # the places for lines are comments
+    comments-indentation: disable,  # a placeholder for lines is one
 }}"""
 OPTIONS = ("--target=[fe80::1%eth0]:9", "--user=nobody", "--reuse-port", "--keepalive=7")
 
@@ -47,6 +47,11 @@ def lint(*command: Any, text: str = "") -> str:
     return done.stdout + done.stderr
 
 
+@pytest.fixture(params=["template", "printed"])
+def form(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 # Shell
 
 
@@ -63,6 +68,11 @@ def test_shellcheck_finds_no_fault_in_a_template(name: str) -> None:
 @pytest.mark.parametrize("kind", ["netns", "docker"])
 def test_shellcheck_finds_no_fault_in_a_script_that_is_printed(kind: str) -> None:
     shellcheck(printed(kind, *OPTIONS))
+
+
+def test_shellcheck_finds_no_fault_in_the_completion(form: str) -> None:
+    script = FILES["completion.bash"].read_text() if form == "template" else printed("completion")
+    assert lint(find("shellcheck"), "-", text=script) == ""
 
 
 def test_shellcheck_would_find_one() -> None:
@@ -92,11 +102,6 @@ def test_yamllint_finds_no_fault_in_the_compose_file() -> None:
 
 
 # Log shippers
-
-
-@pytest.fixture(params=["template", "printed"])
-def form(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 def configuration(form: str, kind: str) -> str:

@@ -13,10 +13,9 @@ from typing import Any, Iterator, List, Sequence
 
 import pytest
 from _tsproxy.linux import sockets, uapi
-from conftest import CHECKOUT
-from harness import Exchange, Proxy, receive_exactly, wait_until
+from handover import HAND_OVER, hand_over, listeners
+from harness import CHECKOUT, Exchange, Proxy, receive_exactly, wait_until
 from namespaces import Namespace, require_root
-from test_systemd import HAND_OVER, hand_over, listeners
 
 PRESERVE = "--timestamps=preserve"
 
@@ -52,6 +51,7 @@ LOOPS = [
 ]
 
 
+@pytest.mark.root
 @pytest.mark.parametrize(("bind", "target"), LOOPS)
 def test_a_target_that_leads_back_to_the_listener_is_refused(bind: str, target: str, tmp_path: Path) -> None:
     """0.0.0.0 and :: are this host to connect(2)."""
@@ -90,6 +90,7 @@ def test_a_target_that_is_an_inherited_listener_is_refused(host: str) -> None:
         assert "tsproxy's own" in proxy.stderr()
 
 
+@pytest.mark.root
 def test_the_same_address_in_another_namespace_is_no_loop() -> None:
     """As `generate systemd` has it: the listener in the host's namespace, tsproxy in another."""
     with contextlib.closing(Namespace()) as space, listeners(1) as socks:
@@ -219,6 +220,7 @@ def make_link(space: Namespace) -> None:
     space.run("ip", "address", "add", "fe80::1234/64", "dev", "v0", "nodad")
 
 
+@pytest.mark.root
 def test_a_target_with_a_zone_is_followed_when_its_interface_is_made_again(space: Namespace) -> None:
     """The zone is a name to people and a number to the kernel, and the new interface has another number."""
     make_link(space)

@@ -63,6 +63,7 @@ def echoes() -> Iterator[Echoes]:
     server.close()
 
 
+@pytest.mark.slow
 def test_five_thousand_connections_are_held_and_each_is_served(start: Any, echoes: Echoes) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -93,6 +94,7 @@ def ask(client: socket.socket, what: bytes) -> socket.socket:
     return client
 
 
+@pytest.mark.slow
 def test_a_reader_that_stops_for_ten_seconds_while_a_gibibyte_comes_gets_every_byte(start: Any, exchange: Exchange) -> None:
     proxy = start(exchange, "--runtime=threads")  # forked memory is shared, and hard to attribute
     client, server = proxy.connect(), exchange.accept()

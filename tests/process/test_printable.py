@@ -10,8 +10,7 @@ from typing import Any, List
 
 import pytest
 from _tsproxy.linux.printable import printable
-from conftest import CHECKOUT
-from harness import Exchange
+from harness import CHECKOUT, Exchange
 from hypothesis import given
 from hypothesis import strategies as st
 from namespaces import Namespace, require_root
@@ -94,6 +93,7 @@ def ip_link(space: Namespace, *words: Any) -> None:
     subprocess.run([*space.enter, "ip", "link", *words], check=True)
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("form", [[], ["--json"]], ids=["table", "json"])
 def test_check_shows_names_of_interfaces_and_tables_without_their_escapes(form: List[str]) -> None:
     """Both may be set by whoever has a user namespace of its own; an interface may be called anything but / : and blanks."""
@@ -111,6 +111,7 @@ def test_check_shows_names_of_interfaces_and_tables_without_their_escapes(form: 
     assert "no UTF-8" in said, "the SYN on the wire of such an interface is seen all the same"
 
 
+@pytest.mark.root
 def test_a_network_namespace_is_named_without_its_escapes() -> None:
     require_root()
     hidden = 'mount -t tmpfs x /run && mkdir /run/netns && cd /run/netns && touch "$1" && mount --bind /proc/self/ns/net "$1"'

@@ -6,6 +6,7 @@ import json
 import re
 import socket
 import subprocess
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
@@ -17,6 +18,7 @@ from shippers import find, generated
 PROGRAM, RULES = "/etc/mtail/tsproxy.mtail", "/etc/prometheus/tsproxy.rules.yml"
 
 
+@lru_cache
 def files() -> Dict[str, str]:
     """Path -> text, by the headings."""
     parts = re.split(r"^# (/\S+)\n", generated("prometheus"), flags=re.M)
@@ -29,6 +31,17 @@ def home(tmp_path: Path) -> Path:
     for path, text in files().items():
         (tmp_path / Path(path).name).write_text(text)
     return tmp_path
+
+
+def test_the_way_to_install_that_the_heading_tells_puts_each_part_in_its_file(tmp_path: Path) -> None:
+    printed = generated("prometheus")
+    program = re.search(r"awk '(.*)'$", printed, re.M)
+    assert program
+    for path in files():
+        (tmp_path / path[1:]).parent.mkdir(parents=True)
+    into = program[1].replace("file = $2", f'file = "{tmp_path}" $2')
+    subprocess.run(["awk", into], input=printed, text=True, check=True)
+    assert {path: (tmp_path / path[1:]).read_text() for path in (PROGRAM, RULES)} == files()
 
 
 def by_mtail(home: Path, lines: List[Line]) -> Dict[str, float]:

@@ -9,8 +9,7 @@ import threading
 from typing import Any, Iterator, List
 
 import pytest
-from conftest import CHECKOUT
-from harness import SUPPORT, Exchange, Line, Proxy, receive_all, receive_exactly, wait_until
+from harness import CHECKOUT, SUPPORT, Exchange, Line, Proxy, receive_all, receive_exactly, wait_until
 
 REFUSING = str(SUPPORT / "refusing_launcher.py")
 DATA = os.urandom(1 << 20) * 12
@@ -52,7 +51,7 @@ def push(proxy: Proxy, exchange: Exchange, paused: bool) -> Line:
 
 @pytest.mark.parametrize("paused", [False, True], ids=["in one go", "with backpressure"])
 @pytest.mark.parametrize("rule", [f"{FILL}:EINVAL", f"{FILL}:EPERM", f"{SEND}:EINVAL", f"{SEND}:ENOSYS", "splice:ENOMEM"])
-def test_a_stream_for_which_splice_is_refused_is_copied(refused: Any, exchange: Exchange, rule: str, paused: bool) -> None:
+def test_a_direction_for_which_splice_is_refused_is_copied(refused: Any, exchange: Exchange, rule: str, paused: bool) -> None:
     proxy = refused(rule)
     line = push(proxy, exchange, paused)
     assert (line["reason"], line["rx_bytes"], line["discarded_bytes"]) == ("closed", len(DATA), 0)

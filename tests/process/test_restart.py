@@ -4,55 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Callable, Iterator, List, Sequence, Tuple
 
 import pytest
 from _tsproxy.linux import reuseport
 from _tsproxy.supervisor.handoff import ReuseportHandoff
-from conftest import CHECKOUT, Start
-from harness import SUPPORT, Exchange, Proxy, pythons, receive_exactly, wait_until
+from handover import HAND_OVER, listeners
+from harness import CHECKOUT, Exchange, Proxy, receive_exactly, wait_until
 from namespaces import Namespace
-from test_systemd import HAND_OVER, listeners
+from program import RUNTIME, RUNTIMES, Start, python_for, slow_but
+from storms import Storm, far_end
 from wire import ADDRESSES, DOWNSTREAM, join
 
-STORM = [sys.executable, str(SUPPORT / "storm.py")]
-PYTHON = dict(pythons())
-KINDS = ["threads", "processes", *(["interpreters"] if "3.13" in PYTHON else [])]
 RESTARTS = 3
-
-
-@contextlib.contextmanager
-def far_end(host: str = "127.0.0.1", enter: Sequence[str] = ()) -> Iterator[str]:
-    """An exchange in a process of its own: the target to give to a proxy."""
-    with subprocess.Popen([*enter, *STORM, "exchange", host], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        try:
-            yield f"{host}:{process.stdout.readline().strip()}"
-        finally:
-            process.kill()
-
-
-class Storm:
-    """Clients in a process of their own, from the start to `end`."""
-
-    def __init__(self, address: Tuple[str, int], enter: Sequence[str] = ()) -> None:
-        words = [*enter, *STORM, "clients", address[0], str(address[1])]
-        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def end(self) -> Dict[str, Any]:
-        """What they have seen."""
-        return json.loads(self.process.communicate("", 60)[0])
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.communicate()
 
 
 @contextlib.contextmanager
@@ -83,12 +52,13 @@ def stormed(proxy: Proxy) -> None:
     wait_until(lambda: served(proxy) >= 50, "the storm has come")
 
 
-@pytest.fixture(params=[f"{kind} {workers}" for kind in KINDS for workers in (1, 2)])
+@pytest.fixture(
+    params=slow_but([f"{RUNTIME} 1", f"{RUNTIME} 2"], [f"{kind} {workers}" for kind in RUNTIMES for workers in (1, 2)])
+)
 def command(request: pytest.FixtureRequest, bundle: Path) -> List[str]:
     """tsproxy under one runtime, on a Python that has it. One worker accepts by itself."""
     kind, workers = request.param.split()
-    python = PYTHON["3.13"] if kind == "interpreters" else next(iter(PYTHON.values()))
-    return [python, "-I", "-S", str(bundle), f"--runtime={kind}", f"--workers={workers}"]
+    return [python_for(kind), "-I", "-S", str(bundle), f"--runtime={kind}", f"--workers={workers}"]
 
 
 def options(target: str) -> List[str]:
@@ -182,6 +152,7 @@ def wan() -> Iterator[Wan]:
         yield Wan(stack)
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("workers", ["--workers=1", "--workers=2"])
 def test_a_slow_wire_loses_no_client_of_a_storm(wan: Wan, run: Any, workers: str) -> None:
     for namespace in (wan.clients, wan.host):
@@ -210,6 +181,7 @@ def manager(tmp_path: Path) -> Iterator[socket.socket]:
         yield sock
 
 
+@pytest.mark.root
 def test_clients_whose_last_step_of_the_handshake_is_late_are_still_served(wan: Wan, run: Any, tmp_path: Path) -> None:
     with far_end(enter=wan.host.enter) as target, manager(tmp_path) as notify, contextlib.ExitStack() as stack:
         begin = functools.partial(run, wan.words, *options(target), "--reuse-port", f"--bind={wan.ip}")
@@ -233,7 +205,7 @@ def test_clients_whose_last_step_of_the_handshake_is_late_are_still_served(wan: 
 # What is left behind
 
 
-def test_when_one_has_left_the_others_share_the_port_as_before(start: Start, echoing: Exchange) -> None:
+def test_after_one_has_detached_the_others_share_the_port_as_before(start: Start, echoing: Exchange) -> None:
     first = start(echoing, "--reuse-port")
     port = first.address[1]
     second, third = (start(echoing, "--reuse-port", f"-p{port}") for _ in range(2))
@@ -250,7 +222,7 @@ def test_when_one_has_left_the_others_share_the_port_as_before(start: Start, ech
     assert all(served(proxy) > 5 for proxy in sharing), [served(proxy) for proxy in sharing]
 
 
-def test_the_only_one_on_a_port_leaves_at_once(start: Start, echoing: Exchange) -> None:
+def test_the_only_listener_on_a_port_detaches_at_once(start: Start, echoing: Exchange) -> None:
     proxy = start(echoing, "--reuse-port", "--drain-timeout=10")
     with proxy.connect() as client:
         client.sendall(b"x")
@@ -365,7 +337,7 @@ def left(stack: contextlib.ExitStack, leaving: ReuseportHandoff, peer: socket.so
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_whichever_member_leaves_nobody_comes_to_it_afterwards(group: Any, which: int) -> None:
+def test_no_client_comes_to_a_listener_that_has_detached(group: Any, which: int) -> None:
     members = group(3)
     going = members.pop(which)
     with contextlib.ExitStack() as stack:
@@ -397,6 +369,7 @@ def test_nobody_is_sent_away_by_a_listener_that_may_not_share(group: Any) -> Non
         assert 0 not in counted(stack, two, 60)
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("family, host", [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
 def test_both_ways_to_see_who_is_in_the_handshake_agree(family: int, host: str) -> None:
     with contextlib.closing(Namespace()) as namespace, contextlib.ExitStack() as stack:

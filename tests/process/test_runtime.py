@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import signal
 import socket
@@ -18,65 +17,15 @@ from _tsproxy.stats.counters import SharedCounters
 from _tsproxy.stats.records import Notice, RecordPipe, decode
 from _tsproxy.supervisor.runners import ThreadRunner
 from _tsproxy.supervisor.worker_args import WorkerArgs, WorkerShared
-from conftest import _starter
-from harness import ROOT, Exchange, Proxy, children, pause, pythons, receive_exactly, wait_until
+from harness import Exchange, Proxy, children, leave_out, pause, receive_exactly, wait_until
+from program import PYTHON, workers_of
 from unprivileged import BECOME, as_nobody
-
-PYTHON = dict(pythons())
-KINDS = ["threads", "processes", *(["interpreters"] if "3.13" in PYTHON else [])]
-
-
-@pytest.fixture(params=[f"{kind} from {form}" for kind in KINDS for form in ("checkout", "bundle")])
-def begin(request: pytest.FixtureRequest, bundle: Path) -> Iterator[Any]:
-    """Start the proxy under one runtime, on a Python that has it, from the checkout and from the bundle."""
-    kind, _, form = request.param.split(" ")
-    python = PYTHON["3.13"] if kind == "interpreters" else next(iter(PYTHON.values()))
-    script = str(bundle) if form == "bundle" else str(_checkout(python, bundle))
-    for start in _starter([python, "-I", "-S", script], None):
-        yield functools.partial(_under, start, kind)
-
-
-def _under(start: Any, kind: str, far: Exchange, *options: str, **popen: Any) -> Proxy:
-    return start(far, f"--runtime={kind}", *options, **popen)
-
-
-def _checkout(python: str, bundle: Path) -> Path:
-    """The checkout with docopt-ng beside it, for a Python that has nothing installed."""
-    place = bundle.parent / "checkout"
-    if not place.exists():
-        place.mkdir()
-        (place / "tsproxy.py").symlink_to(ROOT / "tsproxy.py")
-        (place / "run.py").write_text(_RUN.format(root=str(ROOT), docopt=os.path.dirname(os.path.dirname(_docopt()))))
-    return place / "run.py"
-
-
-def _docopt() -> str:
-    import docopt
-
-    return docopt.__file__
-
-
-_RUN = """
-import importlib.util, sys
-place = {docopt!r} + "/docopt"
-spec = importlib.util.spec_from_file_location("docopt", place + "/__init__.py", submodule_search_locations=[place])
-sys.modules["docopt"] = docopt = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(docopt)
-import runpy
-runpy.run_path({root!r} + "/tsproxy.py", run_name="__main__")
-"""
 
 
 def ask(proxy: Proxy, what: bytes = b"order") -> None:
     with proxy.connect() as client:
         client.sendall(what)
         assert receive_exactly(client, len(what)) == what
-
-
-def workers_of(proxy: Proxy) -> List[int]:
-    """The worker processes: the fork server's children."""
-    (fork_server,) = children(proxy.process.pid)
-    return children(fork_server)
 
 
 def test_all_workers_serve_and_the_start_line_names_the_runtime(begin: Any, echoing: Exchange, request: Any) -> None:
@@ -133,8 +82,9 @@ def test_auto_takes_processes_or_better(start: Any, echoing: Exchange) -> None:
     assert start(echoing).line("start")["runtime"] in ("processes", "interpreters", "threads")
 
 
-@pytest.mark.skipif("3.12" not in PYTHON, reason="LOUD: no Python 3.12 here")
 def test_interpreters_on_a_python_without_them_are_refused_in_one_line(bundle: Path) -> None:
+    if "3.12" not in PYTHON:
+        leave_out("no Python 3.12, where interpreters can't be used: that this is refused is NOT tested here")
     proxy = Proxy([PYTHON["3.12"], "-I", "-S", str(bundle)], "-t127.0.0.1:9", "--timestamps=preserve", "--runtime=interpreters")
     assert proxy.wait() == 2
     assert "--runtime: given 'interpreters'" in proxy.stderr()
@@ -240,7 +190,7 @@ def inodes(pid: int) -> Set[str]:
     return {os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()}
 
 
-def test_who_came_while_the_only_worker_was_stuck_is_served_in_the_drain(start: Any, echoing: Exchange) -> None:
+def test_clients_that_came_while_the_only_worker_was_stuck_are_served_in_the_drain(start: Any, echoing: Exchange) -> None:
     """It does not answer that it accepts no more, so the main thread takes them, for it to find when it goes on."""
     proxy = start(echoing, "--runtime=processes", "--workers=1")
     ask(proxy)
@@ -381,6 +331,7 @@ def _set_tasks(pid: int, soft: str) -> None:
     )
 
 
+@pytest.mark.root
 @pytest.mark.parametrize(("runtime", "most"), [("threads", 1), ("threads", 2), *(("processes", most) for most in (1, 2, 3))])
 def test_tasks_that_are_refused_end_the_start_in_one_line(alone: Any, exchange: Exchange, runtime: str, most: int) -> None:
     """The reporter's thread, the fork server, a worker: whichever it is."""
@@ -393,6 +344,7 @@ def test_tasks_that_are_refused_end_the_start_in_one_line(alone: Any, exchange: 
     assert proxy.lines == []
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_replacement_that_can_not_be_forked_is_tried_again_and_the_others_go_on(
     alone: Any, echoing: Exchange, workers: int

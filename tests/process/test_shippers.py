@@ -21,8 +21,7 @@ import shippers
 import yaml
 from _tsproxy.tools import generate
 from _tsproxy.tools.generate import fields, templates
-from conftest import CHECKOUT
-from harness import PATIENCE, Exchange, Line, Proxy, children, receive_exactly, reset, wait_until
+from harness import CHECKOUT, PATIENCE, Exchange, Line, Proxy, children, receive_exactly, reset, wait_until
 from namespaces import Namespace
 from shippers import Shipper, environment, find, generated
 
@@ -146,6 +145,7 @@ def mapped(line: Line) -> Set[str]:
     return {*fields.EVENTS["every line"], *fields.EVENTS[line["event"]]}
 
 
+@pytest.mark.root
 def test_no_field_of_a_real_line_is_unmapped() -> None:
     seen: Set[str] = set()
     with contextlib.closing(Namespace(tcp_timestamps="0")) as namespace:
@@ -177,7 +177,7 @@ def test_no_field_of_a_real_line_is_unmapped() -> None:
 @pytest.mark.parametrize("kind", generate.ALONE)
 def test_each_kind_is_filled_in_and_needs_no_option(kind: str) -> None:
     text = generated(kind)
-    assert not templates.PLACE.findall(text)
+    assert not templates.PLACEHOLDER.findall(text)
     assert not re.search(r"[ \t]$", text, re.M)
     assert text.endswith("\n")
 
@@ -340,6 +340,7 @@ def round_trips(client: socket.socket, count: int) -> List[float]:
     return took
 
 
+@pytest.mark.slow
 def test_a_shipper_that_stands_still_costs_lines_that_are_counted_and_no_time(
     shipper: Shipper, ship: Callable[..., Shipped], echoing: Exchange
 ) -> None:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 import pytest
-from harness import ROOT, children, pythons, wait_until
+from harness import ROOT, children, wait_until
+from program import RUNTIMES, python_for, slow_but
 
 SOAK = ROOT / "bench/soak.py"
-PYTHON = dict(pythons())
-KINDS = ["threads", "processes", *(["interpreters"] if "3.13" in PYTHON else [])]
 SHORT = ["--seconds=1", "--clients=8", "--seed=1"]
 
 
@@ -29,6 +28,7 @@ def soak(*options: str, seconds: float = 100) -> Tuple[int, Dict[str, Any], str]
     return done.returncode, lines[-1] if lines else {}, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_minute_of_everything_leaves_nothing_behind() -> None:
     code, result, said = soak("--seconds=60", seconds=190)
@@ -42,9 +42,10 @@ def test_a_minute_of_everything_leaves_nothing_behind() -> None:
     assert result["verified_bytes"] > 100_000_000
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", RUNTIMES)
 def test_each_runtime_gets_through_a_moment_of_it(kind: str, bundle: Path) -> None:
-    python = PYTHON["3.13"] if kind == "interpreters" else next(iter(PYTHON.values()))
+    python = python_for(kind)
     code, result, said = soak("--seconds=5", f"--runtime={kind}", f"--python={python}", f"--tsproxy={bundle}")
     assert code == 0, said
     assert result["connections"] > 50
@@ -143,16 +144,16 @@ FAULTS = {
     ),
     "a line is not written": (
         "from _tsproxy.stats.reporter import Reporter\n"
-        "real, skipped = Reporter._record, []\n"
+        "real, skipped = Reporter._put_record, []\n"
         "def record(self, record):\n"
         "    real(self, record) if skipped else skipped.append(1)\n"
-        "Reporter._record = record\n",
+        "Reporter._put_record = record\n",
         "active or with a line",
     ),
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", slow_but(["a byte is changed"], FAULTS))
 def test_a_fault_of_the_proxy_is_noticed_and_named(fault: str, tmp_path: Path) -> None:
     patch, word = FAULTS[fault]
     code, result, said = soak(*SHORT, "--runtime=threads", "--options=--zero-copy=never", faulty(tmp_path, patch))

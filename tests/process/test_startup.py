@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pwd
 import re
@@ -13,8 +12,7 @@ from pathlib import Path
 from typing import Any, Iterator, List, Sequence
 
 import pytest
-from conftest import CHECKOUT
-from harness import Exchange, children, receive_exactly, wait_until
+from harness import CHECKOUT, Exchange, children, first_free, receive_exactly
 from unprivileged import as_nobody
 
 
@@ -72,6 +70,7 @@ def unprivileged(bundle: Path) -> Iterator[List[str]]:
         yield words
 
 
+@pytest.mark.root
 def test_too_few_descriptors_are_said_before_the_first_connection(unprivileged: List[str]) -> None:
     options = ["-t", "127.0.0.1:9", *PRESERVE, "--max-connections=1000", "--workers=1"]
     done = refuse(*options, command=["prlimit", "--nofile=256:256", *unprivileged])
@@ -90,6 +89,7 @@ def test_the_soft_limit_is_raised_as_far_as_needed(start: Any, echoing: Exchange
     assert nofile >= 4000
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("user", ["root", "daemon"])
 def test_an_unprivileged_user_can_not_become_another(user: str, unprivileged: List[str]) -> None:
     done = refuse("-t", "127.0.0.1:9", *PRESERVE, f"--user={user}", command=unprivileged)
@@ -118,21 +118,6 @@ def test_root_is_dropped_for_good_after_binding(start: Any, echoing: Exchange) -
     with proxy.connect() as client:
         client.sendall(b"still works")
         assert receive_exactly(client, 11) == b"still works"
-
-
-def target(fd: Path) -> str:
-    """What a descriptor of another process is; "" if it has just been closed."""
-    with contextlib.suppress(FileNotFoundError):
-        return os.readlink(fd)
-    return ""
-
-
-def first_free(pid: int, sockets: int) -> int:
-    """The lowest free descriptor of a process, once it has no more sockets than its own (listeners, an inbox)."""
-    fds = Path(f"/proc/{pid}/fd")
-    wait_until(lambda: sum("socket:" in target(fd) for fd in fds.iterdir()) == sockets, "its connections are closed")
-    used = {int(fd.name) for fd in fds.iterdir()}
-    return next(number for number in range(1000) if number not in used)
 
 
 def test_descriptors_that_run_out_pause_accepting_and_come_back(start: Any, echoing: Exchange) -> None:

@@ -8,9 +8,8 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence
+from typing import Any, Dict, Iterator, List
 
 import pytest
 from _tsproxy.linux import systemd
@@ -21,42 +20,13 @@ from _tsproxy.stats.counters import Counter
 from _tsproxy.supervisor.watchdog import Watchdog
 from _tsproxy.supervisor.worker_pool import WorkerPool
 from _tsproxy.supervisor.worker_slot import WorkerSlot
-from conftest import CHECKOUT
-from harness import Exchange, Proxy, children, echo, pause, receive_exactly, wait_until
+from handover import hand_over, listeners
+from harness import CHECKOUT, Exchange, Proxy, children, echo, pause, receive_exactly, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 from namespaces import Namespace, require_root
 
 WORDS = ["-t", "127.0.0.1:9", "--timestamps=preserve", "--metrics-interval=0"]
-HAND_OVER = """
-import os, sys
-for number, fd in enumerate(map(int, sys.argv[1].split(","))):
-    os.dup2(fd, 3 + number)
-os.environ.update(LISTEN_PID=str(os.getpid()))
-os.execv(sys.argv[2], sys.argv[2:])
-"""
-
-
-def hand_over(listeners: List[socket.socket], *options: str, pass_also: Sequence[int] = (), **environment: str) -> Proxy:
-    """A proxy with inherited listeners, at 3 and on."""
-    fds = [listener.fileno() for listener in listeners]
-    command = [sys.executable, "-c", HAND_OVER, ",".join(map(str, fds)), *CHECKOUT]
-    env = {**os.environ, "LISTEN_FDS": str(len(fds)), **environment}
-    return Proxy(command, *options, env=env, pass_fds=[*fds, *pass_also])
-
-
-@contextlib.contextmanager
-def listeners(count: int) -> Iterator[List[socket.socket]]:
-    """Listening sockets whose numbers do not clash with the places that they are to be put at."""
-    made, spare = [], [os.open(os.devnull, os.O_RDONLY) for _ in range(8)]
-    try:
-        made = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-        yield made
-    finally:
-        for sock in made:
-            sock.close()
-        for fd in spare:
-            os.close(fd)
 
 
 def test_inherited_listeners_are_all_served_and_named_in_the_start_line(echoing: Exchange) -> None:
@@ -267,6 +237,7 @@ def test_a_busy_worker_whose_inbox_is_never_empty_answers_the_watchdog(manager: 
     producer._ours.close()
 
 
+@pytest.mark.root
 def test_the_status_tells_a_drift_until_it_is_over(manager: Manager) -> None:
     require_root()
     env = {**os.environ, "NOTIFY_SOCKET": manager.path, "WATCHDOG_USEC": "300000"}
@@ -290,7 +261,7 @@ def test_the_status_tells_a_drift_until_it_is_over(manager: Manager) -> None:
         assert proxy.stop() == 0
 
 
-def test_a_name_that_takes_its_time_is_resolved_before_the_manager_loses_patience(start: Any, manager: Manager) -> None:
+def test_a_slow_name_is_resolved_before_the_managers_timeout(start: Any, manager: Manager) -> None:
     start("localhost:9", env={**os.environ, "NOTIFY_SOCKET": manager.path})
     first = manager.wait_for_state("EXTEND_TIMEOUT_USEC")
     assert first["STATUS"] == "resolving localhost:9"

@@ -26,13 +26,12 @@ from _tsproxy.tools.top.model import Model
 from _tsproxy.tools.top.picture import View
 from _tsproxy.tools.top.source import Cutter, Follower
 from _tsproxy.tools.top.verdict import Grade
-from conftest import CHECKOUT
-from harness import Exchange, Proxy, children, receive_exactly, wait_until
+from harness import CHECKOUT, Exchange, Proxy, children, examples, receive_exactly, wait_until
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from namespaces import Namespace
 from pty_session import PtySession
-from test_histogram import row_of
+from samples import row_of
 from wcwidth import wcwidth
 
 Line = Dict[str, Any]
@@ -188,7 +187,7 @@ ANY = st.one_of(OBJECTS, SOUND.map(dumped), CUT, JSON.map(dumped), st.binary(max
 STREAMS = st.lists(ANY, max_size=12)
 
 
-@settings(unhurried, max_examples=600)
+@settings(unhurried, max_examples=examples(600))
 @given(STREAMS)
 @example([b"[" * 100_000, b'{"event":"metrics","pid":' + b"9" * 5000 + b"}"])
 @example([b'{"event":"\\ud800"}', b"\xff\xfe", b"", b"null", b"NaN"])
@@ -204,7 +203,7 @@ def test_any_bytes_as_lines_are_read_or_counted_and_never_raise(lines: List[byte
     assert len(model.processes) <= 16
 
 
-@settings(unhurried, max_examples=600)
+@settings(unhurried, max_examples=examples(600))
 @given(STREAMS, st.integers(0, 210), st.integers(0, 70), st.text(max_size=30), st.booleans(), st.none() | st.integers(99, 103))
 @example([], 80, 24, "", False, None)
 def test_any_state_at_any_size_is_exactly_as_many_rows_and_columns(
@@ -1078,6 +1077,7 @@ def test_each_line_of_a_real_tsproxy_is_understood(start: Any, echoing: Exchange
     assert process.start and process.start.max_connections == 1000
 
 
+@pytest.mark.root
 def test_a_drift_raises_the_alarm_and_its_end_is_told() -> None:
     clean_one = Namespace(tcp_timestamps="0")
     try:

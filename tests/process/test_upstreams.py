@@ -11,8 +11,7 @@ import pytest
 from _tsproxy.cli.config import MOST_UPSTREAMS, Target
 from _tsproxy.linux.addresses import Address
 from _tsproxy.supervisor.resolver import Resolver
-from conftest import CHECKOUT
-from harness import Exchange, Proxy, echo, receive_exactly
+from harness import CHECKOUT, Exchange, Proxy, echo, receive_exactly
 from namespaces import require_root
 
 BEYOND = 6
@@ -48,6 +47,7 @@ def many(tmp_path: Path, *command: str) -> List[str]:
     return ["unshare", "--mount", "sh", "-c", f'{binds} && exec "$@"', "sh", *CHECKOUT, *command]
 
 
+@pytest.mark.root
 def test_addresses_beyond_the_limit_are_left_out_with_a_warning_and_every_target_keeps_one(tmp_path: Path) -> None:
     far = Exchange(echo, host="127.0.0.1")
     words = ("-t", f"many.test:{far.port}", "-t", far.target, "-p0", "--timestamps=preserve", "--metrics-interval=0")
@@ -65,6 +65,7 @@ def test_addresses_beyond_the_limit_are_left_out_with_a_warning_and_every_target
     far.close()
 
 
+@pytest.mark.root
 def test_check_says_how_many_addresses_it_leaves_out(tmp_path: Path) -> None:
     words = ("check", "-t", "many.test:9", "--timestamps=preserve", "--json")
     done = subprocess.run(many(tmp_path, *words), capture_output=True, check=False)

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 
 import pytest
-from harness import Exchange, Line, Proxy, children, receive_all, receive_exactly, reset, wait_until
+from harness import Exchange, Line, Proxy, children, fill, receive_all, receive_exactly, reset, wait_until
 from namespaces import Namespace
-from test_endings import fill
-from test_runtime import KINDS, PYTHON, _checkout
+from program import EACH_RUNTIME, checkout_alone, python_for
 from wire import ACK, DOWNSTREAM, FIN, RST, SYN, UPSTREAM, Packet, Sniffer, Wire
 
 SMALL = 4096  # receive buffer of who does not read
@@ -147,6 +146,7 @@ WAYS = [
 ]
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("slow", SIDES)
 @pytest.mark.parametrize("how", WAYS, ids=lambda how: f"{how.reason}{how.option}")
 def test_the_line_says_what_was_acknowledged_at_each_end(wire: Wire, how: How, slow: str) -> None:
@@ -174,6 +174,7 @@ def conserved(line: Line, metrics: Line) -> None:
     assert received == line["tx_bytes"] + line["upstream_tx_bytes"] + lost
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("slow", SIDES)
 @pytest.mark.parametrize("option", ["--drain-timeout=100ms", "--half-close-timeout=500ms"])
 def test_after_both_fins_nothing_is_taken_back_and_the_line_says_what_the_kernel_still_has(
@@ -194,6 +195,7 @@ def test_after_both_fins_nothing_is_taken_back_and_the_line_says_what_the_kernel
         assert receive_all(session.slow) == bytes(LITTLE)
 
 
+@pytest.mark.root
 def test_while_a_session_lives_the_metrics_say_what_was_acknowledged_and_never_take_it_back(wire: Wire) -> None:
     with contextlib.closing(Session(wire, "client")) as session:
         session.choke()
@@ -207,12 +209,12 @@ def test_while_a_session_lives_the_metrics_say_what_was_acknowledged_and_never_t
         assert line["tx_bytes"] >= more["downstream_cx_tx_bytes_total"]
 
 
-@pytest.mark.parametrize("runtime", KINDS)
+@pytest.mark.root
+@pytest.mark.parametrize("runtime", EACH_RUNTIME)
 def test_bytes_that_an_idle_end_took_back_do_not_count_as_sent_on_each_runtime(runtime: str, bundle: Path) -> None:
-    python = PYTHON["3.13"] if runtime == "interpreters" else next(iter(PYTHON.values()))
     with contextlib.closing(Namespace(tcp_timestamps="0")) as host, host, contextlib.closing(Exchange()) as far:
         words = ["-t", far.target, "-p0", f"--runtime={runtime}", "--workers=1", "--idle-timeout=500ms"]
-        with contextlib.closing(Proxy([python, "-I", "-S", str(_checkout(python, bundle))], *words)) as proxy:
+        with contextlib.closing(Proxy([python_for(runtime), "-I", "-S", str(checkout_alone(bundle))], *words)) as proxy:
             with socket.socket() as client:
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL)
                 client.connect(proxy.address)
@@ -255,6 +257,7 @@ def test_a_killed_workers_bytes_count_as_acknowledged_up_to_the_last_look(start:
     assert after["upstream_cx_tx_bytes_total"] == before["upstream_cx_tx_bytes_total"]
 
 
+@pytest.mark.root
 def test_the_line_names_the_upstream_flow_and_no_round_trip_where_none_was_measured(wire: Wire) -> None:
     """A SYN that was sent again measures nothing (Karn), and there was nothing after it."""
     drop = "table inet cut { chain in { type filter hook input priority 0; tcp flags & (syn | ack) == syn drop; } ; }"

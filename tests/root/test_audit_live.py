@@ -15,8 +15,7 @@ import captures
 import pytest
 from captures import WRAPPED, ether, segment
 from common.segments import SYN
-from conftest import CHECKOUT
-from harness import Exchange, echo, receive_exactly, wait_until
+from harness import CHECKOUT, Exchange, echo, receive_exactly, wait_until
 from namespaces import Namespace
 from pty_session import PtySession
 from unprivileged import BECOME, as_nobody
@@ -212,4 +211,4 @@ def test_an_interface_that_is_not_there_is_refused_with_those_that_are(name: str
         command = [*namespace.enter, *CHECKOUT, "audit", f"--interface={name}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"tsproxy: --interface: given {name!r}; allowed: an interface of this host: lo\n"
+    assert done.stderr == f"tsproxy.py: --interface: given {name!r}; allowed: an interface of this host: lo\n"

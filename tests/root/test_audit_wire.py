@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Tuple
 
 import pytest
-from conftest import CHECKOUT
-from harness import Exchange, Proxy, echo, receive_exactly
+from harness import CHECKOUT, Exchange, Proxy, echo, receive_exactly
 from wire import DOWNSTREAM, UPSTREAM, Sniffer, Wire, tcpdump
 
 REWRITE = ("--timestamps=rewrite", "--static-timestamp=123456789")

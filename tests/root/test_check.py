@@ -12,12 +12,13 @@ from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import pytest
 from _tsproxy.policy import rehearsal
-from conftest import CHECKOUT
-from harness import Exchange
+from harness import CHECKOUT, Exchange
 from namespaces import Namespace
 from pty_session import PtySession
-from test_wire import generated
+from rules import generated
 from unprivileged import as_nobody
+
+pytestmark = pytest.mark.root
 
 STRIP = "meta priority 0:4 reset tcp option timestamp"
 OUTPUT = "type filter hook output priority mangle; policy accept;"

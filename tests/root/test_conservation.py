@@ -10,11 +10,12 @@ import socket
 from typing import Dict, Iterator, List, Tuple
 
 import pytest
-from conftest import CHECKOUT
-from harness import Exchange, Line, Proxy, reset, wait_until
+from harness import CHECKOUT, Exchange, Line, Proxy, examples, reset, wait_until
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from namespaces import Namespace
+
+pytestmark = pytest.mark.root
 
 SIDES = ("client", "server")
 Step = Tuple[str, str, int]
@@ -109,7 +110,10 @@ steps = st.lists(
 endings = st.tuples(st.sampled_from(SIDES), st.sampled_from(["eof", "reset", "close"]), st.booleans())
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+
+@settings(UNHURRIED, max_examples=examples(150))
 @given(script=steps, ending=endings)
 @example(script=[("client", "send", 60_000)] * 10, ending=("client", "eof", True))
 @example(script=[("server", "send", 60_000)] * 10, ending=("client", "reset", False))

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, Iterator, List, Sequence, Tuple
 
 import pytest
-from conftest import CHECKOUT
-from harness import wait_until
+from harness import CHECKOUT, wait_until
 from namespaces import require_root
 from pty_session import PtySession
 from unprivileged import BECOME, as_nobody
+
+pytestmark = pytest.mark.root
 
 MARK = "TSPROXY_TEST_MARK"
 
@@ -73,6 +74,7 @@ def assert_strips(done: subprocess.CompletedProcess[str]) -> None:
     assert any(line.startswith("mss ") for line in upstream)
     assert "TCP_INFO: timestamps not negotiated" in upstream
     assert audited(done.stdout) == [("client -> tsproxy", "LEAK"), ("tsproxy -> exchange", "CLEAN")]
+    assert 'tsproxy\'s line says the same: "upstream_timestamps":false' in done.stdout
     assert re.search(r"CLEAN +0 of [1-9][0-9]* segments have a timestamp$", done.stdout, re.MULTILINE)
     assert "The client offered timestamps; the exchange got none." in done.stdout
     assert all(len(line) <= 80 for line in done.stdout.splitlines())
@@ -149,6 +151,7 @@ def test_where_the_sysctl_can_not_be_written_it_says_so_and_shows_preserve() -> 
     done = demo(["unshare", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh", *CHECKOUT])
     assert_preserves(done, "Read-only file system", "mount /proc/sys writable")
     assert audited(done.stdout) == [("client -> tsproxy", "LEAK"), ("tsproxy -> exchange", "LEAK")]
+    assert 'tsproxy\'s line says the same: "upstream_timestamps":true' in done.stdout
 
 
 def test_no_namespaces_and_no_loopback_is_one_clear_line() -> None:

@@ -8,8 +8,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import List, NamedTuple
 
-from conftest import CHECKOUT
-from harness import ROOT
+from harness import CHECKOUT, ROOT
 from namespaces import Namespace, require_root
 
 PAGE = ROOT / "docs" / "audit.md"
@@ -85,7 +84,7 @@ def test_each_command_of_the_page_says_what_the_page_shows(tmp_path: Path) -> No
     outputs = run(tmp_path, [pair.command for pair in pairs])
     assert len(outputs) == len(pairs)
     for pair, output in zip(pairs, outputs):
-        assert words(output) == words(pair.output), pair.command
+        assert words(output) == words(pair.output), "\n".join([pair.command, *output])
 
 
 def test_the_page_shows_a_leak_a_clean_flow_and_agreement() -> None:

@@ -10,8 +10,10 @@ from typing import Any, Callable, Iterator, List, Tuple
 import pytest
 from _tsproxy.policy import syn
 from harness import Exchange, Proxy, receive_exactly, wait_until
-from test_wire import REWRITE, generated
+from rules import REWRITE, generated
 from wire import UPSTREAM, Sniffer, Wire
+
+pytestmark = pytest.mark.root
 
 Seen = List[Tuple[bool, int]]
 

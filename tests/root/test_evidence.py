@@ -22,13 +22,14 @@ from _tsproxy.policy import gates, rehearsal
 from _tsproxy.policy.evidence import Answer, Evidence
 from _tsproxy.policy.inspector import Inspector
 from _tsproxy.policy.levers import Lever, Policy
-from conftest import CHECKOUT
-from harness import ROOT, Exchange, Line, Proxy, echo, receive_exactly, wait_until
+from harness import CHECKOUT, ROOT, Exchange, Line, Proxy, echo, receive_exactly, wait_until
+from name_server import Names, asking_here
 from namespaces import Namespace
-from test_faults_names import Names, asking_here
-from test_wire import REWRITE, TSVAL, generated
+from rules import REWRITE, TSVAL, generated
 from unprivileged import BECOME
 from wire import UPSTREAM, Sniffer, Wire
+
+pytestmark = pytest.mark.root
 
 BOTH = (socket.AF_INET, socket.AF_INET6)
 OUTPUT = "type filter hook output priority mangle; policy accept;"

@@ -30,6 +30,8 @@ from faults import (
 )
 from harness import Proxy, pause, reset, wait_until
 
+pytestmark = pytest.mark.root
+
 BURST = 10_000
 # What was needed at once, and stays with the workers for the next time: 16 buffers of 64 KiB and 2 pipes each at most.
 POOL: Dict[str, int] = {"growth_kib": 4096, "spare_fds": 2 * 2 * 2}

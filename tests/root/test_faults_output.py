@@ -18,6 +18,8 @@ import pytest
 from faults import Stand, held, make_stand, sleeps
 from harness import Line, Proxy, wait_until
 
+pytestmark = pytest.mark.root
+
 F_SETPIPE_SZ = 1031
 ASKED = 150
 

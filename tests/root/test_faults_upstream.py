@@ -12,6 +12,8 @@ import pytest
 from faults import ANSWER, CROWD, EACH, RESET, Stand, are_kept_at_rest, ends, fate_of, make_stand, sleeps
 from harness import Exchange, receive_exactly, wait_until
 
+pytestmark = pytest.mark.root
+
 
 @pytest.fixture(params=EACH)
 def stand(request: pytest.FixtureRequest, bundle: Path) -> Iterator[Stand]:
@@ -94,7 +96,7 @@ def test_an_upstream_that_resets_in_mid_stream_resets_the_client_after_what_it_h
     assert proxy.metrics()["cx_reset_by_peer_total"] == CROWD
 
 
-def test_an_upstream_that_closes_half_hears_the_client_out(stand: Stand) -> None:
+def test_half_close_of_the_upstream_lets_the_client_send_on(stand: Stand) -> None:
     proxy = stand.start()
     with stand.unharmed(proxy):
         clients = stand.crowd(proxy, b"h")
@@ -109,7 +111,7 @@ def test_an_upstream_that_closes_half_hears_the_client_out(stand: Stand) -> None
     assert (line["reason"], line["termination_state"], line["rx_bytes"]) == ("closed", "--", 11)
 
 
-def test_an_upstream_that_closed_half_may_keep_a_silent_client_only_so_long(stand: Stand) -> None:
+def test_half_close_timeout_ends_a_silent_client_of_a_half_closed_upstream(stand: Stand) -> None:
     proxy = stand.start("--half-close-timeout=300ms")
     with stand.unharmed(proxy):
         for client in stand.crowd(proxy, b"h"):

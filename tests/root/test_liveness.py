@@ -21,6 +21,8 @@ from _tsproxy.proxy.liveness import Liveness
 from harness import ROOT, SUPPORT, Proxy, receive_all, receive_exactly, wait_until
 from wire import DOWNSTREAM, UPSTREAM, Wire
 
+pytestmark = pytest.mark.root
+
 TIMEOUT_S = 0.6
 MARGIN_S = 3.0  # for a third of the timeout, the second that TCP_RTO_MAX_MS has at least, and a busy machine
 MUCH = os.urandom(1 << 20) * 12  # more than all buffers on the way hold

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, Iterator, List
 
 import pytest
-from conftest import CHECKOUT
-from harness import Exchange, Proxy, receive_exactly
+from harness import CHECKOUT, Exchange, Proxy, receive_exactly
 from namespaces import Namespace
 from wire import ADDRESSES, UPSTREAM, Wire
 
@@ -45,6 +44,7 @@ def no_bug(proxy: Proxy) -> None:
     assert proxy.count("error") == 0
 
 
+@pytest.mark.root
 @FAMILIES
 def test_an_icmp_error_ends_a_connect_attempt(wire: Wire, family: int) -> None:
     far = wire.far_end(family)
@@ -73,6 +73,7 @@ def relayed(wire: Wire, proxy: Proxy, far: Exchange, count: int) -> List[Any]:
     return pairs
 
 
+@pytest.mark.root
 @FAMILIES
 @pytest.mark.parametrize("side", ["client", "exchange"])
 def test_an_icmp_error_on_an_established_connection_ends_it_as_gone(wire: Wire, family: int, side: str) -> None:
@@ -103,6 +104,7 @@ def test_an_icmp_error_on_an_established_connection_ends_it_as_gone(wire: Wire, 
 CHANGES = ["prohibit", "blackhole", "unreachable", "the interface is down", "the interface is gone"]
 
 
+@pytest.mark.root
 @pytest.mark.parametrize(("family", "change"), [*((4, change) for change in CHANGES), *((6, change) for change in CHANGES[:3])])
 def test_a_route_or_interface_that_changes_ends_connections_as_gone(wire: Wire, family: int, change: str) -> None:
     far = wire.far_end(family)
@@ -126,6 +128,7 @@ def test_a_route_or_interface_that_changes_ends_connections_as_gone(wire: Wire, 
     no_bug(proxy)
 
 
+@pytest.mark.root
 @FAMILIES
 def test_a_filter_on_output_ends_connections_as_gone_and_attempts_as_failed(wire: Wire, family: int) -> None:
     far = wire.far_end(family)

@@ -12,9 +12,10 @@ import pytest
 from _tsproxy.linux import sockets, wakeup
 from _tsproxy.policy import gates, levers
 from _tsproxy.policy.evidence import Evidence
-from conftest import CHECKOUT
-from harness import Exchange, Proxy, echo, receive_exactly, wait_until
+from harness import CHECKOUT, Exchange, Proxy, echo, receive_exactly, wait_until
 from namespaces import Namespace
+
+pytestmark = pytest.mark.root
 
 
 @pytest.fixture

@@ -12,51 +12,28 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Any, Iterator, List
 
 import pytest
-from conftest import CHECKOUT, _starter
-from harness import ROOT, Exchange, Proxy, pythons, receive_exactly, wait_until
+from harness import CHECKOUT, ROOT, Exchange, Proxy, receive_exactly, wait_until
 from namespaces import Namespace, require_root
+from program import EACH_RUNTIME, python_for, starter
+from unprivileged import for_everybody, statuses
 
-PYTHON = dict(pythons())
-KINDS = ["threads", "processes", *(["interpreters"] if "3.13" in PYTHON else [])]
 NOBODY = pwd.getpwnam("nobody")
-_BOUND = 'mount --bind "$1" "$2" && cd / && shift 2 && exec "$@"'
 
 
-@contextlib.contextmanager
-def for_everybody(python: str, bundle: Path) -> Iterator[List[str]]:
-    """The words that run a copy of the bundle on that Python where every user may read both."""
-    home = Path(python).resolve().parent.parent
-    with tempfile.TemporaryDirectory() as place:
-        Path(place).chmod(0o755)
-        (Path(place) / "python").mkdir()
-        shutil.copy(bundle, place)
-        inside = f"{place}/python/bin/{Path(python).resolve().name}"
-        words = ["unshare", "--mount", "sh", "-c", _BOUND, "sh", str(home), f"{place}/python"]
-        yield [*words, inside, "-I", "-S", f"{place}/{bundle.name}"]
-
-
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=EACH_RUNTIME)
 def start_readable(request: pytest.FixtureRequest, bundle: Path) -> Iterator[Any]:
     """Start the bundle under one runtime, in a place that every user may read."""
     require_root()
-    python = PYTHON["3.13"] if request.param == "interpreters" else next(iter(PYTHON.values()))
-    with for_everybody(python, bundle) as command:
-        for start in _starter(command, None):
+    with for_everybody(python_for(request.param), bundle) as command:
+        for start in starter(command, None):
             yield functools.partial(_under, start, request.param)
 
 
 def _under(start: Any, kind: str, far: Exchange, *options: str, **popen: Any) -> Proxy:
     return start(far, f"--runtime={kind}", *options, **popen)
-
-
-def statuses(proxy: Proxy) -> List[Dict[str, str]]:
-    """/proc/PID/task/TID/status of each thread of each process that came from it."""
-    tasks = [task for pid in proxy.family() for task in Path(f"/proc/{pid}/task").iterdir()]
-    texts = [(task / "status").read_text() for task in tasks]
-    return [{name: value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())} for text in texts]
 
 
 def works(proxy: Proxy) -> None:
@@ -65,6 +42,7 @@ def works(proxy: Proxy) -> None:
         assert receive_exactly(client, 5) == b"order"
 
 
+@pytest.mark.root
 def test_no_thread_of_any_process_keeps_anything_of_root(start_readable: Any, echoing: Exchange, request: Any) -> None:
     """Main, reporter, resolver, fork server, workers: credentials are kept for each thread in Linux."""
     proxy = start_readable(echoing, "--user=nobody", "--workers=2")
@@ -83,6 +61,7 @@ def test_no_thread_of_any_process_keeps_anything_of_root(start_readable: Any, ec
     assert proxy.stderr() == ""
 
 
+@pytest.mark.root
 def test_its_memory_is_closed_to_other_processes_of_the_same_user(start_readable: Any, echoing: Exchange) -> None:
     """Not dumpable (prctl(2), PR_SET_DUMPABLE): no core file with orders in it, no ptrace(2), no /proc/PID/mem."""
     proxy = start_readable(echoing, "--user=nobody", "--workers=1")
@@ -111,6 +90,7 @@ print(subprocess.run([sys.argv[1], "-u"], capture_output=True, text=True).stdout
 """
 
 
+@pytest.mark.root
 @pytest.mark.parametrize(("sabotage", "uid"), [([], "65534"), (["without"], "0")])
 def test_a_setuid_program_gives_root_back_to_nobody(sabotage: List[str], uid: str) -> None:
     """The second case is the proof of the first: without no_new_privs the program does give it."""
@@ -132,18 +112,18 @@ def refused(*options: str) -> str:
     return done.stderr
 
 
+@pytest.mark.root
 def test_root_is_no_user_to_become() -> None:
     require_root()
     assert refused("-p0", "--user=root") == "tsproxy.py: --user: given 'root'; allowed: a user that is not root\n"
 
 
+@pytest.mark.root
 def test_a_user_who_may_not_read_python_gets_processes_not_a_traceback(bundle: Path, echoing: Exchange) -> None:
     """auto is tried anew as that user: an interpreter starts from Python's own files."""
     require_root()
-    if "3.13" not in PYTHON:
-        pytest.skip("LOUD: no Python 3.13 here")
-    with tempfile.TemporaryDirectory() as closed, for_everybody(PYTHON["3.13"], bundle) as command:
-        for start in _starter([*command[:6], *[word.replace(command[7], f"{closed}/p") for word in command[6:]]], None):
+    with tempfile.TemporaryDirectory() as closed, for_everybody(python_for("interpreters"), bundle) as command:
+        for start in starter([*command[:6], *[word.replace(command[7], f"{closed}/p") for word in command[6:]]], None):
             (Path(closed) / "p").mkdir()
             proxy = start(echoing, "--user=nobody", "--workers=1")
             assert proxy.line("start")["runtime"] == "processes"
@@ -164,6 +144,7 @@ def reaches(address: str, port: int) -> bool:
     return True
 
 
+@pytest.mark.root
 @pytest.mark.parametrize(
     ("bind", "bindv6only", "reached"),
     [
@@ -179,7 +160,7 @@ def reaches(address: str, port: int) -> bool:
 def test_it_listens_where_it_says_and_nowhere_else(bind: List[str], bindv6only: str, reached: set[str]) -> None:
     with contextlib.closing(Namespace()) as space:
         space.run("sysctl", "-qw", f"net.ipv6.bindv6only={bindv6only}")
-        for start in _starter([*space.enter, *CHECKOUT], None):
+        for start in starter([*space.enter, *CHECKOUT], None):
             proxy = start("127.0.0.1:9", "-p8080", *bind)
             proxy.line("start")
             with space:
@@ -227,6 +208,7 @@ with socket.socket() as late:
 """
 
 
+@pytest.mark.root
 @pytest.mark.parametrize(("uid", "said"), [(0, "shared"), (65534, "Address already in use"), (1, "Address already in use")])
 def test_a_shared_port_is_open_to_the_user_who_bound_it_alone(start: Any, echoing: Exchange, uid: int, said: str) -> None:
     """That is root where root started it, even after --user (the socket's uid is its maker's, inet_rcv_saddr_equal())."""
@@ -259,13 +241,13 @@ def test_no_byte_of_an_order_stands_in_any_line_or_on_standard_error(start: Any,
 _READ_ONLY = 'mount -o remount,bind,ro / && mount -o remount,bind,ro /dev/shm && ! touch "$PWD/probe" 2>&- && exec "$@"'
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.root
+@pytest.mark.parametrize("kind", EACH_RUNTIME)
 def test_no_file_is_written(bundle: Path, echoing: Exchange, kind: str) -> None:
     """It relays, replaces nothing, reports and ends where each file system is read-only."""
     require_root()
-    python = PYTHON["3.13"] if kind == "interpreters" else next(iter(PYTHON.values()))
-    words = ["unshare", "--mount", "sh", "-c", _READ_ONLY, "sh", python, "-I", "-S", str(bundle)]
-    for start in _starter(words, None):
+    words = ["unshare", "--mount", "sh", "-c", _READ_ONLY, "sh", python_for(kind), "-I", "-S", str(bundle)]
+    for start in starter(words, None):
         proxy = start(echoing, f"--runtime={kind}")
         works(proxy)
         assert proxy.metrics()["downstream_cx_total"] == 1

@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any, FrozenSet, Iterator, List, Sequence
 
 import pytest
-from conftest import CHECKOUT
-from harness import PATIENCE, ROOT, SUPPORT, Exchange, Proxy, echo, pythons, receive_all, receive_exactly, reset
+from harness import CHECKOUT, PATIENCE, ROOT, SUPPORT, Exchange, Proxy, echo, leave_out, receive_all, receive_exactly, reset
 from namespaces import Namespace, require_root
-from test_security import for_everybody, statuses
+from program import PYTHON, python_for
+from unprivileged import for_everybody, statuses
 
-PYTHON = dict(pythons())
 LAUNCHER = str(SUPPORT / "seccomp_launcher.py")
 TEXT = (ROOT / "SECURITY.md").read_text()
 
@@ -47,8 +46,7 @@ def libseccomp() -> None:
     try:
         ctypes.CDLL("libseccomp.so.2")
     except OSError:
-        message = "LOUD: no libseccomp.so.2: that the documented system calls are enough is NOT tested here"
-        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+        leave_out("no libseccomp.so.2: that the documented system calls are enough is NOT tested here")
 
 
 def test_each_call_is_listed_once_in_order_and_is_one() -> None:
@@ -147,7 +145,8 @@ def kinds() -> Iterator[Any]:
     usable = {"threads": versions, "processes": versions, "interpreters": [v for v in versions if v == "3.13"]}
     for kind, those in usable.items():
         for version in dict.fromkeys(those[:1] + those[-1:]):
-            yield pytest.param(kind, version, id=f"{kind}-{version}")
+            marks = () if version == those[-1] and kind != "threads" else pytest.mark.slow
+            yield pytest.param(kind, version, id=f"{kind}-{version}", marks=marks)
 
 
 OPTIONS = ["--timestamps=strip", "-p0", "--workers=2", "--metrics-interval=0.2", "--idle-timeout=1", "--reuse-port"]
@@ -161,6 +160,7 @@ def clean() -> Iterator[Namespace]:
         yield space
 
 
+@pytest.mark.root
 @pytest.mark.parametrize(("kind", "version"), list(kinds()))
 @pytest.mark.parametrize("user", ["", "nobody"])
 def test_a_whole_life_needs_no_other_call(
@@ -178,7 +178,8 @@ def test_a_whole_life_needs_no_other_call(
             live(proxy, far, clean)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in ("threads", "interpreters") if kind == "threads" or "3.13" in PYTHON])
+@pytest.mark.root
+@pytest.mark.parametrize("kind", ["threads", "interpreters"])
 def test_once_it_relays_the_calls_that_start_it_may_be_forbidden(
     kind: str, clean: Namespace, bundle: Path, tmp_path: Path
 ) -> None:
@@ -187,7 +188,7 @@ def test_once_it_relays_the_calls_that_start_it_may_be_forbidden(
         far = Exchange(echo)
     go, end = os.pipe()
     with calls(tmp_path, RELAYING) as names:
-        python = PYTHON["3.13"] if kind == "interpreters" else sys.executable
+        python = python_for(kind) if kind == "interpreters" else sys.executable
         command = [*clean.enter, python, "-I", "-S", LAUNCHER, names, str(go), str(bundle), "-t", far.target]
         proxy = Proxy(command, f"--runtime={kind}", *OPTIONS, pass_fds=[go])
         os.close(go)
@@ -204,6 +205,7 @@ def test_once_it_relays_the_calls_that_start_it_may_be_forbidden(
             live(proxy, far, clean, confine)
 
 
+@pytest.mark.root
 def test_nftables_as_the_lever_needs_no_other_call(bundle: Path, tmp_path: Path) -> None:
     require_root()
     rules = subprocess.run([*CHECKOUT, "generate", "nftables", "-ta:1"], capture_output=True, text=True, check=True).stdout
@@ -304,6 +306,7 @@ def test_where_processes_are_refused_auto_takes_another_runtime(call: str, bundl
         assert proxy.stderr() == ""
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("runtime", ["processes", "threads"])
 @pytest.mark.parametrize("closed", ["", "<&- 2>&-"], ids=["", "standard-descriptors-closed"])
 def test_preserve_needs_neither_proc_nor_dev_null(runtime: str, closed: str, bundle: Path, echoing: Exchange) -> None:
@@ -321,6 +324,7 @@ def test_preserve_needs_neither_proc_nor_dev_null(runtime: str, closed: str, bun
     assert (proxy.count("connection"), proxy.count("error")) == (4, 0)
 
 
+@pytest.mark.root
 def test_strip_without_proc_asks_for_proc_and_for_nothing_else(bundle: Path) -> None:
     """No lever would help: what it reads is not there."""
     require_root()
@@ -368,7 +372,7 @@ def test_the_unit_that_is_generated_allows_each_listed_call_and_none_of_the_dang
 def test_apparmor_can_read_the_profile() -> None:
     parser = shutil.which("apparmor_parser") or shutil.which("apparmor_parser", path="/usr/sbin:/sbin")
     if not parser:
-        pytest.fail("no apparmor_parser") if os.environ.get("CI") else pytest.skip("LOUD: no apparmor_parser")
+        leave_out("no apparmor_parser: that it can read the profile is NOT tested here")
     for words in (["-Q", "-K"], ["-p"]):
         done = subprocess.run([parser, *words], input=block("apparmor"), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

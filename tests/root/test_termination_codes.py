@@ -14,9 +14,10 @@ from typing import Callable, Dict, Iterator, Mapping, Tuple, Union
 
 import pytest
 from _tsproxy.linux import uapi
-from conftest import CHECKOUT
-from harness import PATIENCE, Exchange, Proxy, receive_exactly, reset, wait_until
+from harness import CHECKOUT, PATIENCE, Exchange, Proxy, receive_exactly, reset, wait_until
 from namespaces import Namespace
+
+pytestmark = pytest.mark.root
 
 CLIENT, SERVER, SILENT = "127.0.0.2", "127.0.0.3", "127.0.0.4"
 SHORT_MS = 300

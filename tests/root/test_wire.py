@@ -9,25 +9,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import socket
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Callable, Iterator, List, Set, Tuple
 
 import pytest
-from harness import ROOT, Exchange, Proxy, receive_exactly, reset, wait_until
+from harness import Exchange, Proxy, receive_exactly, reset, wait_until
+from rules import REWRITE, TSVAL, generated
 from wire import ACK, DOWNSTREAM, RST, UPSTREAM, Packet, Sniffer, Wire, kinds, netstat, settled, tcpdump
 
-TSVAL = 0x11223344
+pytestmark = pytest.mark.root
+
 MIB = 1 << 20
-REWRITE = ("--timestamps=rewrite", f"--static-timestamp={TSVAL}")
-
-
-def generated(*options: str) -> str:
-    """The nftables rules that `generate` writes."""
-    command = [sys.executable, str(ROOT / "tsproxy.py"), "generate", "nftables", "-t", "192.0.2.1:1", *options]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 LEVERS = ("sysctl with an inherited listener", "nftables")
@@ -181,6 +174,7 @@ def test_rewrite_gives_each_packet_the_constant_and_nothing_else(
     assert all(f"TS val {TSVAL} " in line for line in outgoing)
 
 
+@pytest.mark.slow
 def test_rewrite_moves_a_gibibyte_each_way_intact_and_no_paws_is_counted(make_wire: Callable[..., Wire]) -> None:
     wire = make_wire(split=False)
     wire.rules(generated(*REWRITE))

@@ -20,12 +20,11 @@ from typing import Any, Callable, Counter, Iterator, List, NamedTuple, Tuple
 
 from harness import PATIENCE, Exchange, Line, Proxy, echo, receive_exactly, reset, wait_until
 from namespaces import Namespace
-from test_runtime import KINDS, PYTHON, _checkout
+from program import RUNTIME, checkout_alone, python_for, slow_but
 
-# Each runtime, each form; all six of them only where a test is cheap.
-ALL = [f"{kind} from {form}" for kind in KINDS for form in ("checkout", "bundle")]
-EACH = [stand for stand in ALL if stand.split(" from ") in (["threads", "checkout"], ["processes", "bundle"])]
-EACH += [stand for stand in ALL if stand == "interpreters from checkout"]
+# Each runtime and each form once; the one that `auto` takes on the Python at hand for a first look.
+WAYS = ["threads from checkout", "processes from bundle", "interpreters from checkout"]
+EACH = slow_but([way for way in WAYS if way.startswith(RUNTIME)], WAYS)
 
 CROWD = 20
 IDLE = 0.01  # of one CPU
@@ -243,13 +242,12 @@ def ends(proxy: Proxy) -> Ends:
     return collections.Counter((line["reason"], line["termination_state"]) for line in lines)
 
 
-def make_stand(kind: str, bundle: Path) -> Iterator[Stand]:
-    """For the fixture `stand`; `kind` is one of ALL."""
-    runtime, form = kind.split(" from ")
-    python = PYTHON["3.13"] if runtime == "interpreters" else next(iter(PYTHON.values()))
-    script = bundle if form == "bundle" else _checkout(python, bundle)
+def make_stand(way: str, bundle: Path) -> Iterator[Stand]:
+    """For the fixture `stand`; `way` is one of WAYS."""
+    runtime, form = way.split(" from ")
+    script = bundle if form == "bundle" else checkout_alone(bundle)
     with contextlib.closing(Namespace(tcp_timestamps="0")) as host:
-        with contextlib.closing(Stand([python, "-I", "-S", str(script)], runtime, host)) as stand:
+        with contextlib.closing(Stand([python_for(runtime), "-I", "-S", str(script)], runtime, host)) as stand:
             yield stand
 
 

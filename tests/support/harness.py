@@ -13,12 +13,28 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional, Sequence, Tuple
+
+import pytest
+from hypothesis import settings
 
 SUPPORT = Path(__file__).resolve().parent
 ROOT = SUPPORT.parent.parent
+CHECKOUT = [sys.executable, str(ROOT / "tsproxy.py")]
 PATIENCE = float(os.environ.get("TSPROXY_TEST_PATIENCE", "20"))  # seconds; an emulated CPU needs more
 Line = Dict[str, Any]
+
+
+def leave_out(message: str) -> NoReturn:
+    """Skip, loudly, what can't run on this machine; in CI, which brings what it needs, that is a failure."""
+    if os.environ.get("CI"):
+        pytest.fail(f"LOUD: {message}")
+    pytest.skip(f"LOUD: {message}")
+
+
+def examples(thorough: int) -> int:
+    """Of a property: that many for a thorough run, fewer for a first look, by the profile that hypothesis has loaded."""
+    return max(1, thorough * settings.default.max_examples // 100)
 
 
 def wait_until(predicate: Callable[[], Any], what: str = "", deadline: float = PATIENCE, pace: float = 0.005) -> Any:
@@ -303,3 +319,29 @@ def pythons() -> Iterator[Tuple[str, str]]:
         if version and tuple(map(int, version.split("."))) >= (3, 9):
             found.setdefault(version, str(path))
     yield from sorted(found.items(), key=lambda item: tuple(map(int, item[0].split("."))))
+
+
+def fill(sock: socket.socket) -> int:
+    """Send until nothing more fits for a while; how much went."""
+    sock.settimeout(0.3)
+    sent = 0
+    with contextlib.suppress(socket.timeout):
+        while True:
+            sent += sock.send(bytes(1 << 16))
+    sock.settimeout(20)
+    return sent
+
+
+def target(fd: Path) -> str:
+    """What a descriptor of another process is; "" if it has just been closed."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.readlink(fd)
+    return ""
+
+
+def first_free(pid: int, sockets: int) -> int:
+    """The lowest free descriptor of a process, once it has no more sockets than its own (listeners, an inbox)."""
+    fds = Path(f"/proc/{pid}/fd")
+    wait_until(lambda: sum("socket:" in target(fd) for fd in fds.iterdir()) == sockets, "its connections are closed")
+    used = {int(fd.name) for fd in fds.iterdir()}
+    return next(number for number in range(1000) if number not in used)

@@ -1,4 +1,4 @@
-"""A worker's context without a worker: what test_workbench, test_stream and test_worker work on, in this process."""
+"""A worker's context without a worker: what test_worker_context, test_splice and test_worker work on, in this process."""
 
 from __future__ import annotations
 

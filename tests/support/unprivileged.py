@@ -7,11 +7,12 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Iterator, List
+from typing import Dict, Iterator, List
 
 import pytest
-from harness import pythons
+from harness import Proxy
 from namespaces import require_root
+from program import PYTHON
 
 BECOME = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--bounding-set=-all"]
 _AGAIN = "import subprocess, sys; subprocess.run([sys.executable, '-c', ''], check=True)"
@@ -29,8 +30,31 @@ def as_nobody(bundle: Path) -> Iterator[List[str]]:
 
 def _python() -> str:
     """One that can be started from within, too: setpriv(1) itself still had root's rights when it started the first."""
-    for python in [*(path for _, path in pythons()), "/usr/bin/python3", "/usr/local/bin/python3"]:
+    for python in [*PYTHON.values(), "/usr/bin/python3", "/usr/local/bin/python3"]:
         with contextlib.suppress(FileNotFoundError):
             if subprocess.run([*BECOME, python, "-I", "-S", "-c", _AGAIN], capture_output=True, check=False).returncode == 0:
                 return python
     pytest.fail("no Python that an unprivileged user may run")
+
+
+_BOUND = 'mount --bind "$1" "$2" && cd / && shift 2 && exec "$@"'
+
+
+@contextlib.contextmanager
+def for_everybody(python: str, bundle: Path) -> Iterator[List[str]]:
+    """The words that run a copy of the bundle on that Python where every user may read both."""
+    home = Path(python).resolve().parent.parent
+    with tempfile.TemporaryDirectory() as place:
+        Path(place).chmod(0o755)
+        (Path(place) / "python").mkdir()
+        shutil.copy(bundle, place)
+        inside = f"{place}/python/bin/{Path(python).resolve().name}"
+        words = ["unshare", "--mount", "sh", "-c", _BOUND, "sh", str(home), f"{place}/python"]
+        yield [*words, inside, "-I", "-S", f"{place}/{bundle.name}"]
+
+
+def statuses(proxy: Proxy) -> List[Dict[str, str]]:
+    """/proc/PID/task/TID/status of each thread of each process that came from it."""
+    tasks = [task for pid in proxy.family() for task in Path(f"/proc/{pid}/task").iterdir()]
+    texts = [(task / "status").read_text() for task in tasks]
+    return [{name: value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())} for text in texts]

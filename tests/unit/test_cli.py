@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import io
-import os
 import re
-import subprocess
-import sys
-from types import SimpleNamespace
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Dict, List
 
 import _tsproxy
 import pytest
-from _tsproxy import tools
 from _tsproxy.cli import config, parser
 from _tsproxy.cli.config import UsageError
-from _tsproxy.tools import generate, main
+from _tsproxy.tools import generate
+from command_line import KNOWN, MANUAL, Ran, run
 from docopt import docopt
-from harness import ROOT
+from harness import examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-MANUAL = ast.get_docstring(ast.parse((ROOT / "tsproxy.py").read_text()), clean=False) or ""
-KNOWN = {known.name: known for known in parser.options_of(MANUAL).values()}
 SWITCHES = {"--reuse-port", "--spoof-timestamps", "--trust-host", "--json", "--help", "--version"}
 AUDIT = {"--from", "--interface", "--seconds", "--lines", "--svg"}  # audit's own, of which relaying knows nothing
 T = "--target=a:1"
@@ -184,31 +177,6 @@ def test_a_mistake_is_answered_with_its_own_line(words: List[str], line: str) ->
     assert str(caught.value) == line
 
 
-class Ran(NamedTuple):
-    """How a run of the command line ended."""
-
-    code: int
-    out: str
-    err: str
-    asked: Optional[Tuple[str, Any]]  # the command that would have been done, and with what
-
-
-def run(words: List[str]) -> Ran:
-    """main.run() with commands that only note that they were asked for."""
-    asked: List[Tuple[str, Any]] = []
-
-    def note(name: str) -> Any:
-        return lambda *given, **named: asked.append((name, (*given, *named.items()))) or 0
-
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr("_tsproxy.supervisor.serve.serve", note("serve"))
-        for name in parser.commands_of(MANUAL):
-            patch.setattr(tools, name, SimpleNamespace(run=note(name)), raising=False)
-        code = main.run(MANUAL, words, docopt)
-    return Ran(code, out.getvalue(), err.getvalue(), asked[0] if asked else None)
-
-
 @pytest.mark.parametrize(("words", "line"), REFUSED + LEFT_TO_DOCOPT, ids=lambda value: ascii(value)[:60])
 def test_a_mistake_ends_with_2_and_nothing_on_standard_output(words: List[str], line: str) -> None:
     assert run(words) == Ran(2, "", f"tsproxy.py: {line}\n", None)
@@ -288,7 +256,7 @@ def canonical_values(ready: List[str]) -> Dict[str, List[str]]:
     return found
 
 
-@settings(unhurried, max_examples=500)
+@settings(unhurried, max_examples=examples(500))
 @given(LINES)
 @example([T, "--", "--max=5"])
 @example(["bundle", "--", "--targ"])
@@ -317,12 +285,12 @@ def test_docopt_gets_canonical_names_only_and_adds_nothing_of_its_own(words: Lis
             assert found[name] == bare[name]
 
 
-@settings(unhurried, max_examples=500)
+@settings(unhurried, max_examples=examples(500))
 @given(LINES)
 @example(["--help"])
 @example(["bundle", "a\nb", "c"])
 @example([T, "--user=\udcff"])
-def test_any_words_are_obeyed_or_cost_one_line(words: List[str]) -> None:
+def test_any_words_are_taken_or_cost_one_line(words: List[str]) -> None:
     ran = run(words)
     if ran.code == 2:
         assert (ran.out, ran.asked) == ("", None)
@@ -336,45 +304,3 @@ def test_any_words_are_obeyed_or_cost_one_line(words: List[str]) -> None:
 
 
 # The real command
-
-SAMPLE = [
-    [],
-    ["--max=5", T],
-    [T, "--time", "strip"],
-    [T, "--reuse-port=1"],
-    [T, "--port"],
-    [T, "-p1", "-p1"],
-    [T, "--", "--maxconnections=5"],
-    ["bundel"],
-    ["bundle"],
-    ["bundle", "out", "--port=1"],
-    ["-p"],
-    ["\udcff\n"],
-]
-
-
-@pytest.mark.parametrize("words", SAMPLE, ids=lambda words: ascii(" ".join(words)))
-def test_the_command_itself_ends_with_2_and_one_line(words: List[str]) -> None:
-    command = [sys.executable, str(ROOT / "tsproxy.py"), *words]
-    done = subprocess.run(command, capture_output=True, timeout=60, check=False, env={**os.environ, "LC_ALL": "C"})
-    assert (done.returncode, done.stdout) == (2, b"")
-    line = done.stderr.decode()
-    assert line.startswith("tsproxy.py: ")
-    assert line[:-1].isprintable()
-    assert line[-1] == "\n"
-
-
-def test_where_standard_error_is_closed_the_line_does_not_go_to_standard_output() -> None:
-    shell = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, str(ROOT / "tsproxy.py"), "--max=5"]
-    done = subprocess.run(shell, stdout=subprocess.PIPE, timeout=60, check=False)
-    assert (done.returncode, done.stdout) == (2, b"")
-
-
-@pytest.mark.parametrize(
-    "words", [["--help"], ["--version"], ["generate", "fields"], ["generate", "nftables", "-t", "[::1]:5"]]
-)
-def test_an_output_that_can_not_be_written_is_said_and_1(words: List[str]) -> None:
-    command = [sys.executable, str(ROOT / "tsproxy.py"), *words]
-    with open("/dev/full", "wb") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stderr) == (1, "tsproxy.py: standard output: No space left on device\n")

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import ast
-import ipaddress
 import math
 import os
 import socket
-import subprocess
-import sys
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any, Dict, FrozenSet, Optional
@@ -16,30 +12,11 @@ from typing import Any, Dict, FrozenSet, Optional
 import pytest
 from _tsproxy.cli import config
 from _tsproxy.cli.config import Config, Target, UsageError, parse
-from docopt import docopt
-from harness import ROOT
+from command_line import BAD, CPU, GOOD, NAMED, options, parsed
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-MANUAL = ast.get_docstring(ast.parse((ROOT / "tsproxy.py").read_text()), clean=False) or ""
-TARGET = "exchange.example:443"
-CPU = min(os.sched_getaffinity(0))
-NAMED = [*config.OPTIONS, *config.REPEATED]
 unhurried = settings(deadline=None)
-
-
-BARE = docopt(MANUAL, [f"--target={TARGET}"], default_help=False)
-
-
-def options(**changes: Any) -> Dict[str, Any]:
-    """docopt's dictionary of a command line with only --target, then changed."""
-    return {**BARE, **changes}
-
-
-def parsed(option: str, *values: str) -> Config:
-    """The Config of a command line with that option, given as often as there are values, and with what it needs."""
-    needed = {"--timestamps": "rewrite"} if option == "--static-timestamp" else {}
-    return parse(options(**needed, **{option: list(values) if option in config.REPEATED else values[0]}))
 
 
 def complaint(option: str, *values: str) -> str:
@@ -50,72 +27,6 @@ def complaint(option: str, *values: str) -> str:
 
 
 # What is taken
-
-GOOD = [
-    ("--port", "0", "port", 0),
-    ("--port", "65535", "port", 65535),
-    ("--port", "0080", "port", 80),
-    ("--bind", "0.0.0.0", "bind", "0.0.0.0"),
-    ("--bind", "[::1]", "bind", "::1"),
-    ("--bind", "0:0:0:0:0:0:0:1", "bind", "::1"),
-    ("--bind", "::ffff:127.0.0.1", "bind", "127.0.0.1"),
-    ("--timestamps", "strip", "timestamps", "strip"),
-    ("--timestamps", "preserve", "timestamps", "preserve"),
-    ("--static-timestamp", "0", "static_timestamp", 0),
-    ("--static-timestamp", "4294967295", "static_timestamp", 2**32 - 1),
-    ("--max-connections", "1", "max_connections", 1),
-    ("--max-connections", "1000000", "max_connections", 1_000_000),
-    ("--max-connections-per-client", "0", "max_connections_per_client", 0),
-    ("--max-connections-per-client", "1000000", "max_connections_per_client", 1_000_000),
-    ("--on-full", "queue", "on_full", "queue"),
-    ("--buffer-size", "1024", "buffer_size", 1024),
-    ("--buffer-size", "64k", "buffer_size", 65536),
-    ("--buffer-size", "16M", "buffer_size", 16 << 20),
-    ("--workers", "256", "workers", 256),
-    ("--zero-copy", "never", "zero_copy", "never"),
-    ("--runtime", "threads", "runtime", "threads"),
-    ("--cpus", str(CPU), "cpus", (CPU,)),
-    ("--busy-poll", "50", "busy_poll_us", 50),
-    ("--busy-poll", "5ms", "busy_poll_us", 5000),
-    ("--busy-poll", "1.5", "busy_poll_us", 2),
-    ("--connect-timeout", "250ms", "connect_timeout_s", 0.25),
-    ("--connect-timeout", "1h", "connect_timeout_s", 3600.0),
-    ("--idle-timeout", "0", "idle_timeout_s", 0.0),
-    ("--idle-timeout", "0.0h", "idle_timeout_s", 0.0),
-    ("--idle-timeout", "90m", "idle_timeout_s", 5400.0),
-    ("--half-close-timeout", "1", "half_close_timeout_s", 1.0),
-    ("--drain-timeout", "0", "drain_timeout_s", 0.0),
-    ("--user-timeout", "0", "user_timeout_ms", 0),
-    ("--user-timeout", "10s", "user_timeout_ms", 10_000),
-    ("--user-timeout", "2147483647", "user_timeout_ms", 2**31 - 1),
-    ("--keepalive", "0", "keepalive_s", 0),
-    ("--keepalive", "1500ms", "keepalive_s", 2),
-    ("--keepalive", "32767", "keepalive_s", 32767),
-    ("--user", "nobody", "user", "nobody"),
-    ("--user", "machine$", "user", "machine$"),
-    ("--metrics-interval", "0", "metrics_interval_s", 0.0),
-    ("--metrics-interval", "100ms", "metrics_interval_s", 0.1),
-    ("--connection-log", "on", "connection_log", True),
-    ("--connection-log", "off", "connection_log", False),
-    ("--log-level", "debug", "log_level", "debug"),
-    ("--target", "a:1", "targets", (Target("a", 1),)),
-    ("--target", "a.b.:65535", "targets", (Target("a.b.", 65535),)),
-    ("--target", "under_score:1", "targets", (Target("under_score", 1),)),
-    ("--target", "9.example:1", "targets", (Target("9.example", 1),)),
-    ("--target", "0xf.example:1", "targets", (Target("0xf.example", 1),)),
-    ("--target", "192.0.2.1:00443", "targets", (Target("192.0.2.1", 443),)),
-    ("--target", "[2001:DB8::1]:443", "targets", (Target("2001:db8::1", 443),)),
-    ("--target", "[fe80::1%eth0.7]:443", "targets", (Target("fe80::1", 443, "eth0.7"),)),
-    ("--target", "[::ffff:192.0.2.1]:443", "targets", (Target("192.0.2.1", 443),)),
-    ("--target", f"{'a' * 63}:1", "targets", (Target("a" * 63, 1),)),
-    ("--source", "192.0.2.7", "sources", ("192.0.2.7",)),
-    ("--source", "[2001:db8::7]", "sources", ("2001:db8::7",)),
-    ("--allow", "10.0.0.0/8", "allow", (ipaddress.ip_network("10.0.0.0/8"),)),
-    ("--allow", "10.0.0.1", "allow", (ipaddress.ip_network("10.0.0.1/32"),)),
-    ("--allow", "2001:db8::/32", "allow", (ipaddress.ip_network("2001:db8::/32"),)),
-    ("--allow", "::/0", "allow", (ipaddress.ip_network("::/0"),)),
-    ("--allow", "::ffff:10.0.0.0/104", "allow", (ipaddress.ip_network("10.0.0.0/8"),)),
-]
 
 
 @pytest.mark.parametrize(("option", "text", "field", "value"), GOOD, ids=[f"{row[0]}={row[1]}" for row in GOOD])
@@ -182,53 +93,6 @@ def test_it_is_known_which_of_the_listening_options_were_given() -> None:
 
 # What is refused
 
-LONG_NAME = ".".join(["a" * 63] * 4)  # 255 characters; RFC 1035 has room for 253
-LONE = os.fsdecode(b"\xff")  # how a byte that is no UTF-8 comes in from the command line
-NO_NUMBERS = ["", " ", "1 ", " 1", "1\n", "\t1", "+5", "-1", "1_000", "1e3", "0x10", "1,000", "nan"]
-NO_NUMBERS += ["\u0663", "\uff11", "\u00b2", "\u00bd"]  # three in Arabic, a full-width one, a superscript, a half
-NO_NUMBERS += ["1\0", "1\x1b[0m", f"1{LONE}", "9" * 400, "one", "1-2", "1=1", "--port=1"]
-BAD = [
-    ("--port", [*NO_NUMBERS, "65536", "-0", "80.0", "http"]),
-    ("--bind", ["", " ", "localhost", "127.1", "127.0.0.1:80", "1.2.3.256", "01.2.3.4", "12\u0667.0.0.1", "0", "*", ":::"]),
-    ("--bind", ["[127.0.0.1", "::1]", "[[::1]]", "fe80::1%lo", "::1%", "::1%a\nb", "127.0.0.1/8", "127.0.0.1\n", f"::1{LONE}"]),
-    ("--timestamps", ["", "Strip", "strip ", "str", "spoof", "on", "strip\n", "strip\0", "strip,preserve", LONE]),
-    ("--static-timestamp", [*NO_NUMBERS, "4294967296", "random"]),
-    ("--max-connections", [*NO_NUMBERS, "0", "1000001", "1k"]),
-    ("--max-connections-per-client", [*NO_NUMBERS, "1000001", "-1", "1k", "5/64"]),
-    ("--on-full", ["", "REJECT", "drop", "queue\r\n"]),
-    ("--buffer-size", [*NO_NUMBERS, "1023", "0", "16777217", "17m", "1g", "64kb", "64KiB", "64 k", "64\u212a", "k", "-64k"]),
-    ("--zero-copy", ["", "Auto", "always", "on", "never "]),
-    ("--workers", [*NO_NUMBERS, "0", "257"]),
-    ("--runtime", ["", "auto\n", "fibers", "thread", "Threads"]),
-    ("--cpus", ["", ",", "-", f"{CPU},", f"{CPU},{CPU}", f"{CPU}-{CPU},{CPU}", f"{CPU + 1}-{CPU}", f"{CPU}-", f"{CPU}\n"]),
-    ("--cpus", ["9999", "0-9999", "99999", "a", "-1", "0x0", "\u0660", f"{CPU} ", "1e0", "all"]),
-    ("--busy-poll", [*NO_NUMBERS, "0.5", "1001s", "1us2", "1 us", "1US", "5\u03bcs"]),
-    ("--connect-timeout", [*NO_NUMBERS, "0", "0.0009", "3601", "61m", "1.", ".5", "1.5.5", "5d", "1h30m", "inf", "5 s"]),
-    ("--idle-timeout", [*NO_NUMBERS, "0.0001us", "0.5ms", "721h", "off"]),
-    ("--half-close-timeout", [*NO_NUMBERS, "0.0005", "999999999999h"]),
-    ("--drain-timeout", [*NO_NUMBERS, "25h", "-0"]),
-    ("--user-timeout", [*NO_NUMBERS, "0.5", "2147483648", "999us"]),
-    ("--keepalive", [*NO_NUMBERS, "0.5", "32768", "32767.1"]),
-    ("--user", ["", " ", "a b", "-root", "a\nb", "a\0b", "\u00fc", "a/b", "a:b", "x" * 64, "$", LONE]),
-    ("--metrics-interval", [*NO_NUMBERS, "0.001", "1441m", "never"]),
-    ("--connection-log", ["", "yes", "ON", "1", "on\n"]),
-    ("--log-level", ["", "warn", "INFO", "trace", "info\0"]),
-    ("--target", ["", ":", ":443", "a", "a:", "a:0", "a:65536", "a:-1", "a:+1", "a:1 ", "a:1\n", "a:1e2", "a:1_0", "a:000443"]),
-    ("--target", ["a:\u0663", "a:http", "http://a:1", "a:443/x", "a:1:2", " a:1", "a :1", "a\nb:1", "a\0:1", "a\x1b:1"]),
-    (
-        "--target",
-        ["999.1.1.1:1", "1.2.3:1", "1.2.3.4.5:1", "1:1", "127.1:1", "0x7f000001:1", "127.0X1:1", "0x:1", "01.2.3.4:1"],
-    ),
-    ("--target", ["::1:443", "[::1]", "[::1:443", "::1]:443", "[]:443", "[1.2.3.4]:443", "[a]:443", "[::g]:1", "[[::1]]:1"]),
-    ("--target", ["[::1]]:1", "[::1%]:1", "[::1%a b]:1", "[::1%a%b]:1", "[::1%\n]:1", "[fe80::1%interface-too-long]:1"]),
-    ("--target", ["fe80::1%lo:1", "a%lo:1", "-a:1", "a-:1", "a..b:1", ".a:1", "a..:1", ".:1", "a,b:1", "*:1", "@:1"]),
-    ("--target", [f"{'a' * 64}:1", f"{LONG_NAME}:1", "b\u00fccher:1", f"{LONE}:1", "\u0663.example:1"]),
-    ("--source", ["", "eth0", "192.0.2.1:0", "fe80::1%eth0", "192.0.2", "192.0.2.1,192.0.2.2", "192.0.2.1\n", LONE]),
-    ("--allow", ["", "/", "10.0.0.1/8", "2001:db8::1/32", "::ffff:10.0.0.1/104", "10.0.0.0/33", "::/129", "10.0.0.0/", "10/8"]),
-    ("--allow", ["10.0.0.0/8 ", "10.0.0.0/ 8", "10.0.0.0/+8", "10.0.0.0/-1", "10.0.0.0/8/8", "10.0.0.0/8\n", "10.0.0.0/8\0"]),
-    ("--allow", ["10.0.0.0/255.0.0.0", "10.0.0.0/0.255.255.255", "any", "localhost", "[::]/0", "10.0.0.0/\u0668", "1", LONE]),
-    ("--allow", ["fe80::%lo/64", "fe80::%a\nb/64"]),
-]
 TABLE = [(option, value) for option, values in BAD for value in values]
 
 
@@ -363,36 +227,3 @@ def test_compact_lists_say_all_numbers_and_no_other(numbers: FrozenSet[int]) -> 
 
 
 # The real command
-
-SAMPLE = [
-    ("--port", "65536"),
-    ("--port", "1\n2"),
-    ("--port", "\u0663"),
-    ("--bind", "::1%a\nb"),
-    ("--bind", "localhost"),
-    ("--timestamps", "rewritten"),
-    ("--static-timestamp", "4294967296"),
-    ("--buffer-size", "64\u212a"),
-    ("--cpus", "9999"),
-    ("--idle-timeout", "0.5ms"),
-    ("--user", LONE),
-    ("--user", "\x1b[31m"),
-    ("--target", "999.1.1.1:1"),
-    ("--target", "b\u00fccher:1"),
-    ("--target", ""),
-    ("--target", "--port=1"),
-    ("--source", "eth0"),
-    ("--allow", "10.0.0.1/8"),
-    ("--allow", "x" * 5000),
-]
-
-
-@pytest.mark.parametrize(("option", "value"), SAMPLE, ids=[f"{option}={value!a:.40}" for option, value in SAMPLE])
-def test_the_command_ends_with_2_and_that_one_line(option: str, value: str) -> None:
-    command = [sys.executable, str(ROOT / "tsproxy.py"), "-t", TARGET, option, value]
-    done = subprocess.run(command, capture_output=True, timeout=60, check=False, env={**os.environ, "LC_ALL": "C.UTF-8"})
-    assert (done.returncode, done.stdout) == (2, b"")
-    line = done.stderr.decode()
-    assert line.startswith(f"tsproxy.py: {option}: given {value!r}; allowed: ")
-    assert line.count("\n") == 1
-    assert line.endswith("\n")

@@ -35,7 +35,7 @@ def shared_counters() -> Iterator[SharedCounters]:
         yield made
 
 
-def test_a_new_ledger_is_all_zero_with_a_row_for_each_writer(shared_counters: SharedCounters) -> None:
+def test_new_shared_counters_are_zero_with_a_row_for_each_writer(shared_counters: SharedCounters) -> None:
     assert len(shared_counters.rows) == FIRST_WORKER_ROW + 3
     assert not any(any(row) for row in shared_counters.rows)
     assert len({ACCEPTOR_ROW, REPORTER_ROW, FIRST_WORKER_ROW}) == 3
@@ -86,14 +86,14 @@ def test_histograms_are_those_of_the_workers_and_apart_from_each_other(shared_co
     assert shared_counters.histogram(counters.CONNECT) == [(0, 4)]
 
 
-@pytest.mark.parametrize("start", [counters.RELAY, counters.CONNECT, counters.LOOP_LAG])
-def test_the_longest_time_of_all_workers_is_kept_as_it_was_measured(shared_counters: SharedCounters, start: int) -> None:
+@pytest.mark.parametrize("first", [counters.RELAY, counters.CONNECT, counters.LOOP_LAG])
+def test_the_longest_time_of_all_workers_is_kept_as_it_was_measured(shared_counters: SharedCounters, first: int) -> None:
     for worker, times in enumerate([(1,), (3_333_333, 5), (2_000_000,)]):
         for took_ns in times:
-            counters.observe(shared_counters.worker(worker), start, took_ns)
-    assert shared_counters.longest_ns(start) == 3_333_333
-    assert sum(count for _, count in shared_counters.histogram(start)) == 4
-    name = {counters.RELAY: "relay_us", counters.CONNECT: "connect_us", counters.LOOP_LAG: "loop_lag_us"}[start]
+            counters.observe(shared_counters.worker(worker), first, took_ns)
+    assert shared_counters.longest_ns(first) == 3_333_333
+    assert sum(count for _, count in shared_counters.histogram(first)) == 4
+    name = {counters.RELAY: "relay_us", counters.CONNECT: "connect_us", counters.LOOP_LAG: "loop_lag_us"}[first]
     found = metrics.latencies(shared_counters)
     assert (found[f"{name}_max"], found[f"{name}_p999"]) == (3333.333, 3333.333)
 
@@ -139,7 +139,7 @@ def test_workers_in_other_processes_count_in_their_own_rows_without_losing_any(s
     assert shared_counters.longest_ns(counters.LOOP_LAG) == 1, "the last word of a row"
 
 
-def test_the_ledger_is_not_inherited_unless_it_is_passed_on(shared_counters: SharedCounters) -> None:
+def test_shared_counters_are_not_inherited_unless_they_are_passed_on(shared_counters: SharedCounters) -> None:
     assert not os.get_inheritable(shared_counters.fd)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Dict, List
 import pytest
 from _tsproxy.stats import encoder
 from _tsproxy.stats.encoder import Stamps, line, with_json
-from harness import ROOT
+from harness import ROOT, examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -96,7 +96,7 @@ LONG_LISTS = st.lists(LONG_TEXTS, max_size=9) | st.builds(lambda text, times: [t
 LONG_FIELDS = st.dictionaries(NAMES, LONG_TEXTS | LONG_LISTS | SCALARS, max_size=12)
 
 
-@settings(unhurried, max_examples=300)
+@settings(unhurried, max_examples=examples(300))
 @given(LONG_FIELDS)
 @example({"targets": ["x" * 1000] * 7})
 @example({"targets": ["x" * 9000]})

@@ -26,7 +26,7 @@ def nothing() -> None:
 class Pair:
     """A handler of one end of a socket pair; it notes its number, and consumes one byte."""
 
-    def __init__(self, number: int, lane: int, handled: List[int], call: Callable[[], None] = nothing) -> None:
+    def __init__(self, number: int, lane: int, handled: List[int], call: Callable[[], object] = nothing) -> None:
         self.number, self.lane, self._handled, self._call = number, lane, handled, call
         self.bugs: List[Exception] = []
         self.contains = True
@@ -57,7 +57,7 @@ class Stand:
         self.handled: List[int] = []
         self.pairs: List[Pair] = []
 
-    def pair(self, lane: int = NOW, call: Callable[[], None] = nothing) -> Pair:
+    def pair(self, lane: int = NOW, call: Callable[[], object] = nothing) -> Pair:
         made = Pair(len(self.pairs), lane, self.handled, call)
         self._stack.enter_context(made.ours)
         self._stack.enter_context(made.peer)
@@ -368,16 +368,24 @@ def test_an_idle_loop_has_no_timer_of_its_own_and_a_blocked_one_reports_its_lag(
         loop.run_for(10 * MS)
         assert loop.timers.next_ns() is None
         lags.clear()
-        pair = Pair(0, NOW, [], lambda: time.sleep(0.15))  # beyond the time of the probe, which this event arms
+        probed: List[bool] = []
+
+        def block() -> None:
+            probed.append((loop.timers.next_ns() or 0) <= loop.now + 100 * MS + TICK_NS)
+            time.sleep(0.15)  # beyond the time of the probe
+
+        pair = Pair(0, NOW, [], block)
         for sock in (pair.ours, pair.peer):
             stack.enter_context(sock)
         loop.watch(pair.fd, READ, pair)
         pair.peer.send(b"x")
-        loop.run_for(5000 * MS, lambda: bool(lags))
+        loop.run_for(60_000 * MS, lambda: bool(lags))
+        assert probed == [True], "an event arms the probe"
         assert lags[0] >= 40 * MS
 
 
 def test_a_deadline_beyond_what_epoll_wait_takes_is_no_error(stand: Stand) -> None:
     stand.loop.timers.arm(Alarm(0, []), stand.loop.now + 10**18)
-    stand.pair().peer.send(b"x")
-    stand.loop.run(lambda: bool(stand.handled))
+    second = stand.pair()
+    stand.pair(call=lambda: second.peer.send(b"x")).peer.send(b"x")  # the first wait of a run() does not sleep
+    stand.loop.run(lambda: len(stand.handled) == 2)

@@ -13,8 +13,6 @@ import os
 import re
 import socket
 import struct
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
@@ -29,16 +27,15 @@ from _tsproxy.proxy.inbox import Message
 from _tsproxy.stats import encoder, records
 from _tsproxy.stats.records import ConnectionRecord, Notice, Record
 from _tsproxy.tools.generate.words import words as words_of
+from command_line import BAD, GOOD, KNOWN, MANUAL, NAMED, parsed, run
 from docopt import docopt
-from harness import ROOT
+from harness import examples
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from test_cli import KNOWN, MANUAL, run
-from test_config import BAD, GOOD, NAMED, parsed
-from test_records import FULL, RECORDS
+from samples import FULL, RECORDS
 
-thorough = settings(deadline=None, max_examples=400, suppress_health_check=[HealthCheck.too_slow])
-quick = settings(thorough, max_examples=150)
+thorough = settings(deadline=None, max_examples=examples(400), suppress_health_check=[HealthCheck.too_slow])
+quick = settings(thorough, max_examples=examples(150))
 Pair = Tuple[str, Optional[str]]  # an option and its value; None for a switch
 Spelled = List[List[str]]  # the words of each option, of the command, of an argument
 
@@ -125,7 +122,7 @@ def read(option: str, text: str) -> Optional[Config]:
 
 
 @pytest.mark.parametrize("option", NAMED)
-@settings(quick, max_examples=100)
+@settings(quick, max_examples=examples(100))
 @given(data=st.data())
 def test_a_value_that_is_taken_is_the_same_when_it_is_written_again(option: str, data: st.DataObject) -> None:
     wanted = read(option, data.draw(values(option)))
@@ -357,14 +354,14 @@ COMPLAINTS = [
 COMPLAINT = re.compile(rf"tsproxy.py: ({'|'.join(COMPLAINTS)})\n")
 
 
-@settings(thorough, max_examples=700)
+@settings(thorough, max_examples=examples(700))
 @given(mangled_lines() | st.lists(WORDS | BENT_WORDS, max_size=6))
 @example(["--target=a:1", "--port", "1_000"])
 @example(["-t", "a:1", "-p\uff11"])
 @example(["--target=a:1", "--\0"])
 @example(["-t"])
 @example(["-tp", "-p"])
-def test_a_mangled_line_is_obeyed_or_costs_one_line_of_a_known_form(words: List[str]) -> None:
+def test_a_mangled_command_line_is_taken_or_costs_one_line_of_a_known_form(words: List[str]) -> None:
     before = time.process_time()
     ran = run(words)
     assert time.process_time() - before < 5
@@ -382,7 +379,7 @@ GETOPT_SHORT = "".join(spelling[1] + ":" * bool(known.argument) for spelling, kn
 GETOPT_LONG = [known.name[2:] + "=" * bool(known.argument) for known in KNOWN.values()]
 
 
-@settings(thorough, max_examples=600)
+@settings(thorough, max_examples=examples(600))
 @given(mangled_lines() | sound_lines().map(lambda pair: flat(pair[0])))
 @example(["-t", "a:1", "-p=1"])
 @example(["bundle", "--", "out"])
@@ -425,87 +422,6 @@ def test_a_line_as_long_as_the_kernel_passes_takes_no_more_than_a_moment(words: 
 
 
 # The command itself
-
-
-def ending(start: List[bytes], *ends: bytes) -> List[List[bytes]]:
-    """The words with each of the ends at the last one's end."""
-    return [[*start[:-1], start[-1] + end] for end in ends]
-
-
-T = b"-t127.0.0.1:9"
-HUNDRED: List[List[bytes]] = [
-    [],
-    *ending([T, b"--port="], b"", b" ", b"-1", b"+1", b"65536", b"1_000", b"1e3", b"0x1", b"\xff", b"\xd9\xa3", b"1\n"),
-    *ending([T, b"--port", b""], b"--port", b"--", b"-", b"-p", b"\xef\xbc\x91", b"9" * 5000, b"1 2"),
-    *ending([T, b""], b"--p", b"--port", b"-p", b"-P", b"-pp", b"---", b"--=", b"-", b"", b"\xff", b"-\xff", b"--\xff"),
-    *ending([T, b"--"], b"json", b"Port=1", b"port\n=1", b"PORT=1", b"trust", b"trust-host=", b"no-reuse-port", b"port-1"),
-    *ending([b"--target"], b"", b"=", b"=a", b"=:1", b"s=a:1"),
-    *ending([b"-t"], b"", b" ", b":", b":1", b"a", b"a:", b"a:0", b"a:65536", b"a:1_0", b"http://a:1", b"a:1/x", b"a:1:1"),
-    *ending([b"-t"], b"::1:1", b"[::1]", b"[1.2.3.4]:1", b"[::1%]:1", b"[::g]:1", b"[::ffff:1.2.3.4%lo]:1", b"[[::1]]:1"),
-    *ending([b"-t"], b"1.2.3:1", b"127.1:1", b"1:1", b"0x7f.1:1", b"a..b:1", b"-a:1", b"a b:1", b"b\xc3\xbc:1", b"\xff:1"),
-    *ending([T, b"--allow="], b"", b"any", b"10/8", b"10.0.0.1/8", b"10.0.0.0/33", b"::/129", b"10.0.0.0/255.0.0.0", b"\xff"),
-    *ending([T, b"--bind="], b"", b"localhost", b"127.1", b"01.2.3.4", b"fe80::1%lo", b"::1/128", b"[[::1]]", b"*"),
-    *ending([T, b"--timestamps="], b"", b"STRIP", b"strip ", b"spoof", b"strip,preserve", b"\xe2\x80\xae"),
-    *ending([T, b"--cpus="], b"", b",", b"9999", b"0,0", b"0-", b"-1", b"all"),
-    *ending([T, b"--idle-timeout="], b"", b".5", b"1.", b"1h30m", b"721h", b"5 s", b"inf", b"nan"),
-    *ending([T, b"--"], b"buffer-size=1g", b"static-timestamp=1", b"source=::1", b"user=a/b", b"log-level=warn"),
-    *ending([T, b"--spoof-timestamps", b"--timestamps="], b"strip", b"preserve"),
-    *ending([T, b"-p1", b""], b"-p1", b"--port=1", b"--port"),
-    *ending([b""], b"bundle", b"bundel", b"check", b"generate", b"demo=", b"relay", b"OUT", b"help", b"--bundle", b"\n"),
-    *ending([b"bundle", b""], b"/nowhere/\xff/out", b"", b".", b"/dev/null", b"--", b"-p1"),
-    *ending([b"bundle", b"--", b""], b"-out", b"--", b""),
-    *ending([b"demo", b""], b"-p1", b"demo", b"", b"--json"),
-    *ending([b"check", T, b""], b"check", b"x", b"--jso", b""),
-    *ending([b"generate", T, b""], b"\xff\n", b"", b"--json", b"check"),
-    *ending([b"generate", b"netns", T, b"-"], b"-json", b"p0", b"-timestamps=preserve"),
-]
-
-
-# Runs the script as often as there are lines, each in a process of its own that has the imports done already.
-AGAIN_AND_AGAIN = """
-import ast, os, runpy, sys
-script, place = sys.argv[1:]
-sys.path.insert(0, os.path.join(os.path.dirname(script), "lib"))
-import docopt, _tsproxy.tools.main, _tsproxy.cli.config
-for number, words in enumerate(ast.literal_eval(sys.stdin.read())):
-    if os.fork() == 0:
-        for fd, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(f"{place}/{number}.{name}", os.O_WRONLY | os.O_CREAT), fd)
-        sys.argv = [script, *map(os.fsdecode, words)]
-        runpy.run_path(script, run_name="__main__")
-        os._exit(99)
-    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)  # or the next child has it in its buffer, too
-"""
-
-
-@pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> List[Tuple[int, bytes, bytes]]:
-    """How tsproxy.py itself ends each of the hundred: (exit code, standard output, standard error)."""
-    place = tmp_path_factory.mktemp("answers")
-    command = [sys.executable, "-c", AGAIN_AND_AGAIN, str(ROOT / "tsproxy.py"), str(place)]
-    env = {**os.environ, "LC_ALL": "C"}
-    done = subprocess.run(command, input=repr(HUNDRED), stdout=subprocess.PIPE, text=True, timeout=100, check=True, env=env)
-    codes = map(int, done.stdout.split())
-    return [(code, *((place / f"{at}.{name}").read_bytes() for name in ("out", "err"))) for at, code in enumerate(codes)]
-
-
-@pytest.mark.parametrize("number", range(len(HUNDRED)), ids=lambda number: ascii(b" ".join(HUNDRED[number]))[2:-1][:50])
-def test_each_of_a_hundred_bad_lines_ends_with_2_and_one_line(answers: List[Tuple[int, bytes, bytes]], number: int) -> None:
-    code, out, err = answers[number]
-    assert (code, out) == (2, b"")
-    line = err.decode()
-    assert re.match(r"tsproxy(\.py)?: ", line)
-    assert line.endswith("\n")
-    assert line[:-1].isprintable()
-
-
-def test_without_its_manual_it_says_why_it_cannot_read_options() -> None:
-    for words in ([], ["-t", "a:1"], ["check"]):
-        command = [sys.executable, "-OO", "-B", str(ROOT / "tsproxy.py"), *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        assert (done.returncode, done.stdout) == (2, "")
-        (line,) = done.stderr.splitlines()
-        assert "-OO" in line
 
 
 # Addresses between workers
@@ -677,7 +593,7 @@ def mangled(draw: st.DrawFn, data: bytes) -> bytes:
     return data
 
 
-@settings(thorough, max_examples=600)
+@settings(thorough, max_examples=examples(600))
 @given(mangled_segments() | FIELDS.map(with_field) | st.binary(max_size=120))
 @example(b"\x44" + bytes(8) + b"\6" + bytes(18) + b"\x50\0\0\0\x50" + bytes(7))  # a header of 16 bytes
 @example(bytes.fromhex("6000000000283c40") + bytes(32) + b"\x3c\0")
@@ -800,7 +716,7 @@ def mangled_frames(draw: st.DrawFn) -> bytes:
     return mangled(draw, b"".join(map(records.encode, draw(RECORDS))))
 
 
-@settings(thorough, max_examples=500)
+@settings(thorough, max_examples=examples(500))
 @given(mangled_frames() | st.binary(max_size=300), st.integers(1, 400))
 @example(bytes(400), 400)
 @example(b"\xff\xff\1" + bytes(400), 7)
@@ -839,7 +755,7 @@ def test_a_record_beside_a_broken_one_is_not_lost(at: int) -> None:
     st.integers(0, 2**63 - 1),
     st.lists(st.binary(min_size=PACKED_SIZE, max_size=PACKED_SIZE), max_size=12),
 )
-def test_an_entry_comes_back_from_a_slot_whatever_stands_behind_it(
+def test_a_message_comes_back_from_a_slot_whatever_stands_behind_it(
     kind: int, fd: int, number: int, at_ns: int, upstreams: List[bytes]
 ) -> None:
     message = Message(kind, fd, number, at_ns, upstreams[0] if upstreams else bytes(PACKED_SIZE), b"".join(upstreams))
@@ -847,9 +763,9 @@ def test_an_entry_comes_back_from_a_slot_whatever_stands_behind_it(
     assert len(message.encode()) <= 512
 
 
-@settings(quick, max_examples=100)
+@settings(quick, max_examples=examples(100))
 @given(st.binary(min_size=512, max_size=512))
-def test_any_slot_is_an_entry(slot: bytes) -> None:
+def test_any_slot_is_a_message(slot: bytes) -> None:
     message = Message.decode(slot)
     assert len(message.upstreams) <= 512
     assert len(message.client) == PACKED_SIZE

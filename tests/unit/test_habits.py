@@ -56,11 +56,12 @@ def test_each_hook_before_a_commit_is_a_line_of_ci_run() -> None:
 
 
 def tracked() -> List[Path]:
-    """The text files of the repository; all of the directory where git can't tell."""
-    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    """The text files of the repository, as git tells them from others."""
+    done = subprocess.run(["git", "ls-files", "--eol", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip("LOUD: no git repository: how its files are written is NOT tested here")
-    return [ROOT / name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
+    found = [entry.split("\t", 1) for entry in done.stdout.split("\0") if entry]
+    return [ROOT / name for kind, name in found if not kind.startswith("i/-text") and (ROOT / name).is_file()]
 
 
 def test_files_are_written_as_the_editor_is_told() -> None:

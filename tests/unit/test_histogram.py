@@ -6,13 +6,14 @@ import math
 from bisect import bisect_left
 from collections import Counter
 from fractions import Fraction
-from typing import Iterable, List
+from typing import List
 
 import pytest
 from _tsproxy.stats import histogram
 from _tsproxy.stats.histogram import BUCKETS, LIMITS_US, LINEAR_NS, STEP_NS, Counts, bucket, percentile, summary, upper_ns
 from hypothesis import example, given
 from hypothesis import strategies as st
+from samples import row_of
 
 LONGEST_NS = upper_ns(BUCKETS - 1)
 # As many short ones as long ones: a plain range would hardly ever be below a second.
@@ -22,14 +23,6 @@ EDGES = sorted({edge + by for edge in map(upper_ns, range(BUCKETS)) for by in (-
 
 def counts_of(times: List[int]) -> Counts:
     return sorted(Counter(map(bucket, times)).items())
-
-
-def row_of(times: Iterable[int]) -> memoryview:
-    """The run of counts that a worker would have."""
-    row = memoryview(bytearray(8 * BUCKETS)).cast("Q")
-    for took in times:
-        row[bucket(took)] += 1
-    return row
 
 
 def test_upper_edges_ascend_from_a_quarter_of_a_microsecond_to_eighteen_minutes() -> None:

@@ -70,7 +70,7 @@ def order(number: int) -> Message:
     return Message(Command.CLIENT, -1, number, number * 7, bytes(24), b"u" * 24 * (number % 5))
 
 
-def test_entries_come_out_as_they_went_in(pair: Pair) -> None:
+def test_messages_come_out_as_they_went_in(pair: Pair) -> None:
     for number in range(10):
         assert pair.producer.put(order(number))
     assert not pair.producer.is_empty
@@ -105,7 +105,7 @@ steps = st.lists(st.one_of(st.just("put"), st.integers(1, 5), st.just("replace")
 
 
 @given(st.sampled_from(["ring", "channel"]), steps)
-def test_each_entry_comes_once_and_in_order_even_if_the_taker_dies_in_between(kind: str, script: List[object]) -> None:
+def test_each_message_comes_once_and_in_order_even_if_the_reader_dies_in_between(kind: str, script: List[object]) -> None:
     pair = Pair(kind)
     put, taken = 0, []
     for step in script:

@@ -57,6 +57,7 @@ FORBIDDEN = [
     ("proxy/worker.py", "from _tsproxy.supervisor import serve"),
     ("supervisor/serve.py", "def later() -> None:\n    from _tsproxy.tools import main"),
     ("proxy/direction.py", "from _tsproxy.proxy.session import Session"),
+    ("supervisor/worker_slot.py", "from _tsproxy.supervisor import worker_pool"),
     ("loop/timers.py", "from _tsproxy.proxy import context"),
     ("capture/options.py", "from _tsproxy.policy import syn"),
     ("capture/layers.py", "from _tsproxy.capture import files"),
@@ -83,6 +84,7 @@ def test_an_import_that_runs_the_other_way_breaks_a_contract(copy: Path, where: 
     [
         ("packages", "_tsproxy"),
         ("proxy", "_tsproxy.proxy"),
+        ("supervisor", "_tsproxy.supervisor"),
         ("loop", "_tsproxy.loop"),
         ("top", "_tsproxy.tools.top"),
         ("capture", "_tsproxy.capture"),

@@ -2,74 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import select
 import socket
-import subprocess
 from pathlib import Path
-from typing import Any, Iterator, List, Tuple
+from typing import List, Tuple
 
 import pytest
-from _tsproxy.stats.line_writer import PIPE_BUF, LineWriter
+from _tsproxy.stats.line_writer import PIPE_BUF
+from harness import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
-from namespaces import require_root
-
-BACKLOG = 4096
-
-
-class Clock:
-    """Seconds that pass when the test says so."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class Station:
-    """An outlet with a clock and a count of what it dropped."""
-
-    def __init__(self, fd: int) -> None:
-        self.clock, self.dropped, self.put = Clock(), 0, 0
-        self.complaints: List[str] = []
-        self.outlet = LineWriter(fd, self.clock, self._count, self.complaints.append)
-
-    def _count(self, lines: int) -> None:
-        self.dropped += lines
-
-    def say(self, *lines: bytes, **options: Any) -> None:
-        for line in lines:
-            self.put += 1
-            self.outlet.put(line, **options)
-        self.outlet.write()
-
-    def later(self) -> None:
-        """The time to try again has come."""
-        self.clock.now += 1.0
-        self.outlet.write()
-
-
-def lines_of(first: int, count: int, length: int = 100) -> List[bytes]:
-    """Lines that can be told from each other."""
-    return [f"{number:07d}".encode().ljust(length - 1, b".") + b"\n" for number in range(first, first + count)]
-
-
-@contextlib.contextmanager
-def pipe(size: int = 65536) -> Iterator[Tuple[int, int]]:
-    """A pipe that would block whoever writes too much into it."""
-    reader, writer = os.pipe()
-    fcntl.fcntl(writer, 1031, size)  # F_SETPIPE_SZ
-    try:
-        yield reader, writer
-    finally:
-        for fd in (reader, writer):
-            with contextlib.suppress(OSError):
-                os.close(fd)
+from line_station import BACKLOG, Station, appending, lines_of
+from samples import pipe
 
 
 def drained(reader: int) -> bytes:
@@ -144,7 +91,7 @@ def test_a_stalled_reader_costs_what_is_beyond_the_backlog_and_blocks_nobody() -
         assert kept >= BACKLOG
 
 
-def test_what_is_said_seldom_still_has_a_place_when_the_backlog_is_full() -> None:
+def test_a_rate_limited_line_still_has_a_place_when_the_backlog_is_full() -> None:
     with pipe(4096) as (_, writer):
         station = Station(writer)
         station.say(*lines_of(0, 2 * BACKLOG))
@@ -275,65 +222,6 @@ def test_no_two_lines_are_glued_however_the_reader_takes_them(lengths: List[int]
 # A disk that is full
 
 
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB of its own."""
-    require_root()
-    where = tmp_path / "disk"
-    where.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(where)], check=True)
-    try:
-        yield where
-    finally:
-        subprocess.run(["umount", str(where)], check=True)
-
-
-@contextlib.contextmanager
-def appending(path: Path) -> Iterator[int]:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def test_a_full_disk_is_tried_again_by_the_clock_and_loses_nothing_that_the_backlog_holds(tiny_disk: Path) -> None:
-    (tiny_disk / "ballast").write_bytes(b"x" * 40_000)
-    log = tiny_disk / "log"
-    with appending(log) as fd:
-        station = Station(fd)
-        station.say(*lines_of(0, 1000, 99))
-        full = log.stat().st_size
-        assert 0 < full < 99_000
-        assert full % 99  # the last write was taken in part, in the middle of a line
-        assert not station.outlet.awaits_pollout  # no spinning: only the clock brings the next try
-        station.outlet.write()
-        station.later()
-        assert (log.stat().st_size, station.dropped) == (full, 0)
-        assert station.complaints == ["No space left on device; trying again every 1 s; 4,096 lines are kept"]
-        (tiny_disk / "ballast").unlink()
-        station.later()
-        assert log.stat().st_size > full
-        subprocess.run(["mount", "-o", "remount,size=1m", str(tiny_disk)], check=True)
-        station.later()
-        assert station.outlet.is_empty
-        assert log.read_bytes() == b"".join(lines_of(0, 1000, 99))
-        assert station.dropped == 0
-        assert len(station.complaints) == 2, "once for each time that it was full"
-
-
-def test_a_disk_that_stays_full_costs_what_is_beyond_the_backlog(tiny_disk: Path) -> None:
-    log = tiny_disk / "log"
-    with appending(log) as fd:
-        station = Station(fd)
-        for number in range(3 * BACKLOG):
-            station.say(*lines_of(number, 1, 99))
-        station.outlet.discard_queue()
-        whole = log.read_bytes().count(b"\n")
-        assert whole + station.dropped == station.put
-        assert log.read_bytes().startswith(b"".join(lines_of(0, whole, 99)))
-
-
 def test_a_device_without_room_is_asked_again_each_second_and_not_before() -> None:
     with appending(Path("/dev/full")) as fd:
         station = Station(fd)
@@ -405,4 +293,4 @@ class AnyOrder(RuleBasedStateMachine):
 
 
 def test_written_and_dropped_are_all_that_was_put_in_whatever_happens() -> None:
-    run_state_machine_as_test(AnyOrder, settings=settings(deadline=None, max_examples=60, stateful_step_count=30))
+    run_state_machine_as_test(AnyOrder, settings=settings(deadline=None, max_examples=examples(60), stateful_step_count=30))

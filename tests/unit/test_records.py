@@ -20,33 +20,9 @@ from _tsproxy.stats.records import NOTICE_LEVELS, ConnectionRecord, Notice, Reco
 from harness import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from samples import CONNECTIONS, FULL, HERE, NOTICES, RECORDS, THERE
 
 unhurried = settings(deadline=None)
-HERE = pack(socket.AF_INET, ("192.0.2.1", 443))
-LOCAL = pack(socket.AF_INET, ("192.0.2.9", 40000))
-THERE = pack(socket.AF_INET6, ("2001:db8::1", 50000, 0, 0))
-FULL = ConnectionRecord(
-    worker=3,
-    connection_id=77,
-    closed_at_ns=1_700_000_000_123_456_789,
-    client=THERE,
-    upstream=HERE,
-    upstream_local=LOCAL,
-    duration_us=1500,
-    connect_us=120,
-    rx_bytes=10,
-    tx_bytes=20,
-    upstream_tx_bytes=7,
-    discarded_bytes=5,
-    unacknowledged_bytes=1,
-    client_timestamps=True,
-    upstream_timestamps=False,
-    client_syn_tsval=2**32 - 1,
-    upstream_rtt_us=40,
-    upstream_retransmits=1,
-    ending=Ending.SERVER_RESET,
-    witness=1,
-)
 EMPTY = FULL._replace(
     upstream=None,
     upstream_local=None,
@@ -57,35 +33,6 @@ EMPTY = FULL._replace(
     upstream_rtt_us=None,
     upstream_retransmits=None,
 )
-
-U32, I63, U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**63 - 1), st.integers(0, 2**64 - 1)
-PACKED = st.builds(pack, st.just(socket.AF_INET), st.tuples(st.ip_addresses(v=4).map(str), st.integers(0, 65535)))
-CONNECTIONS = st.builds(
-    ConnectionRecord,
-    worker=st.integers(0, 65535),
-    connection_id=U64,
-    closed_at_ns=I63,
-    client=PACKED,
-    upstream=st.none() | PACKED,
-    upstream_local=st.none() | PACKED,
-    duration_us=I63,
-    connect_us=st.none() | I63,
-    rx_bytes=U64,
-    tx_bytes=U64,
-    upstream_tx_bytes=U64,
-    discarded_bytes=U64,
-    unacknowledged_bytes=U64,
-    client_timestamps=st.none() | st.booleans(),
-    upstream_timestamps=st.none() | st.booleans(),
-    client_syn_tsval=st.none() | U32,
-    upstream_rtt_us=st.none() | U32,
-    upstream_retransmits=st.none() | U32,
-    ending=st.sampled_from(Ending),
-    witness=st.integers(0, 255),
-)
-SOUND = st.text(st.characters(exclude_categories=["Cs"]), max_size=800)
-NOTICES = st.builds(Notice, st.integers(0, 65535), st.integers(0, 2**63 - 1), st.sampled_from(NOTICE_LEVELS), SOUND)
-RECORDS = st.lists(CONNECTIONS | NOTICES, max_size=6)
 
 
 # Frames

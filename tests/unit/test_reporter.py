@@ -20,11 +20,10 @@ from _tsproxy.stats.counters import ACCEPTOR_ROW, FIRST_WORKER_ROW, REPORTER_ROW
 from _tsproxy.stats.endings import ENDING_FIELDS, Ending
 from _tsproxy.stats.records import NOTICE_LEVELS, Notice, RecordPipe, RecordWriter
 from _tsproxy.stats.reporter import Rates, Reporter
-from harness import PATIENCE, Line, wait_until
+from harness import PATIENCE, Line, examples, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_line_writer import pipe
-from test_records import FULL
+from samples import FULL, pipe
 
 CLIENT = pack(socket.AF_INET, ("192.0.2.1", 50000))
 UPSTREAM = pack(socket.AF_INET6, ("2001:db8::1", 443, 0, 0))
@@ -136,7 +135,7 @@ def test_no_record_ends_the_reporter_whatever_is_in_it() -> None:
     with desk_with() as desk:
         count = itertools.count()
 
-        @settings(deadline=None, max_examples=300)
+        @settings(deadline=None, max_examples=examples(300))
         @given(WHATEVER)
         def write(data: bytes) -> None:
             os.write(desk.pipe.writer, data)
@@ -169,7 +168,7 @@ def test_records_come_before_the_last_metrics_and_stop_comes_last(desk: Desk) ->
 STEPS = st.lists(st.sampled_from(["say", "metrics", "record", "notice"]), max_size=40)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(STEPS)
 def test_nothing_is_said_before_what_was_recorded_before_it(steps: List[str]) -> None:
     with desk_with() as desk:
@@ -289,7 +288,7 @@ def test_how_bad_an_ending_is_shows_as_the_level_of_its_line(desk: Desk, ending:
 
 
 @pytest.mark.parametrize("level", ["warning", "error"])
-def test_what_a_worker_complains_of_is_a_line_of_that_level(desk: Desk, level: str) -> None:
+def test_a_workers_notice_is_a_line_of_its_level(desk: Desk, level: str) -> None:
     desk.writers[1].put(Notice(1, 0, level, "Traceback\n  \udcff" + "x" * 9000))
     desk.reporter.close()
     (line,) = desk.lines()

@@ -9,24 +9,20 @@ import contextlib
 import os
 import resource
 import socket
-import subprocess
-import threading
-from pathlib import Path
+from pipes import MIB
 from typing import Any, Iterator, List, NamedTuple, Tuple
 
 import pytest
 from _tsproxy.linux.limits import PIPES_A_WORKER
 from _tsproxy.proxy.context import WorkerContext
 from _tsproxy.proxy.direction import Direction, Splicer, make_directions
-from _tsproxy.proxy.pipes import HAS_SPLICE, SIZE, Pipes
+from _tsproxy.proxy.pipes import HAS_SPLICE, Pipes
 from _tsproxy.stats.counters import Counter
-from harness import Exchange, Proxy, receive_exactly, reset, wait_until
+from harness import receive_exactly, reset, wait_until
 from lone_context import lone_context
-from unprivileged import BECOME, as_nobody
 
 pytestmark = pytest.mark.skipif(not HAS_SPLICE, reason="os.splice came with Python 3.10")
 BUFFER = 1024
-MIB = 1 << 20
 
 
 class Events:
@@ -131,7 +127,7 @@ def test_a_sink_that_takes_a_part_counts_as_movement(context: WorkerContext) -> 
         assert one.direction.last_active_ns > 0
 
 
-def test_four_full_buffers_in_a_row_begin_a_stream_and_four_small_turns_end_it(context: WorkerContext) -> None:
+def test_four_full_buffers_in_a_row_begin_splicing_and_four_small_iterations_end_it(context: WorkerContext) -> None:
     with way(context) as one:
         pass_on(one, 3 * BUFFER)
         assert one.direction.reader is one.direction
@@ -146,7 +142,7 @@ def test_four_full_buffers_in_a_row_begin_a_stream_and_four_small_turns_end_it(c
         assert one.direction.unsent == 0
 
 
-def test_full_buffers_with_small_receives_between_them_begin_no_stream(context: WorkerContext) -> None:
+def test_full_buffers_with_small_receives_between_them_begin_no_splicing(context: WorkerContext) -> None:
     with way(context) as one:
         for _ in range(8):
             pass_on(one, 2 * BUFFER)
@@ -154,7 +150,7 @@ def test_full_buffers_with_small_receives_between_them_begin_no_stream(context: 
             assert one.direction.splicer is None
 
 
-def test_a_stream_ends_with_its_direction_and_a_byte_left_in_a_pipe_is_nobody_elses(context: WorkerContext) -> None:
+def test_splicing_ends_with_its_direction_and_a_byte_left_in_a_pipe_is_no_others(context: WorkerContext) -> None:
     """Else the next stream would begin with a stranger's orders."""
     with way(context) as one:
         pass_on(one, 8 * BUFFER)
@@ -178,7 +174,7 @@ def choke(one: Way) -> bool:
     return one.direction.pending is not None
 
 
-def test_a_sink_that_was_reset_is_told_and_what_was_in_the_pipe_counts_as_withheld(context: WorkerContext) -> None:
+def test_a_reset_sink_is_reported_and_bytes_in_the_pipe_count_as_unsent(context: WorkerContext) -> None:
     with way(context) as one:
         pass_on(one, 8 * BUFFER)
         reset(one.far)
@@ -192,7 +188,7 @@ def test_a_sink_that_was_reset_is_told_and_what_was_in_the_pipe_counts_as_withhe
         assert one.direction.unsent > 0
 
 
-def test_eof_and_a_reset_of_the_source_are_seen_in_a_stream_too(context: WorkerContext) -> None:
+def test_eof_and_a_reset_of_the_source_are_seen_while_splicing_too(context: WorkerContext) -> None:
     with way(context) as one:
         pass_on(one, 8 * BUFFER)
         one.near.shutdown(socket.SHUT_WR)
@@ -230,112 +226,3 @@ def test_without_a_descriptor_there_is_no_pipe_and_no_error() -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert pipes.acquire() is None  # the kernel is not asked again at once
-
-
-def push_through(proxy: Proxy, exchange: Exchange, mebibytes: int = 8) -> List[int]:
-    """Send so much while the reader holds still at first; the pipes of the proxy before, meanwhile and afterwards."""
-    client, server = proxy.connect(), exchange.accept()
-    counts, data = [pipes_of(proxy)], os.urandom(MIB) * mebibytes
-    pushing = threading.Thread(target=client.sendall, args=(data,))
-    pushing.start()
-    wait_until(lambda: proxy.metrics()["downstream_flow_control_paused_reading_total"], "backpressure")
-    counts.append(pipes_of(proxy))
-    assert receive_exactly(server, len(data)) == data
-    pushing.join()
-    for sock in (client, server):
-        sock.close()
-    line = proxy.line("connection")
-    assert (line["rx_bytes"], line["discarded_bytes"]) == (len(data), 0)
-    return [*counts, pipes_of(proxy)]
-
-
-def pipes_of(proxy: Proxy) -> int:
-    """Open ends of pipes."""
-    return sum(is_pipe(link) for pid in proxy.family() for link in Path(f"/proc/{pid}/fd").iterdir())
-
-
-def is_pipe(link: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):  # closed since it was listed
-        return os.readlink(link).startswith("pipe:")
-    return False
-
-
-def test_a_long_transfer_takes_one_pipe_and_keeps_it_for_the_next(start: Any, exchange: Exchange) -> None:
-    proxy = start(exchange, "--workers=1")
-    assert "zero_copy=splice" in proxy.line("start")["knobs"]
-    before, during, after = push_through(proxy, exchange)
-    assert (during - before, after - before) == (2, 2)
-    assert push_through(proxy, exchange) == [after, after, after]
-    assert proxy.stop() == 0
-
-
-def test_with_zero_copy_never_there_is_no_pipe(start: Any, exchange: Exchange) -> None:
-    proxy = start(exchange, "--workers=1", "--zero-copy=never")
-    assert not any("zero_copy" in knob for knob in proxy.line("start")["knobs"])
-    assert len(set(push_through(proxy, exchange))) == 1
-    assert proxy.stop() == 0
-
-
-_HOARD = f"""
-import fcntl, os, sys
-pipes = []
-try:
-    while True:
-        pipes.append(os.pipe())
-        fcntl.fcntl(pipes[-1][1], 1031, {SIZE})
-except OSError:
-    print(len(pipes), flush=True)
-sys.stdin.read()
-"""
-
-
-def test_a_user_whose_pipe_quota_is_used_up_copies(bundle: Path, exchange: Exchange) -> None:
-    """The quota is the user's (fs.pipe-user-pages-soft), so that another program of the same user can use it up."""
-    with as_nobody(bundle) as command, hoarder(command[len(BECOME)]):
-        proxy = Proxy(command, "-t", exchange.target, "-p0", "--workers=1", "--timestamps=preserve", "--metrics-interval=0")
-        try:
-            assert len(set(push_through(proxy, exchange))) == 1
-            assert proxy.stop() == 0
-        finally:
-            proxy.close()
-
-
-@contextlib.contextmanager
-def hoarder(python: str) -> Iterator[None]:
-    command = [*BECOME, python, "-I", "-S", "-c", _HOARD]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout
-        assert int(process.stdout.readline()) > 1
-        yield
-        process.communicate()
-
-
-@pytest.mark.parametrize("direction", ["to upstream", "to downstream"])
-@pytest.mark.parametrize("then", ["more", "the end"])
-def test_urgent_bytes_in_a_stream_arrive_in_line_and_so_do_those_behind_them(
-    start: Any, exchange: Exchange, then: str, direction: str
-) -> None:
-    """splice(2) stops at the urgent mark for good, with EAGAIN, or with 0 once FIN is there: recv(2) must go on."""
-    proxy = start(exchange, "--workers=1")
-    client, server = proxy.connect(), exchange.accept()
-    if direction == "to downstream":
-        client, server = server, client
-    data = os.urandom(MIB) * 8
-
-    def send() -> None:
-        for _ in range(3):
-            client.sendall(data)
-            client.send(b"!", socket.MSG_OOB)
-        client.sendall(b"behind")
-        if then == "the end":
-            client.shutdown(socket.SHUT_WR)
-
-    sending = threading.Thread(target=send)
-    sending.start()
-    expected = (data + b"!") * 3 + b"behind"
-    assert receive_exactly(server, len(expected)) == expected
-    sending.join()
-    for sock in (client, server):
-        sock.close()
-    assert proxy.line("connection")["reason"] == "closed"
-    assert proxy.stop() == 0

@@ -126,7 +126,7 @@ def test_a_bug_in_accepting_ends_the_worker(stand: Stand) -> None:
     assert stand.said()[0].endswith("ValueError: a bug\n")
 
 
-def test_a_door_that_is_shut_wakes_nobody_though_the_main_process_has_the_listener_open(stand: Stand) -> None:
+def test_a_closed_listener_wakes_no_worker_though_the_main_process_has_it_open(stand: Stand) -> None:
     acceptor: Any = BrokenAcceptor()
     context = stand.worker.context
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -188,7 +188,7 @@ def one_turn(stand: Stand, pairs: List[Tuple[socket.socket, socket.socket]]) -> 
         theirs.close()
 
 
-def test_in_a_turn_those_who_leave_come_last(stand: Stand) -> None:
+def test_hangups_are_handled_last_in_an_iteration(stand: Stand) -> None:
     """Nobody who has something to say, or room for it, waits until others are buried."""
     log: List[str] = []
     leaver, connecting, speaker = Peer(stand, "leaver", log), Peer(stand, "connecting", log, NEW), Peer(stand, "speaker", log)
@@ -199,7 +199,7 @@ def test_in_a_turn_those_who_leave_come_last(stand: Stand) -> None:
     assert log == ["speaker says something", "connecting has room", "leaver leaves"]
 
 
-def test_who_was_closed_in_this_turn_does_not_leave_once_more(stand: Stand) -> None:
+def test_a_descriptor_closed_in_this_iteration_reports_no_hangup(stand: Stand) -> None:
     log: List[str] = []
     leaver, speaker = (
         Peer(stand, "leaver", log),
@@ -213,7 +213,7 @@ def test_who_was_closed_in_this_turn_does_not_leave_once_more(stand: Stand) -> N
     assert stand.worker.context.counters[Counter.BUGS] == 0
 
 
-def test_who_leaves_is_told_once(stand: Stand) -> None:
+def test_a_hangup_is_reported_once(stand: Stand) -> None:
     log: List[str] = []
     leaver, speaker = Peer(stand, "leaver", log), Peer(stand, "speaker", log)
     stubborn: Any = speaker
@@ -230,7 +230,7 @@ def test_who_leaves_is_told_once(stand: Stand) -> None:
     assert log == ["speaker says something", "leaver leaves"]
 
 
-def test_a_bug_in_burying_one_keeps_no_other_from_it(stand: Stand) -> None:
+def test_a_bug_in_one_deferred_close_keeps_no_other_from_it(stand: Stand) -> None:
     log: List[str] = []
     first, second = Peer(stand, "first", log), Peer(stand, "second", log)
     broken: Any = first
@@ -285,7 +285,7 @@ def test_new_clients_bulk_transfer_and_ends_take_turns(stand: Stand) -> None:
 
 
 @pytest.mark.usefixtures("one_a_slice")
-def test_an_order_comes_between_two_entries_of_the_inbox(stand: Stand) -> None:
+def test_an_order_comes_between_two_messages_of_the_inbox(stand: Stand) -> None:
     begun: List[int] = []
     ours, theirs = socket.socketpair()
 
@@ -337,7 +337,7 @@ class Ear:
         raise bug
 
 
-def test_who_fills_the_buffer_is_bulk_until_it_does_not(stand: Stand) -> None:
+def test_a_direction_that_fills_the_buffer_is_bulk_until_it_does_not(stand: Stand) -> None:
     context, ear = stand.worker.context, Ear()
     near, source = socket.socketpair()
     sink, far = socket.socketpair()
@@ -369,7 +369,7 @@ class Ender:
 
 
 @pytest.mark.parametrize("idle_ns", [1, 3_600_000_000_000], ids=["that is over", "that begins anew"])
-def test_a_connection_that_one_deadline_ends_has_no_idle_timeout_in_the_same_turn(
+def test_a_session_that_one_deadline_ends_has_no_idle_timeout_in_the_same_iteration(
     stand: Stand, echoing: Exchange, idle_ns: int
 ) -> None:
     context = stand.worker.context

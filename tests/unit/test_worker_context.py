@@ -40,7 +40,7 @@ class Idle:
     def on_bug(self, bug: Exception) -> None: ...
 
 
-def test_close_later_keeps_the_fd_number_until_the_end_of_the_iteration(context: WorkerContext) -> None:
+def test_deferred_close_keeps_the_fd_number_until_the_end_of_the_iteration(context: WorkerContext) -> None:
     """Else an event of this turn that was meant for it would reach the connection that got its number."""
     one, other = socket.socketpair()
     number = one.fileno()

@@ -144,7 +144,7 @@ def _command(manual: str, table: Dict[str, ManualOption], args: List[str]) -> No
     given = [arg.partition("=")[0] for arg in args if arg.partition("=")[0] in table]
     usage = _usage(manual, operands, given)
     for name in given:
-        if name not in _allowed(manual, table, usage):
+        if name not in allowed(manual, table, usage):
             raise UsageError(
                 f"{name}: not an option of {operands[0] if operands else 'relaying'!r}; usage: {program.named(usage)}"
             )
@@ -154,20 +154,20 @@ def _command(manual: str, table: Dict[str, ManualOption], args: List[str]) -> No
 
 def _usage(manual: str, operands: Sequence[str], given: Sequence[str] = ()) -> str:
     """The usage line of the command; of several the one that names its second operand or its first option."""
-    lines = [line for line in _usages(manual) if (operands[0] if operands else "--target") in line.split()[1]]
+    lines = [line for line in usages(manual) if (operands[0] if operands else "--target") in line.split()[1]]
     by_operand = (line for line in lines if operands[1:] and operands[1] in re.findall(r"[(|]([a-z-]+)", line))
     return next(by_operand, max(lines, key=lambda line: [f"{name}=" in line for name in given]))
 
 
-def _allowed(manual: str, table: Dict[str, ManualOption], usage: str) -> Set[str]:
+def allowed(manual: str, table: Dict[str, ManualOption], usage: str) -> Set[str]:
     """The options that a usage line allows: those it names and, for [options], those that no usage line names."""
     named = set(re.findall(r"--[a-z-]+", usage))
     if "[options]" not in usage:
         return named
-    return named | (table.keys() - set(re.findall(r"--[a-z-]+", "".join(_usages(manual)))))
+    return named | (table.keys() - set(re.findall(r"--[a-z-]+", "".join(usages(manual)))))
 
 
-def _usages(manual: str) -> List[str]:
+def usages(manual: str) -> List[str]:
     return re.findall(r"^  (tsproxy\.py .*)$", manual, re.M)
 
 

@@ -95,7 +95,7 @@ class EventLoop:
         """Iterate until `until()` is true; it is called before each epoll_wait(2) when no posted event is left."""
         wait, handlers, clock = self.poller.wait, self.handlers, monotonic_ns
         timers, posted, waiting, probe = self.timers, self.posted, self.posted.masks, self._probe
-        last_event = clock()
+        last_event = self.now = clock()
         while waiting or not until():
             due = timers.next_ns()
             spins = bool(waiting) or self.now - last_event < self._spin_ns

@@ -38,7 +38,7 @@ from _tsproxy.supervisor.watchdog import Watchdog
 from _tsproxy.supervisor.worker_pool import Replacement, WorkerExit, WorkerPool
 
 _START_S = 5.0  # for the workers to run: an interpreter takes half a second
-_POLL_S = 0.005  # between two looks at what changes in shared memory without an event
+_POLL_S = 0.001  # (and up to a tick of the timers) between two looks at shared memory, whose changes are no events
 _STOP_ACCEPTING_S = 1.0  # a worker that has not stopped by then is stuck
 _HANDSHAKE_S = 3.0  # a client of a shared port whose handshake takes longer is reset
 _KILL_S = 5.0
@@ -115,7 +115,7 @@ class Supervisor:
         """Start threads and processes, and wait for the workers. OSError, with nothing left running, if one can't be had."""
         with needing("epoll_ctl(2) or epoll_wait(2)", "to wait for events"):
             self._calls.watch(self._loop)
-            self._loop.run_for(0)
+            self._loop.poller.wait(0, 1)
         self._reporter.start()
         try:
             self._pool.start()

@@ -131,7 +131,8 @@ def _audit(audit: Facts, style: Style) -> List[str]:
         word = style.paint(f"{leg['verdict']:<9}", GREEN if leg["verdict"] == verdict.CLEAN else YELLOW)
         clock = f", {leg['clock']}" if leg["clock"] else ""
         lines.append(f"  {title:<20} {word} {leg['stamped']} of {leg['segments']} segments have a timestamp{clock}")
-    return lines
+    agreed = "the same" if audit["claimed"] == bool(audit["legs"][1]["stamped"]) else "otherwise"
+    return [*lines, f'  tsproxy\'s line says {agreed}: "upstream_timestamps":{str(audit["claimed"]).lower()}']
 
 
 def _verdict(facts: Facts, style: Style) -> str:

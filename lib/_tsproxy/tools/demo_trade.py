@@ -98,17 +98,17 @@ def _relay(
 def _watched(
     client: socket.socket, listener: socket.socket, exchange: socket.socket, proxy: _Proxy, watch: LegWatch
 ) -> Dict[str, Any]:
-    """A connection with a few orders, over a second, so that a clock shows. Captured, therefore not timed."""
-    if not watch.why:
+    """A connection with a few orders, for so long that a clock shows. Captured, therefore not timed."""
+    with contextlib.closing(watch):
+        if watch.why:
+            return watch.facts()
         with _connected(client, listener, exchange) as far:
             for number in range(_WATCHED_ORDERS):
                 _there_and_back(client, far, number)
                 watch.take()
                 time.sleep(_WATCHED_S / _WATCHED_ORDERS)
-        proxy.wait_for("connection")
-    facts = watch.facts()
-    watch.close()
-    return facts
+        claimed = proxy.wait_for("connection")["upstream_timestamps"]
+        return {**watch.facts(), "claimed": claimed}
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import yaml
 from harness import Line, receive_exactly, wait_until
 from machine import EXCHANGE, Machine
 from progress import Progress
-from test_restart import far_end
+from storms import far_end
 from wire import UPSTREAM, Sniffer
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(600)]

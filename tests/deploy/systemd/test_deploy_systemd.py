@@ -17,7 +17,7 @@ import roots
 from harness import Line, children, pause, receive_exactly, wait_until
 from machine import EXCHANGE, Machine
 from progress import Progress
-from test_restart import Storm, far_end
+from storms import Storm, far_end
 from wire import UPSTREAM, Sniffer
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(600)]

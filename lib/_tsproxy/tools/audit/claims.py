@@ -14,7 +14,7 @@ from typing import Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional
 
 from _tsproxy.tools.audit import verdict
 from _tsproxy.tools.audit.flows import Direction
-from _tsproxy.tools.audit.lines import CLEAN, NOTHING, STAMPED, Claim, End, Lines
+from _tsproxy.tools.audit.lines import CLEAN, EITHER, NOTHING, STAMPED, Claim, End, Lines
 from _tsproxy.tools.audit.scope import Scope
 from _tsproxy.tools.audit.verdict import Judgement
 
@@ -44,7 +44,7 @@ class Agreement(NamedTuple):
         return {
             "claimed_clean_seen_clean": self.kinds.get((CLEAN, "clean"), 0),
             "claimed_clean_seen_leaking": self.kinds.get((CLEAN, "leaking"), 0),
-            "claimed_not_seen": self.kinds.get((CLEAN, "not"), 0) + self.kinds.get((STAMPED, "not"), 0),
+            "claimed_not_seen": sum(self.kinds.get((claimed, "not"), 0) for claimed in (CLEAN, STAMPED, EITHER)),
             "seen_not_claimed": len(self.not_claimed),
         }
 
@@ -54,7 +54,7 @@ def agreement(lines: Lines, flows: Sequence[Direction], judgements: Mapping[Dire
     joined = _Joined(flows, judgements, scope)
     for claim in lines:
         joined.take(claim)
-    return joined.told(lines)
+    return joined.result(lines)
 
 
 class _Joined:
@@ -70,13 +70,14 @@ class _Joined:
                 self._by_end.setdefault(end, []).append(flow)
         self._window = _window(flows)
         self._claims: Dict[Ends, List[Claim]] = {}
-        self._told: Set[Direction] = set()  # the flows of connections that a line tells of
+        self._claimed: Set[Direction] = set()  # the flows of connections that a line tells of
         self._kinds: Counter[Tuple[str, str]] = Counter()
         self._outside = self._beyond = 0
 
     def take(self, claim: Claim) -> None:
         """One line."""
-        self._told.update(flow for flow in self._by_end.get(claim.client, ()) if _is_then(claim, flow))
+        theirs = self._by_end.get(claim.client, ()) if claim.client else ()
+        self._claimed.update(flow for flow in theirs if _is_then(claim, flow))
         if not self._scope.holds(claim.local[0], *claim.upstream):
             self._beyond += 1
             return
@@ -86,11 +87,11 @@ class _Joined:
             self._not_seen(claim)
 
     def _not_seen(self, claim: Claim) -> None:
-        self._kinds[claim.says, "not"] += 1
+        self._kinds[claim.leg, "not"] += 1
         first, last = self._window
-        self._outside += claim.says != NOTHING and (claim.closed_ns < first or claim.begun_ns > last)
+        self._outside += claim.leg != NOTHING and (claim.closed_ns < first or claim.begun_ns > last)
 
-    def told(self, lines: Lines) -> Agreement:
+    def result(self, lines: Lines) -> Agreement:
         """Once all lines were taken."""
         leaking: List[Direction] = []
         for ends, claims in self._claims.items():
@@ -98,24 +99,32 @@ class _Joined:
                 if flow is None:
                     self._not_seen(claim)
                     continue
-                seen = _WIRE[self._judgements[flow].verdict]
-                self._kinds[claim.says, seen] += 1
-                self._told.update([flow, *(back for back in self._sent.get(ends[::-1], ()) if _is_then(claim, back))])
-                if (claim.says, seen) == (CLEAN, "leaking"):
+                claimed, seen = _settled(claim, self._judgements[flow])
+                self._kinds[claimed, seen] += 1
+                self._claimed.update([flow, *(back for back in self._sent.get(ends[::-1], ()) if _is_then(claim, back))])
+                if (claimed, seen) == (CLEAN, "leaking"):
                     leaking.append(flow)
         skipped = dict(lines.skipped)
-        return Agreement(dict(self._kinds), leaking, self._untold(), self._outside, self._beyond, lines.path, skipped)
+        return Agreement(dict(self._kinds), leaking, self._unclaimed(), self._outside, self._beyond, lines.path, skipped)
 
-    def _untold(self) -> List[Direction]:
+    def _unclaimed(self) -> List[Direction]:
         """One flow of each connection that was judged and that no line tells of."""
         found: Dict[Ends, List[Direction]] = {}
         for flow in self._judgements:
-            if flow not in self._told:
+            if flow not in self._claimed:
                 ends = _ends(flow)
                 others = found.get(ends[::-1], ())
                 if not any(_overlap(flow.first_ns, flow.last_ns, other) for other in others):
                     found.setdefault(ends, []).append(flow)
         return [flow for flows in found.values() for flow in flows]
+
+
+def _settled(claim: Claim, judgement: Judgement) -> Tuple[str, str]:
+    """What is claimed and what was seen. A constant is what a timestamp was negotiated for, where nothing else is known."""
+    leg = claim.leg
+    if leg == EITHER:
+        leg = CLEAN if judgement.verdict == verdict.CONSTANT else STAMPED
+    return leg, _WIRE[judgement.verdict]
 
 
 def _ends(flow: Direction) -> Ends:
@@ -184,8 +193,8 @@ def _examples(flows: Sequence[Direction]) -> Iterator[str]:
 
 def _others(found: Agreement) -> List[Tuple[str, int]]:
     """What is neither agreement nor the opposite, and what was left out."""
-    stamped = sum(count for (says, seen), count in found.kinds.items() if says == STAMPED and seen != "not")
-    silent = sum(count for (says, _), count in found.kinds.items() if says == NOTHING)
+    stamped = sum(count for (claimed, seen), count in found.kinds.items() if claimed == STAMPED and seen != "not")
+    silent = sum(count for (claimed, _), count in found.kinds.items() if claimed == NOTHING)
     other = found.skipped.get("other", 0)
     return [
         ("claimed clean, seen, undecided", found.kinds.get((CLEAN, "undecided"), 0)),

@@ -6,7 +6,7 @@ below a line whose slope is the clock's rate (Moon, Skelly and Towsley, "Estimat
 delay measurements", INFOCOM 1999; Kohno, Broido and Claffy, "Remote physical device fingerprinting", 2005).
 
 - Unwrap: a TSval is modulo 2^32; the signed difference of neighbours also takes those that reordering put back.
-- Filter: the span is cut into 32 windows; of each the point counts that was delayed least.
+- Filter: the span is cut into 24 windows; of each the point counts that was delayed least.
 - Fit: the median of the slopes of all pairs of these points (Theil 1950, Sen 1968), which a few wild ones do not move.
 - Interval: Sen's, from the variance of Kendall's S (P. K. Sen, "Estimates of the regression coefficient based on
   Kendall's tau", JASA 63, 1968), wider by what the delays of neighbouring windows have in common (Yue and Wang, 2004)
@@ -30,7 +30,8 @@ Sample = Tuple[int, int]  # capture time in ns, TSval
 _Point = Tuple[float, float]  # seconds, ticks, both since the first sample
 
 _MODULUS = 1 << 32
-_WINDOWS = 32
+_WINDOWS = 24
+_ROUGH = 16  # points for a first guess at the rate
 _FEWEST = 5  # below it no interval of Sen's has 95 %
 _Z95 = 1.959964
 _SIGMA = 1.4826  # a normal distribution's standard deviation, in median absolute deviations
@@ -94,7 +95,7 @@ def measure(samples: Sequence[Sample]) -> Optional[Clock]:
 
 def _fit(ordered: Sequence[Sample], span_s: float) -> Optional[Clock]:
     points = _unwrapped(ordered)
-    quantum, rough = _quantum(points), median(_slopes(_thinned(points, _WINDOWS)))
+    quantum, rough = _quantum(points), median(_slopes(_thinned(points, _ROUGH)))
     windows = _windows(points)
     fit = [max(window, key=lambda point: point[1] - rough * point[0]) for window in windows]
     slopes = _slopes(fit)
@@ -176,7 +177,7 @@ def _windows(points: Sequence[_Point]) -> List[Sequence[_Point]]:
     for point in points:
         by_time.setdefault(min(int(point[0] / width), _WINDOWS - 1), []).append(point)
     sizes = sorted(map(len, by_time.values()))
-    if len(sizes) >= _WINDOWS // 4:
+    if len(sizes) >= _WINDOWS // 3:
         size = sizes[len(sizes) // 4]
         return [_thinned(window, size) if size > 1 else window[:1] for window in by_time.values() if len(window) >= size]
     size = max(1, len(points) // _WINDOWS)

@@ -30,13 +30,13 @@ class Direction:
     """What one end of a connection sent to the other."""
 
     __slots__ = (
+        "_flow",
         "_initial_sequence",
         "_next_sample",
+        "_samples",
         "_stride",
         "_tsval",
         "bare_resets",
-        "destination",
-        "destination_port",
         "first_leak_file",
         "first_leak_frame",
         "first_ns",
@@ -44,21 +44,16 @@ class Direction:
         "is_one_tsval",
         "last_ns",
         "opened_ns",
-        "samples_ns",
-        "samples_tsval",
         "segments",
         "segments_cut",
         "segments_with_timestamps",
-        "source",
-        "source_port",
         "syn_ack_seen",
         "syn_seen",
     )
 
     def __init__(self, flow: bytes, time_ns: int) -> None:
         """`flow`: source and destination address, source and destination port, as they stand in the headers."""
-        self.source, self.destination = _ends(flow[:-4])
-        self.source_port, self.destination_port = struct.unpack("!HH", flow[-4:])
+        self._flow = flow
         self.segments = self.segments_with_timestamps = self.segments_cut = 0
         self.bare_resets = 0  # without TSopt
         self.first_ns = self.last_ns = time_ns
@@ -68,15 +63,35 @@ class Direction:
         self.first_leak_file: Optional[str] = None
         self.is_judged = True
         self.is_one_tsval = True
-        self.samples_ns, self.samples_tsval = array("q"), array("L")
+        self._samples: Optional[Tuple[array[int], array[int]]] = None  # a flow without TSopt shall cost no more than it must
         self._initial_sequence: Optional[int] = None
         self._tsval = options.NONE
         self._stride = self._next_sample = 1
 
     @property
+    def source(self) -> str:
+        """Its address, as inet_ntop(3) writes it."""
+        return _ends(self._flow)[0]
+
+    @property
+    def destination(self) -> str:
+        """The address that it sends to."""
+        return _ends(self._flow)[1]
+
+    @property
+    def source_port(self) -> int:
+        """From which port it sends."""
+        return int.from_bytes(self._flow[-4:-2], "big")
+
+    @property
+    def destination_port(self) -> int:
+        """To which port it sends."""
+        return int.from_bytes(self._flow[-2:], "big")
+
+    @property
     def samples(self) -> List[Tuple[int, int]]:
         """(ns since 1970, TSval) of segments over the whole flow, 1,024 at most."""
-        return list(zip(self.samples_ns, self.samples_tsval))
+        return list(zip(*self._samples)) if self._samples else []
 
     @property
     def span_ns(self) -> int:
@@ -129,19 +144,21 @@ class Direction:
         self._next_sample = self._stride
         if tsval < 0:
             return
-        if len(self.samples_ns) >= _MOST_SAMPLES:
-            del self.samples_ns[1::2], self.samples_tsval[1::2]
-            self._stride *= 2
-            self._next_sample = self._stride
-        self.samples_ns.append(time_ns)
-        self.samples_tsval.append(tsval)
+        if self._samples is None:
+            self._samples = array("q"), array("L")
+        times, tsvals = self._samples
+        if len(times) >= _MOST_SAMPLES:
+            del times[1::2], tsvals[1::2]
+            self._next_sample = self._stride = 2 * self._stride
+        times.append(time_ns)
+        tsvals.append(tsval)
 
 
-def _ends(addresses: bytes) -> Tuple[str, str]:
-    """Source and destination of an IP header."""
-    half = len(addresses) // 2
+def _ends(flow: bytes) -> Tuple[str, str]:
+    """Source and destination address in front of two ports."""
+    half = (len(flow) - 4) // 2
     family = socket.AF_INET if half == 4 else socket.AF_INET6
-    return socket.inet_ntop(family, addresses[:half]), socket.inet_ntop(family, addresses[half:])
+    return socket.inet_ntop(family, flow[:half]), socket.inet_ntop(family, flow[half:-4])
 
 
 class Flows:
@@ -203,7 +220,7 @@ class Flows:
 
     def _no_segment(self, answer: str) -> None:
         if answer == layers.CUT_PORTS:
-            self.blurred.add(_ends(self._dissector.addresses))
+            self.blurred.add(_ends(self._dissector.addresses + bytes(4)))
         if answer:
             self.unparsed[answer] += 1
 

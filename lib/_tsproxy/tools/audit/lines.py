@@ -21,21 +21,22 @@ End = Tuple[str, int]
 _LONGEST = 1 << 16  # a line of tsproxy's has 4,096 bytes at most
 _TIME = re.compile(r"(\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?Z", re.ASCII)
 _EPOCH = datetime.datetime(1970, 1, 1)
-CLEAN, STAMPED, NOTHING = "clean", "stamped", "nothing"  # what a line claims of its upstream leg
+CLEAN, STAMPED, EITHER, NOTHING = "clean", "stamped", "either", "nothing"  # what a line claims of its upstream leg
 
 
 class Claim(NamedTuple):
     """A `connection` line: when it began and was closed, its upstream leg's ends, its client, and what it says of the leg.
 
-    `clean`: no timestamp was negotiated, or under `rewrite` the constant one. `nothing`: there was nothing to be seen.
+    `clean`: no timestamp was negotiated, or under `rewrite` the constant one; `either`: one was negotiated, and the `start`
+    line that would tell which is missing, as it is once a file was rotated; `nothing`: there was nothing to be seen.
     """
 
     begun_ns: int
     closed_ns: int
     local: End
     upstream: End
-    client: End
-    says: str
+    client: Optional[End]
+    leg: str
 
 
 class Lines:
@@ -85,10 +86,18 @@ class Lines:
 def _claim(fields: Dict[str, Any], mode: Any) -> Claim:
     """Raises what a field raises that is missing or of another kind."""
     closed_ns = _ns(fields["timestamp"])
-    ends = [_end(fields, name) for name in ("upstream_local", "upstream", "client")]
-    stamped = fields["upstream_timestamps"]
-    says = NOTHING if stamped is None else STAMPED if stamped and mode != "rewrite" else CLEAN
-    return Claim(closed_ns - int(fields["duration_us"]) * 1000, closed_ns, ends[0], ends[1], ends[2], says)
+    local, upstream = _end(fields, "upstream_local"), _end(fields, "upstream")
+    client = _end(fields, "client") if fields.get("client_address") else None
+    leg = _leg(fields.get("upstream_timestamps"), mode)
+    return Claim(closed_ns - int(fields["duration_us"]) * 1000, closed_ns, local, upstream, client, leg)
+
+
+def _leg(stamped: Any, mode: Any) -> str:
+    if stamped is None:
+        return NOTHING
+    if not stamped or mode == "rewrite":
+        return CLEAN
+    return EITHER if mode is None else STAMPED
 
 
 def _end(fields: Dict[str, Any], name: str) -> End:

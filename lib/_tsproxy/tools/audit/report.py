@@ -28,13 +28,9 @@ class Report:
     problems: List[str]
     judged: List[Direction]
     judgements: Dict[Direction, Judgement]
+    verdict: str  # the worst of all flows
     clocks: Mapping[Direction, Learned] = field(default_factory=dict)
     agreement: Optional[Agreement] = None  # with the lines of a proxy, where those were given
-
-    @property
-    def verdict(self) -> str:
-        """The worst of all flows."""
-        return verdict.overall(found.verdict for found in self.judgements.values())
 
     @property
     def senders(self) -> List[str]:
@@ -52,4 +48,6 @@ def report(flows: Flows, scope: Scope, files: int, drops: int, problems: List[st
     judge = Judge(flows.directions, not drops and not problems, flows.blurred)
     judged = [flow for flow in flows.directions if flow.is_judged]
     judgements = {flow: judge.judge(flow) for flow in judged}
-    return Report(scope, files, flows.frames, drops, dict(flows.unparsed), problems, judged, judgements, observer.learn(judged))
+    worst = verdict.overall(found.verdict for found in judgements.values())
+    capture = (files, flows.frames, drops, dict(flows.unparsed), problems)
+    return Report(scope, *capture, judged, judgements, worst, observer.learn(judged))

@@ -8,7 +8,7 @@ from typing import Callable, Mapping
 from _tsproxy.cli import exits
 from _tsproxy.cli.config import Config
 from _tsproxy.cli.exits import Exit
-from _tsproxy.tools.generate import fields, man, prometheus, setups, shippers
+from _tsproxy.tools.generate import completion, fields, man, prometheus, setups, shippers
 
 KINDS: Mapping[str, Callable[[Config], str]] = {
     "nftables": setups.nftables,
@@ -32,7 +32,10 @@ SHIPPERS: Mapping[str, Callable[[], str]] = {
     "grafana": partial(shippers.fill, "grafana.json"),
 }
 """What goes with the lines, whatever the proxy is asked for: these take no option."""
-FROM_MANUAL: Mapping[str, Callable[[str], str]] = {"man": man.text}
+FROM_MANUAL: Mapping[str, Callable[[str], str]] = {
+    "man": man.text,
+    "completion": partial(completion.text, kinds=tuple(KINDS)),
+}
 """What is made of the text that `--help` prints, and takes no option either."""
 ALONE = (*SHIPPERS, *FROM_MANUAL)
 REWRITING = "nftables"  # the only kind that can: the others turn the option off where it is made

@@ -11,10 +11,10 @@ from typing import Dict, Iterable, Iterator
 from _tsproxy.tools.generate import fields, templates
 
 
-def fill(name: str, **lines: Iterable[str]) -> str:
-    """That template, with lines, or what they are joined to, in its places."""
-    values = {place: "\n".join(text) for place, text in lines.items()}
-    return templates.fill(name, ECS_VERSION=fields.ECS_VERSION, **values)
+def fill(template: str, **lines: Iterable[str]) -> str:
+    """The template of that name with lines, or a single value as one line, for each placeholder."""
+    values = {name: "\n".join(given) for name, given in lines.items()}
+    return templates.fill(template, ECS_VERSION=fields.ECS_VERSION, **values)
 
 
 def _scaled(value: str, names: fields.Names) -> str:

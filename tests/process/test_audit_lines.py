@@ -6,14 +6,15 @@ import datetime
 import gzip
 import json
 import subprocess
+import tracemalloc
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import pytest
 from _tsproxy.tools.audit.lines import Lines
 from audit_captures import BEGIN, SECOND, End, flow, write
-from conftest import CHECKOUT
-from hypothesis import given
+from harness import CHECKOUT
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 PROXY, EXCHANGE, CLIENT = "10.2.0.1", ("10.2.0.2", 443), "10.1.0.1"
@@ -95,11 +96,14 @@ def test_a_line_of_another_hour_is_of_another_connection_with_the_same_ports(cou
 
 
 def test_each_line_belongs_to_the_connection_of_its_time_where_ports_are_reused(counts: Any) -> None:
-    segments = [*seen(1), *seen(1, BEGIN + 10 * SECOND, LEAKING, sequence=9000)]
-    lines = [connection(1, BEGIN + 10 * SECOND, upstream_timestamps=True), connection(1)]
+    """At once, as they are where many connections are made to one exchange; the lines come in any order."""
+    again = BEGIN + 5 * SECOND
+    segments = [*seen(1), *seen(1, again, LEAKING, sequence=9000)]
+    lines = [connection(1, again, upstream_timestamps=True), connection(1)]
     assert counts(segments, lines) == (1, 0, 0, 0)
+    assert counts(segments, lines[::-1]) == (1, 0, 0, 0)
     assert counts(segments, lines[1:]) == (1, 0, 0, 1)
-    assert counts(segments, [connection(1, BEGIN + 10 * SECOND)]) == (0, 1, 0, 1)
+    assert counts(segments, [connection(1, again)]) == (0, 1, 0, 1)
 
 
 def test_two_lines_are_not_both_of_one_connection(counts: Any) -> None:
@@ -150,6 +154,13 @@ def test_a_constant_is_what_rewrite_claims(counts: Any) -> None:
     assert counts(seen(1, tsvals=CONSTANT), [start("rewrite"), stamped]) == (1, 0, 0, 0)
     assert counts(seen(1, tsvals=LEAKING), [start("rewrite"), stamped]) == (0, 1, 0, 0)
     assert counts(seen(1, tsvals=LEAKING), [start("preserve"), stamped]) == (0, 0, 0, 0)
+
+
+def test_where_the_start_line_was_rotated_away_a_constant_is_no_contradiction(counts: Any) -> None:
+    stamped = connection(1, upstream_timestamps=True)
+    assert counts(seen(1, tsvals=CONSTANT), [stamped]) == (1, 0, 0, 0)
+    assert counts(seen(1, tsvals=LEAKING), [stamped]) == (0, 0, 0, 0)
+    assert counts(seen(2), [stamped]) == (0, 0, 1, 1)
 
 
 def test_each_process_has_its_own_mode_and_the_latest_start_counts(counts: Any) -> None:
@@ -231,11 +242,24 @@ def test_a_file_of_lines_that_can_not_be_read_is_one_line_and_exit_2(case: str, 
     assert done.returncode == 2
     assert done.stdout == b""
     line = done.stderr.decode()
-    assert line.startswith(f"tsproxy: --lines: given {path!r}")
+    assert line.startswith(f"tsproxy.py: --lines: given {path!r}")
     assert "allowed: " in line
     assert line.count("\n") == 1
 
 
+def test_a_file_without_a_line_break_is_not_kept_in_memory(tmp_path: Path) -> None:
+    told = tmp_path / "lines"
+    told.write_bytes(b"x" * (16 << 20))
+    tracemalloc.start()
+    lines = Lines(str(told))
+    assert list(lines) == []
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert lines.skipped == {"unreadable": 1}
+    assert peak < 4 << 20
+
+
+@settings(deadline=None)  # a machine that tests share
 @given(st.binary(max_size=400) | st.text(max_size=200).map(str.encode))
 def test_any_bytes_are_lines_that_claim_nothing(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "any lines"
@@ -248,6 +272,7 @@ def test_any_bytes_are_lines_that_claim_nothing(tmp_path_factory: pytest.TempPat
 VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.integers(), max_size=2)
 
 
+@settings(deadline=None)  # a machine that tests share
 @given(st.dictionaries(st.sampled_from([*connection(1)]), VALUES))
 def test_any_values_of_a_connections_fields_give_a_claim_or_are_counted(
     tmp_path_factory: pytest.TempPathFactory, fields: Dict[str, Any]

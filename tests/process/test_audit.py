@@ -239,7 +239,8 @@ def test_reported_drops_make_no_flow_clean(judge: Audit, frames: List[Tuple[int,
 
 def test_a_file_that_is_cut_or_damaged_makes_no_flow_clean(judge: Audit) -> None:
     whole = captures.pcap(framed(captures.connection()))
-    for data in (whole[:-1], whole + b"\0" * 8, whole + struct.pack("<IIII", 0, 0, 1 << 30, 1), gzip.compress(whole * 2)[:-9]):
+    packed = gzip.compress(whole * 2, mtime=0)[:-9]
+    for data in (whole[:-1], whole + b"\0" * 8, whole + struct.pack("<IIII", 0, 0, 1 << 30, 1), packed):
         found = judge(data)
         assert (found.code, found.end["unparsed_record"]) == (NO_VERDICT, 1)
         assert set(found.words) == {"UNDECIDED"}
@@ -403,7 +404,11 @@ def test_a_file_that_this_user_may_not_read_ends_with_2(bundle: Path) -> None:
     assert "it can't be read" in done.stderr
 
 
-@pytest.mark.parametrize("data", [b"", b"no capture", gzip.compress(b"no capture"), captures.pcap([])[:10]])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"no capture", gzip.compress(b"no capture", mtime=0), captures.pcap([])[:10]],
+    ids=["empty", "text", "gzip of text", "cut in its header"],
+)
 def test_what_is_no_capture_ends_with_65_and_one_line(data: bytes, tmp_path: Path) -> None:
     path = captures.write(tmp_path / "x", data)
     with pytest.raises(Exit) as caught:
@@ -416,7 +421,7 @@ def test_what_is_no_capture_ends_with_65_and_one_line(data: bytes, tmp_path: Pat
 def test_standard_input_is_a_capture_too(packed: bool, tmp_path: Path) -> None:
     whole = captures.pcap(framed(captures.connection(7)))
     command = [*CHECKOUT, "audit", "-", "--json"]
-    done = subprocess.run(command, input=gzip.compress(whole) if packed else whole, capture_output=True, check=False)
+    done = subprocess.run(command, input=gzip.compress(whole, mtime=0) if packed else whole, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (LEAK_CODE, b"")
     assert json.loads(done.stdout.splitlines()[0])["first_leak_file"] == "-"
 

@@ -11,9 +11,14 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import pytest
-from _tsproxy.tools.audit import picture
+from _tsproxy.tools.audit import observer, picture
+from _tsproxy.tools.audit.flows import Flows
+from _tsproxy.tools.audit.report import report
+from _tsproxy.tools.audit.scope import Scope
 from audit_captures import ACK, BEGIN, SECOND, SYN, Segment, flow, write
-from conftest import CHECKOUT
+from harness import CHECKOUT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 SVG = "{http://www.w3.org/2000/svg}"
 BOOT = BEGIN - 200_000 * SECOND
@@ -222,12 +227,33 @@ def test_the_picture_stays_small_where_there_are_many_segments() -> None:
     assert kept == sorted(kept)
 
 
+TIMES = st.integers(0, 2**62)
+TSVALS = st.none() | st.integers(0, 2**32 - 1)
+
+
+@settings(deadline=None)  # a machine that tests share
+@given(
+    st.lists(st.tuples(st.sampled_from(["10.0.0.1", "10.0.0.2", "fd00::1"]), TIMES, TSVALS), max_size=40), st.integers(1, 2**40)
+)
+def test_any_flows_make_a_whole_picture_and_words_that_fit(given_: List[Tuple[str, int, Any]], shrink: int) -> None:
+    flows = Flows(lambda _: True)
+    to = {"fd00::1": "fd00::2"}
+    segments = [Segment(at // shrink, (ip, 1), (to.get(ip, "192.0.2.1"), 443), tsval=tsval) for ip, at, tsval in given_]
+    frames = [(segment.at, segment.frame()) for segment in segments]
+    flows.read(((at, 1, frame, len(frame)) for at, frame in frames), "")
+    found = report(flows, Scope(), 1, 0, [])
+    svg = ElementTree.fromstring(picture.svg(found))
+    assert len(list(flows_of(svg))) == sum(flow.segments_with_timestamps > 0 for flow in found.judged)
+    assert all(0 <= x <= float(svg.get("width", 0)) and 0 <= y <= float(svg.get("height", 0)) for x, y in numbers(svg))
+    assert all(len(line) <= 80 for line in observer.words(found.clocks))
+
+
 @pytest.mark.parametrize("case", ["directory", "no such directory", "standard output"])
 def test_a_place_where_no_picture_can_be_is_one_line_and_exit_2_before_anything_is_read(tmp_path: Path, case: str) -> None:
     place = {"directory": str(tmp_path), "no such directory": str(tmp_path / "none" / "svg")}.get(case, "-")
     done = run(str(write(tmp_path / "pcap", HOSTS)), f"--svg={place}")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"tsproxy: --svg: given {place!r}: ")
+    assert done.stderr.startswith(f"tsproxy.py: --svg: given {place!r}: ")
     assert done.stderr.count("\n") == 1
 
 
