@@ -19,7 +19,7 @@ from typing import Dict, Iterator, List, NamedTuple, Set, Tuple
 
 import pytest
 from _tsproxy.proxy import states
-from _tsproxy.stats.endings import WORDS
+from _tsproxy.stats.endings import ENDING_FIELDS
 from harness import CHECKOUT, ROOT
 
 LIB = ROOT / "lib/_tsproxy"
@@ -256,7 +256,7 @@ def test_the_json_page_has_each_field_of_the_lines() -> None:
 def test_the_json_page_has_each_ending() -> None:
     page = (ROOT / "docs/json-lines.md").read_text()
     rows = [line for line in page.splitlines() if line.startswith("| `")]
-    for words in WORDS.values():
+    for words in ENDING_FIELDS.values():
         assert any(f"`{words.reason}`" in row and f"`{words.termination_state}`" in row for row in rows), words
 
 

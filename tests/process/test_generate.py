@@ -297,11 +297,11 @@ def test_the_witness_finds_the_rules_for_both_families(namespace: Namespace, pol
     policy = policy._replace(families=(socket.AF_INET, socket.AF_INET6))
     load(namespace, *(REWRITE if policy.mode == "rewrite" else ()))
     with namespace, contextlib.closing(Inspector(policy)) as inspector:
-        policy_check = inspector.look()
+        policy_check = inspector.check()
         assert policy_check.lever is Lever.NFTABLES, policy_check
         assert [syn.tsval for syn in policy_check.syns.values()] == [policy.tsval or None] * 2
         namespace.run("nft", "delete", "table", "inet", "tsproxy")
-        assert inspector.look().lever is None
+        assert inspector.check().lever is None
 
 
 @contextlib.contextmanager

@@ -119,7 +119,7 @@ def test_no_option_that_hurts_is_inherited_by_what_is_accepted() -> None:
         hurt(listener)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 3)
         meant = listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT)
-        sockets.forget_options(listener)
+        sockets.reset_inherited_options(listener)
         with socket.create_connection(listener.getsockname()) as client:
             client.sendall(b"x")  # TCP_DEFER_ACCEPT waits for it
             accepted, _ = listener.accept()

@@ -73,18 +73,18 @@ class Sender(socket.socket):
             return super().send(data)
         {send}
 from _tsproxy.linux import sockets
-real_adopt, real_dial = sockets.adopt, sockets.dial
+real_from_fd, real_dial = sockets.from_fd, sockets.dial
 def turned(sock):
     return Sender(sock.family, sock.type, sock.proto, fileno=sock.detach())
-def adopt(fd, family):
-    sock = turned(real_adopt(fd, family))
+def from_fd(fd, family):
+    sock = turned(real_from_fd(fd, family))
     sock.setblocking(False)
     return sock
 def dial(*args, **words):
     sock = turned(real_dial(*args, **words))
     sock.setblocking(False)
     return sock
-sockets.adopt, sockets.dial = adopt, dial
+sockets.from_fd, sockets.dial = from_fd, dial
 """
 
 FAULTS = {
@@ -144,10 +144,10 @@ FAULTS = {
     ),
     "a line is not written": (
         "from _tsproxy.stats.reporter import Reporter\n"
-        "real, skipped = Reporter._record, []\n"
+        "real, skipped = Reporter._put_record, []\n"
         "def record(self, record):\n"
         "    real(self, record) if skipped else skipped.append(1)\n"
-        "Reporter._record = record\n",
+        "Reporter._put_record = record\n",
         "active or with a line",
     ),
 }

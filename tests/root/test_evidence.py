@@ -63,7 +63,7 @@ UNMARK = ["ip dscp set 0", "ip6 dscp set 0"]
 RULES = {
     "ours, strip": (STRIP, generated(), "", ""),
     "ours, rewrite": (CONST, generated(*REWRITE), "", ""),
-    "each tagged segment": (STRIP, table(["meta priority 0:4 reset tcp option timestamp"]), "", rehearsal.UNSEEN),
+    "each tagged segment": (STRIP, table(["meta priority 0:4 reset tcp option timestamp"]), "", rehearsal.UNVERIFIED),
     "SYNs and SYN-ACKs, both ways": (
         STRIP,
         table(
@@ -78,13 +78,13 @@ RULES = {
         STRIP,
         table(["meta priority 0:4 tcp flags & syn == syn reset tcp option timestamp"]),
         rehearsal.UNASKED,
-        rehearsal.UNSEEN,
+        rehearsal.UNVERIFIED,
     ),
     "all but resets": (
         STRIP,
         table(["meta priority 0:4 tcp flags & rst != rst reset tcp option timestamp"]),
         rehearsal.RESET,
-        rehearsal.UNSEEN,
+        rehearsal.UNVERIFIED,
     ),
     "rewrite by a mark that conntrack loses": (
         CONST,
@@ -110,7 +110,7 @@ import sys; sys.path.insert(0, sys.argv[1])
 from _tsproxy.policy.inspector import Inspector
 from _tsproxy.policy.levers import Policy
 for _ in range(20):
-    found = Inspector(Policy(sys.argv[2], int(sys.argv[3]), families=(2,))).look().families[2]
+    found = Inspector(Policy(sys.argv[2], int(sys.argv[3]), families=(2,))).check().families[2]
     if found.syn: break
 print(found.problem)
 """
@@ -144,7 +144,7 @@ def test_every_packet_by_iptables_holds_as_well(namespace: Namespace) -> None:
     for command in ("iptables", "ip6tables"):
         namespace.run(command, *strip)
     with namespace, contextlib.closing(Inspector(STRIP)) as inspector:
-        assert inspector.look().lever is Lever.NFTABLES
+        assert inspector.check().lever is Lever.NFTABLES
 
 
 def test_rules_of_an_older_tsproxy_are_refused_with_what_to_load_instead(namespace: Namespace) -> None:
@@ -156,7 +156,7 @@ def test_rules_of_an_older_tsproxy_are_refused_with_what_to_load_instead(namespa
     assert "tsproxy.py generate nftables -t 127.0.0.1:9 | nft -f -" in done.stderr
     namespace.run("nft", "-f", "-", input=generated())
     with namespace, contextlib.closing(Inspector(STRIP)) as inspector:
-        assert inspector.look().lever is Lever.NFTABLES
+        assert inspector.check().lever is Lever.NFTABLES
 
 
 @pytest.mark.parametrize("family", BOTH)
@@ -200,7 +200,7 @@ def test_every_connect_is_covered_by_evidence_of_its_own_family() -> None:
                 allowed = {family: gate.may_connect(family) for family in BOTH}
                 assert allowed == {family: ALLOWED[answer] for family, answer in zip(BOTH, (four, six))}
             for family in BOTH:
-                evidence.publish(family, Answer.HOLDS, time.monotonic_ns() - 2 * gates.FRESH_NS)
+                evidence.publish(family, Answer.HOLDS, time.monotonic_ns() - 2 * gates.MAX_AGE_NS)
             assert [gate.may_connect(family) for family in BOTH] == [True if lever is Lever.SYSCTL else None] * 2
             if isinstance(gate, gates.StripBySysctl):
                 gate._sysctl.close()
@@ -422,7 +422,7 @@ def test_no_syn_of_the_witness_leaves_by_the_uplink_where_lo_lacks_its_address(m
     sniffer = Sniffer(wire.exchange, UPSTREAM)
     try:
         with wire.clean, contextlib.closing(Inspector(STRIP)) as inspector:
-            policy_check = inspector.look()
+            policy_check = inspector.check()
         assert {found.answer for found in policy_check.families.values()} == {Answer.UNSEEN}
         assert sniffer.stop() == []
     finally:

@@ -34,7 +34,7 @@ def test_a_full_disk_is_tried_again_by_the_clock_and_loses_nothing_that_the_back
         full = log.stat().st_size
         assert 0 < full < 99_000
         assert full % 99  # the last write was taken in part, in the middle of a line
-        assert not station.outlet.wants_room  # no spinning: only the clock brings the next try
+        assert not station.outlet.awaits_pollout  # no spinning: only the clock brings the next try
         station.outlet.write()
         station.later()
         assert (log.stat().st_size, station.dropped) == (full, 0)
@@ -57,7 +57,7 @@ def test_a_disk_that_stays_full_costs_what_is_beyond_the_backlog(tiny_disk: Path
         station = Station(fd)
         for number in range(3 * BACKLOG):
             station.say(*lines_of(number, 1, 99))
-        station.outlet.give_up()
+        station.outlet.discard_queue()
         whole = log.read_bytes().count(b"\n")
         assert whole + station.dropped == station.put
         assert log.read_bytes().startswith(b"".join(lines_of(0, whole, 99)))

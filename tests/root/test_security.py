@@ -84,7 +84,7 @@ REGAIN = """
 import os, subprocess, sys
 from _tsproxy.linux import privileges
 if sys.argv[2:]:
-    privileges.gain_no_more = privileges._verify = lambda *_: None
+    privileges.set_no_new_privs = privileges._verify = lambda *_: None
 privileges.drop(privileges.account("nobody"))
 print(subprocess.run([sys.argv[1], "-u"], capture_output=True, text=True).stdout, end="")
 """

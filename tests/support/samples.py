@@ -10,7 +10,7 @@ from typing import Iterable, Iterator, Tuple
 
 from _tsproxy.linux.addresses import pack
 from _tsproxy.stats.endings import Ending
-from _tsproxy.stats.histogram import SLOTS, slot
+from _tsproxy.stats.histogram import BUCKETS, bucket
 from _tsproxy.stats.records import NOTICE_LEVELS, ConnectionRecord, Notice
 from hypothesis import strategies as st
 
@@ -90,7 +90,7 @@ def pipe(size: int = 65536) -> Iterator[Tuple[int, int]]:
 
 def row_of(times: Iterable[int]) -> memoryview:
     """The run of counts that a worker would have."""
-    row = memoryview(bytearray(8 * SLOTS)).cast("Q")
+    row = memoryview(bytearray(8 * BUCKETS)).cast("Q")
     for took in times:
-        row[slot(took)] += 1
+        row[bucket(took)] += 1
     return row

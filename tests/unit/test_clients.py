@@ -76,7 +76,7 @@ class Model:
 
     def die(self, worker: int) -> None:
         """What it had begun is closed; what waits in its inbox is its replacement's."""
-        self.shared_counters.write_off(worker)
+        self.shared_counters.count_lost(worker)
         self.begun[worker].clear()
 
     def close(self) -> None:
@@ -175,7 +175,7 @@ def test_a_write_off_touches_the_dead_workers_row_alone() -> None:
         for row in world.rows:
             row[Counter.BEGUN], row[slot_offset(1)] = 5, 5
             row[Counter.ENDED], row[slot_offset(1) + 1] = 2, 2
-        assert world.shared_counters.write_off(1) == 3
+        assert world.shared_counters.count_lost(1) == 3
         assert [row[slot_offset(1) + 1] for row in world.rows] == [2, 5, 2]
         assert world.shared_counters.client_ended(slot_offset(1)) == 9
 

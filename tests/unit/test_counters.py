@@ -57,8 +57,8 @@ def test_no_two_rows_share_a_page_or_a_word(shared_counters: SharedCounters) -> 
 def test_a_row_has_room_for_every_counter_and_both_histograms(shared_counters: SharedCounters) -> None:
     assert sorted(Counter) == list(range(len(Counter)))
     assert counters.RELAY == len(Counter)
-    assert counters.CONNECT == counters.RELAY + histogram.SLOTS + 1
-    assert len(shared_counters.worker(0)) == counters.LOOP_LAG + histogram.SLOTS + 1
+    assert counters.CONNECT == counters.RELAY + histogram.BUCKETS + 1
+    assert len(shared_counters.worker(0)) == counters.LOOP_LAG + histogram.BUCKETS + 1
 
 
 def test_workers_come_after_the_acceptor_and_the_reporter(shared_counters: SharedCounters) -> None:
@@ -80,9 +80,9 @@ def test_a_total_is_the_sum_over_all_rows(values: list[int], counter: Counter) -
 def test_histograms_are_those_of_the_workers_and_apart_from_each_other(shared_counters: SharedCounters) -> None:
     shared_counters.worker(0)[counters.RELAY] = 1
     shared_counters.worker(2)[counters.RELAY] = 2
-    shared_counters.worker(1)[counters.RELAY + histogram.SLOTS - 1] = 3
+    shared_counters.worker(1)[counters.RELAY + histogram.BUCKETS - 1] = 3
     shared_counters.worker(1)[counters.CONNECT] = 4
-    assert shared_counters.histogram(counters.RELAY) == [(0, 3), (histogram.SLOTS - 1, 3)]
+    assert shared_counters.histogram(counters.RELAY) == [(0, 3), (histogram.BUCKETS - 1, 3)]
     assert shared_counters.histogram(counters.CONNECT) == [(0, 4)]
 
 
@@ -90,7 +90,7 @@ def test_histograms_are_those_of_the_workers_and_apart_from_each_other(shared_co
 def test_the_longest_time_of_all_workers_is_kept_as_it_was_measured(shared_counters: SharedCounters, first: int) -> None:
     for worker, times in enumerate([(1,), (3_333_333, 5), (2_000_000,)]):
         for took_ns in times:
-            counters.note(shared_counters.worker(worker), first, took_ns)
+            counters.observe(shared_counters.worker(worker), first, took_ns)
     assert shared_counters.longest_ns(first) == 3_333_333
     assert sum(count for _, count in shared_counters.histogram(first)) == 4
     name = {counters.RELAY: "relay_us", counters.CONNECT: "connect_us", counters.LOOP_LAG: "loop_lag_us"}[first]
@@ -222,11 +222,11 @@ def test_a_client_that_its_killed_worker_had_counted_but_not_begun_with_is_not_a
     with ledger_for(1) as shared_counters:
         row = shared_counters.worker(0)
         row[Counter.ACCEPTED], row[Counter.BEGUN], row[Counter.ENDED] = 7, 6, 4
-        assert shared_counters.write_off(0) == 3
+        assert shared_counters.count_lost(0) == 3
         assert metrics.active(shared_counters) == 0
         row[Counter.ACCEPTED] += 1
         row[Counter.BEGUN] += 1
-        assert shared_counters.write_off(0) == 1
+        assert shared_counters.count_lost(0) == 1
         assert metrics.active(shared_counters) == 0
         shared_counters.rows[ACCEPTOR_ROW][Counter.ACCEPTED] += 1  # handed over in the drain
         row[Counter.BEGUN] += 1

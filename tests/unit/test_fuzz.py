@@ -702,7 +702,7 @@ DESCRIPTORS = [
 @pytest.mark.parametrize("kind", DESCRIPTORS)
 def test_nothing_but_a_tcp_listener_is_taken_for_one(kind: str, tmp_path: Path) -> None:
     with descriptor(kind, tmp_path) as fd, pytest.raises(systemd.BadHandover) as refused:
-        systemd.take(systemd.Inherited(fd, ""))
+        systemd.listener_from(systemd.Inherited(fd, ""))
     assert str(refused.value).startswith(f"LISTEN_FDS: descriptor {fd}")
     assert str(refused.value).endswith("; allowed: a listening TCP socket")
     assert str(refused.value).isprintable()

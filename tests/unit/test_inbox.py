@@ -8,7 +8,7 @@ from typing import Iterator, List
 
 import pytest
 from _tsproxy.proxy import inbox
-from _tsproxy.proxy.inbox import CAPACITY, Command, Message
+from _tsproxy.proxy.inbox import RING_SLOTS, Command, Message
 from _tsproxy.stats.counters import SharedCounters
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,8 +18,8 @@ class Pair:
     """Both sides of an inbox; a consumer may be replaced, as a worker is."""
 
     def __init__(self, kind: str) -> None:
-        self._counters_of_all = SharedCounters.create(1)
-        row = self._counters_of_all.worker(0)
+        self._shared_counters = SharedCounters.create(1)
+        row = self._shared_counters.worker(0)
         if kind == "ring":
             self.place = inbox.create_ring()
             self.producer: inbox.RingProducer | inbox.ChannelProducer = inbox.RingProducer(self.place, row)
@@ -33,7 +33,7 @@ class Pair:
         self._drop_consumer()
         self.producer.redispatch()
         place = self.place or inbox.Channel(os.dup(self.producer.theirs.fileno()))
-        self.consumer = inbox.consumer(place, self._counters_of_all.worker(0))
+        self.consumer = inbox.consumer(place, self._shared_counters.worker(0))
 
     def _drop_consumer(self) -> None:
         if isinstance(getattr(self, "consumer", None), inbox.ChannelConsumer):
@@ -42,12 +42,12 @@ class Pair:
     def close(self) -> None:
         self._drop_consumer()
         if self.place:
-            self.place.bell.close()
+            self.place.wakeup.close()
             os.close(self.place.memory)
         else:
             self.producer.theirs.close()
             self.producer._ours.close()
-        os.close(self._counters_of_all.fd)
+        os.close(self._shared_counters.fd)
         vars(self).clear()  # the maps go with their last reference, and their descriptors with them
 
 
@@ -83,7 +83,7 @@ def test_a_full_inbox_says_so_and_takes_again_when_there_is_room(pair: Pair) -> 
     count = 0
     while pair.producer.put(order(count)):
         count += 1
-    assert 16 < count <= max(CAPACITY, 1024), "a socket has room for what net.core.wmem_default allows"
+    assert 16 < count <= max(RING_SLOTS, 1024), "a socket has room for what net.core.wmem_default allows"
     taken: List[Message] = []
     while more := all_of(pair.consumer):
         taken += more

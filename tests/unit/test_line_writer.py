@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import List, Tuple
 
 import pytest
-from _tsproxy.stats.line_writer import ATOMIC
+from _tsproxy.stats.line_writer import PIPE_BUF
 from harness import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,7 +48,7 @@ def test_nothing_to_write_is_nothing_to_wait_for() -> None:
         station = Station(writer)
         station.outlet.write()
         assert station.outlet.is_empty
-        assert not station.outlet.wants_room
+        assert not station.outlet.awaits_pollout
 
 
 def test_no_write_is_longer_than_what_a_pipe_takes_at_once() -> None:
@@ -62,7 +62,7 @@ def test_no_write_is_longer_than_what_a_pipe_takes_at_once() -> None:
             got.append(packets.recv(1 << 20))
             station.outlet.write()
         assert b"".join(got) == b"".join(sent)
-        assert all(len(packet) <= ATOMIC and packet.endswith(b"\n") for packet in got)
+        assert all(len(packet) <= PIPE_BUF and packet.endswith(b"\n") for packet in got)
 
 
 def test_the_descriptor_stays_blocking_for_those_who_share_it() -> None:
@@ -79,7 +79,7 @@ def test_a_stalled_reader_costs_what_is_beyond_the_backlog_and_blocks_nobody() -
         station = Station(writer)
         for line in lines_of(0, 3 * BACKLOG):
             station.say(line)
-        assert station.outlet.wants_room
+        assert station.outlet.awaits_pollout
         got = b""
         while not station.outlet.is_empty:
             got += drained(reader)
@@ -96,11 +96,11 @@ def test_a_rate_limited_line_still_has_a_place_when_the_backlog_is_full() -> Non
         station = Station(writer)
         station.say(*lines_of(0, 2 * BACKLOG))
         before = station.dropped
-        station.say(*lines_of(0, 200), seldom=True)
+        station.say(*lines_of(0, 200), use_reserve=True)
         assert station.dropped == before
         station.say(*lines_of(0, 5))
         assert station.dropped == before + 5
-        station.say(*lines_of(0, 1000), seldom=True)
+        station.say(*lines_of(0, 1000), use_reserve=True)
         assert station.dropped > before + 5 + 700  # bounded all the same
 
 
@@ -108,10 +108,10 @@ def test_giving_up_counts_what_was_never_written() -> None:
     with pipe(4096) as (reader, writer):
         station = Station(writer)
         station.say(*lines_of(0, 1000))
-        station.outlet.give_up()
+        station.outlet.discard_queue()
         assert station.outlet.is_empty
         assert drained(reader).count(b"\n") + station.dropped == 1000
-        station.outlet.give_up()
+        station.outlet.discard_queue()
         assert drained(reader).count(b"\n") == 0
 
 
@@ -140,7 +140,7 @@ def test_a_closed_reader_costs_each_line_once_and_no_signal() -> None:
         station.say(*lines_of(10, 200))
         assert station.dropped == 200
         assert station.outlet.is_empty
-        assert not station.outlet.wants_room
+        assert not station.outlet.awaits_pollout
         station.say(*lines_of(0, 7))
         assert station.dropped == 207
 
@@ -162,7 +162,7 @@ def test_a_closed_descriptor_is_a_reader_that_is_gone() -> None:
         os.close(writer)
         station.say(*lines_of(0, 3))
         assert station.dropped == 3
-        assert not station.outlet.wants_room
+        assert not station.outlet.awaits_pollout
         other = os.memfd_create("what gets the same number later")
         os.dup2(other, writer)
         station.say(*lines_of(3, 3))
@@ -227,14 +227,14 @@ def test_a_device_without_room_is_asked_again_each_second_and_not_before() -> No
         station = Station(fd)
         station.say(*lines_of(0, 3))
         for _ in range(3):
-            assert not station.outlet.wants_room
+            assert not station.outlet.awaits_pollout
             station.clock.now += 0.5
-            assert not station.outlet.wants_room
+            assert not station.outlet.awaits_pollout
             station.clock.now += 0.5
-            assert station.outlet.wants_room
+            assert station.outlet.awaits_pollout
             station.outlet.write()
         assert not station.outlet.is_empty
-        station.outlet.give_up()
+        station.outlet.discard_queue()
         assert station.dropped == 3
 
 
@@ -252,9 +252,9 @@ class AnyOrder(RuleBasedStateMachine):
         self.got = b""
         self.gone = False
 
-    @rule(count=st.integers(1, 60), length=st.integers(9, 4096), seldom=st.booleans())
-    def put(self, count: int, length: int, seldom: bool) -> None:
-        self.station.say(*lines_of(self.station.put, count, length), seldom=seldom)
+    @rule(count=st.integers(1, 60), length=st.integers(9, 4096), use_reserve=st.booleans())
+    def put(self, count: int, length: int, use_reserve: bool) -> None:
+        self.station.say(*lines_of(self.station.put, count, length), use_reserve=use_reserve)
 
     @rule()
     def flood(self) -> None:
@@ -285,7 +285,7 @@ class AnyOrder(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.station.outlet.write()
         if not self.gone:
-            self.station.outlet.give_up()
+            self.station.outlet.discard_queue()
             self.got += drained(self.reader)
             os.close(self.reader)
         os.close(self.writer)

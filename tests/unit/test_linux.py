@@ -108,7 +108,7 @@ def test_a_wakeup_counts_each_ring_once(kind: str, steps: List[int]) -> None:
     with bell(kind) as wake:
         for rings in steps:
             for _ in range(rings):
-                wake.ring()
+                wake.wake()
             assert is_readable(wake.reader) is (rings > 0)
             assert wake.collect() == rings
             assert wake.collect() == 0
@@ -117,7 +117,7 @@ def test_a_wakeup_counts_each_ring_once(kind: str, steps: List[int]) -> None:
 @KINDS
 def test_rings_from_many_threads_are_all_counted(kind: str) -> None:
     with bell(kind) as wake:
-        threads = [threading.Thread(target=lambda: [wake.ring() for _ in range(500)]) for _ in range(8)]
+        threads = [threading.Thread(target=lambda: [wake.wake() for _ in range(500)]) for _ in range(8)]
         collected = 0
         for thread in threads:
             thread.start()
@@ -137,7 +137,7 @@ def test_a_wakeup_that_is_full_neither_blocks_nor_sleeps(kind: str) -> None:
                     os.write(wake.writer, bytes(65536))
                 else:
                     os.eventfd_write(wake.writer, 2**64 - 2)
-        wake.ring()
+        wake.wake()
         assert is_readable(wake.reader)
         assert wake.collect() > 0
 
@@ -150,7 +150,7 @@ def test_a_wakeup_is_not_inherited_by_other_programs(kind: str) -> None:
 
 def test_a_ring_from_another_process_arrives() -> None:
     with bell("pipe") as wake:
-        code = "import sys; from _tsproxy.linux.wakeup import Wakeup; Wakeup(-1, int(sys.argv[1])).ring()"
+        code = "import sys; from _tsproxy.linux.wakeup import Wakeup; Wakeup(-1, int(sys.argv[1])).wake()"
         child([code, str(wake.writer)], pass_fds=(wake.writer,))
         assert wake.collect() == 1
 
@@ -266,7 +266,7 @@ def test_a_connection_is_asked_for_timestamps_only_while_there_is_one() -> None:
 def test_quick_acknowledgement_is_on_when_asked_for() -> None:
     with pair(socket.AF_INET, "127.0.0.1", QUIET) as (_, dialled, _accepted):
         dialled.setsockopt(socket.IPPROTO_TCP, uapi.TCP_QUICKACK, 0)
-        sockets.acknowledge_at_once(dialled)
+        sockets.set_quickack(dialled)
         assert dialled.getsockopt(socket.IPPROTO_TCP, uapi.TCP_QUICKACK) == 1
 
 
@@ -331,9 +331,9 @@ def test_our_numbers_are_those_of_the_kernels_headers() -> None:
 
 
 def test_no_errno_stands_in_two_families() -> None:
-    families = [uapi.RETRY, uapi.PEER_GONE, uapi.CAPACITY]
+    families = [uapi.RETRY, uapi.PEER_ERRORS, uapi.CAPACITY]
     assert sum(map(len, families)) == len(frozenset().union(*families))
-    assert uapi.PEER_RESET < uapi.PEER_GONE
+    assert uapi.PEER_RESET < uapi.PEER_ERRORS
 
 
 # Limits

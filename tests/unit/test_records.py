@@ -15,7 +15,7 @@ import pytest
 from _tsproxy.linux.addresses import PACKED_SIZE, pack
 from _tsproxy.stats import records
 from _tsproxy.stats.counters import Counter, SharedCounters
-from _tsproxy.stats.endings import WORDS, Ending
+from _tsproxy.stats.endings import ENDING_FIELDS, Ending
 from _tsproxy.stats.records import NOTICE_LEVELS, ConnectionRecord, Notice, Record, RecordPipe, RecordWriter, decode, encode
 from harness import ROOT
 from hypothesis import example, given, settings
@@ -174,12 +174,13 @@ def test_what_was_not_there_to_see_is_null_and_not_zero() -> None:
     assert decode(encode(zeros))[0] == [zeros]
 
 
-def test_every_ending_has_its_words() -> None:
-    assert list(WORDS) == list(Ending)
-    for ending, words in WORDS.items():
-        assert words.reason.isidentifier(), ending
-        assert words.level in NOTICE_LEVELS, ending
-    assert {words.termination_state for words in WORDS.values()} == set("-- CD SD cD sD SC sC RC KC KD PR PD IC ID".split())
+def test_every_ending_has_its_fields() -> None:
+    assert list(ENDING_FIELDS) == list(Ending)
+    for ending, fields in ENDING_FIELDS.items():
+        assert fields.reason.isidentifier(), ending
+        assert fields.level in NOTICE_LEVELS, ending
+    states = {fields.termination_state for fields in ENDING_FIELDS.values()}
+    assert states == set("-- CD SD cD sD SC sC RC KC KD PR PD IC ID".split())
 
 
 # The pipe

@@ -17,7 +17,7 @@ import pytest
 from _tsproxy.linux.addresses import pack
 from _tsproxy.stats import counters, histogram, records
 from _tsproxy.stats.counters import ACCEPTOR_ROW, FIRST_WORKER_ROW, REPORTER_ROW, Counter, SharedCounters
-from _tsproxy.stats.endings import WORDS, Ending
+from _tsproxy.stats.endings import ENDING_FIELDS, Ending
 from _tsproxy.stats.records import NOTICE_LEVELS, Notice, RecordPipe, RecordWriter
 from _tsproxy.stats.reporter import Rates, Reporter
 from harness import PATIENCE, Line, examples, wait_until
@@ -52,7 +52,7 @@ class Desk:
         self.fd = os.memfd_create("stdout") if fd is None else fd
         self.shared_counters, self.pipe = SharedCounters.create(workers), RecordPipe.create()
         self.writers = [RecordWriter(self.pipe.writer, self.shared_counters.worker(index)) for index in range(workers)]
-        options = {"level": "debug", "interval_s": 0.0, "witness_words": ("none", "sysctl"), **options}
+        options = {"level": "debug", "interval_s": 0.0, "witness_names": ("none", "sysctl"), **options}
         self.reporter = Reporter(self.fd, self.shared_counters, self.pipe, **options)
 
     def lines(self) -> List[Line]:
@@ -107,10 +107,10 @@ ANY_CLIENT = st.binary(min_size=len(CLIENT), max_size=len(CLIENT)) | st.sampled_
 ANY_BODY = st.tuples(
     *(st.integers(0, 65535), U64, I64, ANY_CLIENT, I64, st.integers(0, 30), BYTE, st.integers(-128, 127), I64, ANY_CLIENT),
     *(I64, st.integers(-128, 127), ANY_CLIENT, I64, I64, U64, U64, U64, U64, U64),
-).map(lambda numbers: records._HEAD.pack(records._HEAD.size + records._BODY.size, 1) + records._BODY.pack(*numbers))
+).map(lambda numbers: records._HEADER.pack(records._HEADER.size + records._BODY.size, 1) + records._BODY.pack(*numbers))
 ANY_NOTICE = st.tuples(st.integers(0, 65535), I64, st.integers(0, 5), st.binary(max_size=60)).map(
     lambda given: (
-        records._HEAD.pack(records._HEAD.size + records._NOTICE_BODY.size + len(given[3]), 2)
+        records._HEADER.pack(records._HEADER.size + records._NOTICE_BODY.size + len(given[3]), 2)
         + records._NOTICE_BODY.pack(*given[:3])
         + given[3]
     )
@@ -220,15 +220,15 @@ def test_what_was_recorded_just_before_the_end_is_written_though_nothing_is_said
     assert desk.events() == ["connection"] * 500
 
 
-class LateBell:
+class LateWakeup:
     """The reporter's wake-up, which is rung by close() just when the reporter is about to collect an earlier ring."""
 
     def __init__(self, reporter: Reporter) -> None:
         self.inner, self.rung = reporter._wakeup, threading.Event()
         self.closing = threading.Thread(target=reporter.close)
 
-    def ring(self) -> None:
-        self.inner.ring()
+    def wake(self) -> None:
+        self.inner.wake()
         self.rung.set()
 
     def collect(self) -> int:
@@ -245,7 +245,7 @@ class LateBell:
 def test_a_ring_of_close_that_is_taken_with_an_earlier_one_is_not_lost() -> None:
     def prepare(desk: Desk) -> None:
         desk.writers[0].put(CLOSED)
-        desk.reporter._wakeup = LateBell(desk.reporter)
+        desk.reporter._wakeup = LateWakeup(desk.reporter)
 
     with desk_with(prepare=prepare) as desk:
         wait_until(lambda: not desk.reporter._thread.is_alive(), "the end of the reporter")
@@ -283,7 +283,7 @@ def test_how_bad_an_ending_is_shows_as_the_level_of_its_line(desk: Desk, ending:
     desk.writers[0].put(CLOSED._replace(ending=ending, upstream=None, witness=0))
     desk.reporter.close()
     (line,) = desk.lines()
-    assert (line["reason"], line["termination_state"], line["level"]) == WORDS[ending]
+    assert (line["reason"], line["termination_state"], line["level"]) == ENDING_FIELDS[ending]
     assert (line["upstream_address"], line["upstream_port"], line["witness"]) == (None, None, "none")
 
 
@@ -375,7 +375,7 @@ def test_a_metrics_line_fits_and_is_whole_however_high_the_counters_are(desk: De
     writers = len(desk.shared_counters.rows[rows])
     workers = len(desk.shared_counters.rows[FIRST_WORKER_ROW:][rows if rows.start is None else slice(0, 1)])
     assert line["upstream_cx_connect_fail"] == value * writers
-    assert line["relay_us_count"] == value * workers * histogram.SLOTS
+    assert line["relay_us_count"] == value * workers * histogram.BUCKETS
 
 
 def test_metrics_come_each_interval_without_being_asked_for() -> None:

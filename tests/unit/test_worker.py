@@ -84,7 +84,7 @@ def stand() -> Iterator[Stand]:
         vars(consumer).clear()
         vars(producer).clear()
         vars(worker).clear()
-    ring.bell.close()
+    ring.wakeup.close()
     for fd in (reader, writer, ring.memory):
         os.close(fd)
 
@@ -143,7 +143,7 @@ def test_an_event_of_a_descriptor_that_nobody_handles_any_more_is_ignored(stand:
     """Closed here, but not yet by the process that handed it over: epoll(7), Questions and answers, 6."""
     reader, writer = os.pipe()
     os.write(writer, b"x")
-    stand.worker.context.loop.poller.expect(reader, READ_EDGES)
+    stand.worker.context.loop.poller.set_interest(reader, READ_EDGES)
     assert stand.inbox.put(Message(Command.DRAIN))
     stand.worker.run()
     os.close(reader)

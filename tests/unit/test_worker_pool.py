@@ -10,7 +10,7 @@ import pytest
 from _tsproxy.cli.config import Config
 from _tsproxy.linux import wakeup
 from _tsproxy.loop.event_loop import EventLoop
-from _tsproxy.proxy.inbox import CAPACITY, Command, Message, RingConsumer
+from _tsproxy.proxy.inbox import RING_SLOTS, Command, Message, RingConsumer
 from _tsproxy.stats.counters import ACCEPTOR_ROW, Counter, SharedCounters
 from _tsproxy.supervisor import worker_slot
 from _tsproxy.supervisor.worker_args import WorkerShared
@@ -71,7 +71,7 @@ class Stand:
     def exit(self, number: int) -> None:
         """The worker exits, and the pool sees it."""
         self.runners[number].is_alive = False
-        self.exited.ring()
+        self.exited.wake()
         self.run_until(len(self.events) + 1)
 
     def run_until(self, events: int) -> None:
@@ -90,7 +90,7 @@ class Stand:
         self.loop.close()
         for ring in self.rings:
             os.close(ring.memory)
-            ring.bell.close()
+            ring.wakeup.close()
         self.exited.close()
         os.close(self.counters.fd)
         for consumer in self.consumers:
@@ -135,7 +135,7 @@ def test_one_whose_replacements_die_at_once_is_given_up_and_no_client_is_dispatc
     for _ in range(3):
         stand.exit(0)
     assert [event.replacement.obstacle for event in stand.events] == ["", "", "its replacements die at once"]
-    stand.exited.ring()
+    stand.exited.wake()
     stand.loop.run_for(SECOND // 50)
     assert len(stand.events) == 3, "reported once"
     assert all(stand.pool.dispatch(PING) for _ in range(4))
@@ -154,21 +154,21 @@ def test_exits_after_drain_or_kill_are_expected(stand: Stand, end: str) -> None:
     stand.exit(0)
     getattr(stand.pool, end)()
     stand.runners[1].is_alive = False
-    stand.exited.ring()
+    stand.exited.wake()
     stand.loop.run_for(SECOND // 5)  # longer than the backoff
     assert len(stand.events) == 1
     assert not stand.pool.is_alive
 
 
 def test_clients_are_dispatched_in_turn_and_past_an_inbox_that_is_full(stand: Stand) -> None:
-    for _ in range(CAPACITY):
+    for _ in range(RING_SLOTS):
         assert stand.pool.dispatch(PING)
         assert stand.pool.dispatch(PING)
     assert not stand.pool.dispatch(PING)
-    assert len(stand.consume(1)) == CAPACITY
+    assert len(stand.consume(1)) == RING_SLOTS
     assert stand.pool.dispatch(PING)
     assert stand.pool.dispatch(PING)
-    assert (len(stand.consume(0)), len(stand.consume(1))) == (CAPACITY, 2)
+    assert (len(stand.consume(0)), len(stand.consume(1))) == (RING_SLOTS, 2)
 
 
 def test_commands_that_find_an_inbox_full_arrive_in_their_order_once_there_is_room(stand: Stand) -> None:

@@ -1,1 +1,1 @@
-"""Words into options, options into one frozen Config; the exit codes. Knows nothing of what is done with them."""
+"""The command line: arguments into options, options into one frozen Config; the exit codes. Knows nothing of their use."""

@@ -1,4 +1,4 @@
-"""Options into one frozen Config: every value checked here, once, with a message that a person can act on.
+"""Parses options into one frozen Config: each value is checked here, once. An error names the option, value and allowed range.
 
 Knows the options' meanings and ranges, and which CPUs this process may use. Knows nothing of sockets or workers.
 """
@@ -23,16 +23,16 @@ LEVELS = ("debug", "info", "warning", "error")
 _DURATIONS = {"us": 1, "ms": 1000, "s": 1_000_000, "m": 60_000_000, "h": 3_600_000_000}
 _SIZES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)", re.ASCII)
-_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*", re.ASCII | re.IGNORECASE)  # what inet_aton(3) takes for a part of an address
+_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*", re.ASCII | re.IGNORECASE)  # a part of an address for inet_aton(3)
 _IPV4_MAPPED_BITS = 96  # ::ffff:0:0/96, RFC 4291, section 2.5.5.2
 
 
 class UsageError(ValueError):
-    """A command line that can't be taken; its text is the one line to print before exit 2."""
+    """A command line that is not valid; its text is the one line to print before exit 2."""
 
 
 class BadValue(UsageError):
-    """An option's value that can't be taken: names the option, what was given, what is allowed."""
+    """An option's value that is not allowed: names the option, what was given, what is allowed."""
 
     def __init__(self, option: str, given: object, allowed: str) -> None:
         super().__init__(f"{option}: given {given!r}; allowed: {allowed}")
@@ -47,7 +47,7 @@ class Target(NamedTuple):
 
     @property
     def is_literal(self) -> bool:
-        """True if no resolver is needed."""
+        """Whether it is an address, so that no resolver is needed."""
         return is_address(self.host)
 
     def __str__(self) -> str:
@@ -57,7 +57,7 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True)
 class Config:
-    """What the user asked for, validated. Times in the unit of the name; 0 means off where a time may be off."""
+    """The options, validated. Times are in the unit of the name; 0 means off where a time may be off."""
 
     targets: Tuple[Target, ...]
     listen_options: Tuple[str, ...] = ()  # which of --port and --bind were given
@@ -99,12 +99,12 @@ def is_address(text: str) -> bool:
     return True
 
 
-def one_of(words: Tuple[str, ...]) -> Callable[[str, str], str]:
-    """A parser for an option that takes one of a few words."""
+def one_of(choices: Tuple[str, ...]) -> Callable[[str, str], str]:
+    """A parser for an option that has one of a few values."""
 
     def parse(option: str, given: str) -> str:
-        if given not in words:
-            raise BadValue(option, given, " or ".join(words))
+        if given not in choices:
+            raise BadValue(option, given, " or ".join(choices))
         return given
 
     return parse
@@ -142,12 +142,12 @@ def duration(low: float, high: float, unit: str = "s", zero: bool = False) -> Ca
 
 
 def rounded(parse: Callable[[str, str], float]) -> Callable[[str, str], int]:
-    """The same parser for an option that the kernel takes as a whole number; a fraction is rounded up, never to off."""
+    """The same parser for an option that is an integer in the kernel; a fraction is rounded up, never to 0, which is off."""
     return lambda option, given: int(-(-parse(option, given) // 1))
 
 
 def size(low: int, high: int) -> Callable[[str, str], int]:
-    """A parser for a number of bytes, or of KiB, MiB, GiB with k, m or g behind it."""
+    """A parser for a number of bytes, or of KiB, MiB, GiB with the suffix k, m or g."""
 
     def parse(option: str, given: str) -> int:
         match = re.fullmatch(r"([0-9]{1,12})([kmgKMG]?)", given, re.ASCII)
@@ -160,7 +160,7 @@ def size(low: int, high: int) -> Callable[[str, str], int]:
 
 
 def address(option: str, given: str) -> str:
-    """A bare IPv4 or IPv6 address, no zone; brackets are taken off, and an IPv4-mapped one is taken for the IPv4 it is."""
+    """A bare IPv4 or IPv6 address without a zone. Brackets are removed, and an IPv4-mapped one becomes IPv4."""
     bare = given[1:-1] if given.startswith("[") and given.endswith("]") else given
     if not is_address(bare) or "%" in bare:
         raise BadValue(option, given, "an IPv4 or IPv6 address of this host")
@@ -174,7 +174,7 @@ def _plain(text: str) -> str:
 
 
 def network(option: str, given: str) -> IPNetwork:
-    """A CIDR block; an address alone is a block of one. Host bits must be 0: a typo there would open more than meant."""
+    """A CIDR block; an address alone is a block of one. Host bits must be 0: a typo there would allow more than meant."""
     bare, slash, bits = given.partition("/")
     allowed = "an address or CIDR block{}, e.g. 10.1.0.0/16 or 2001:db8::/32"
     if "%" in bare or (slash and not re.fullmatch("[0-9]{1,3}", bits, re.ASCII)):
@@ -187,14 +187,14 @@ def network(option: str, given: str) -> IPNetwork:
 
 
 def _unmapped(block: IPNetwork) -> IPNetwork:
-    """A block of IPv4-mapped addresses as the IPv4 block that its clients are seen in."""
+    """A block of IPv4-mapped addresses as an IPv4 block: client addresses are compared as IPv4."""
     mapped = getattr(block.network_address, "ipv4_mapped", None)
     bits = block.prefixlen - _IPV4_MAPPED_BITS
     return block if mapped is None or bits < 0 else ipaddress.ip_network((mapped, bits))
 
 
 def host_name(text: str) -> bool:
-    """True for a DNS name (RFC 1123, section 2.1; underscores too, for container names), False for a number in disguise."""
+    """True for a DNS name (RFC 1123, section 2.1; underscores too, for container names); False for a number of inet_aton(3)."""
     name = text[:-1] if text.endswith(".") else text
     labels = name.split(".")
     return len(name) <= 253 and all(_LABEL.fullmatch(label) for label in labels) and not _NUMBER.fullmatch(labels[-1])
@@ -212,12 +212,12 @@ def target(option: str, given: str) -> Target:
 
 
 def _is_ipv6(text: str, scope: Optional[str]) -> bool:
-    """An IPv4-mapped one counts too, but is the IPv4 address that it holds, which has no zone."""
+    """Also for an IPv4-mapped address, but that one has no zone."""
     return ":" in text and is_address(text) and (scope is None or ":" in _plain(text))
 
 
 def usable_cpus() -> FrozenSet[int]:
-    """The CPUs of this process's affinity mask; all that are online where a sandbox refuses sched_getaffinity(2)."""
+    """The CPUs of this process's affinity mask; all that are online if a sandbox refuses sched_getaffinity(2)."""
     try:
         return frozenset(os.sched_getaffinity(0))
     except OSError:
@@ -249,14 +249,14 @@ def compact(numbers: Any) -> str:
 
 
 def user_name(option: str, given: str) -> str:
-    """A user name; whether it exists is looked up when root is dropped."""
+    """A user name. Whether the user exists is checked when root is dropped."""
     if not re.fullmatch(r"[A-Za-z0-9_.][A-Za-z0-9_.-]{0,31}\$?", given, re.ASCII):
         raise BadValue(option, given, "a user name of this host")
     return given
 
 
 class _Option(NamedTuple):
-    """How one option becomes one field of Config."""
+    """The field of Config for an option, and its parser."""
 
     field: str
     parse: Callable[[str, str], Any]
@@ -315,7 +315,7 @@ def parse(options: Mapping[str, Any]) -> Config:
 
 
 def _contradictions(options: Mapping[str, Any], fields: Dict[str, Any]) -> None:
-    """Pairs of options that can't both be meant."""
+    """UsageError for options that contradict each other."""
     cpus = fields.get("cpus")
     if cpus and options.get("--workers") is not None and fields["workers"] != len(cpus):
         raise UsageError(
@@ -328,7 +328,7 @@ def _contradictions(options: Mapping[str, Any], fields: Dict[str, Any]) -> None:
 
 
 def _timestamps(options: Mapping[str, Any], fields: Dict[str, Any]) -> None:
-    """The mode that is meant: rewriting to 0 is stripping, and a TSval is nothing without rewriting."""
+    """Set the mode: rewriting to 0 is stripping. UsageError for a TSval without rewriting."""
     mode, spoof = fields.get("timestamps"), bool(options.get("--spoof-timestamps"))
     if spoof and mode not in (None, "rewrite"):
         raise UsageError(
@@ -345,7 +345,7 @@ def _timestamps(options: Mapping[str, Any], fields: Dict[str, Any]) -> None:
 
 
 def _reachable_sources(fields: Dict[str, Any]) -> None:
-    """Each literal target needs a source of its family, once sources are given at all."""
+    """UsageError if there are sources, but none of a literal target's family."""
     families = {":" in source for source in fields["sources"]}
     for wanted in fields["targets"]:
         if families and wanted.is_literal and (":" in wanted.host) not in families:
@@ -355,7 +355,7 @@ def _reachable_sources(fields: Dict[str, Any]) -> None:
 
 
 def _defaults(fields: Dict[str, Any]) -> None:
-    """Defaults that the machine decides."""
+    """Defaults that depend on this host."""
     if fields.get("cpus"):
         fields["workers"] = len(fields["cpus"])
     elif "workers" not in fields:

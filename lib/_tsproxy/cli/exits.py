@@ -5,9 +5,9 @@ from __future__ import annotations
 DRAINED = 0
 FAILED = 1
 USAGE = 2
-NO_VERDICT = 65  # EX_DATAERR: what was given can't be judged
+NO_VERDICT = 65  # EX_DATAERR: no verdict is possible on the input
 CANNOT_BIND = 69  # EX_UNAVAILABLE of sysexits.h
-NOT_YET = 75  # EX_TEMPFAIL: what is missing may come by itself, so a service manager tries again
+NOT_YET = 75  # EX_TEMPFAIL: a later start may succeed, so a service manager tries again
 POLICY = 78  # EX_CONFIG
 
 

@@ -1,8 +1,8 @@
-"""The command line, checked word by word against the manual before docopt reads it.
+"""The command line, checked against the manual before docopt parses it.
 
-docopt takes any unambiguous prefix for an option and answers a mistake with the whole usage text. An operator
-wants the exact name and one line. So the words are read here first, by the option table in the manual itself;
-docopt then sees only what is known to be well formed.
+docopt accepts any unambiguous prefix of an option, and prints the whole usage text on an error. An operator needs the exact
+name and one line. So the arguments are parsed here first, with the option table of the manual itself; docopt then gets only
+options that are well formed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from _tsproxy.cli import program
 from _tsproxy.cli.config import UsageError
 
 
-class Known(NamedTuple):
+class ManualOption(NamedTuple):
     """One option of the manual."""
 
     name: str
@@ -23,12 +23,12 @@ class Known(NamedTuple):
     repeats: bool
 
 
-def options_of(manual: str) -> Dict[str, Known]:
+def options_of(manual: str) -> Dict[str, ManualOption]:
     """Each spelling ("-p", "--port") -> the option, read from the manual's option lines."""
-    table: Dict[str, Known] = {}
+    table: Dict[str, ManualOption] = {}
     for short, name, argument in re.findall(r"^  +(?:(-\w),? )?(--[a-z-]+)(?:=(<\S+?>))?(?:  |$)", manual, re.M):
-        known = Known(name, argument, re.search(rf"{name}=\S+?\.\.\.", manual) is not None)
-        table.update({spelling: known for spelling in (short, name) if spelling})
+        option = ManualOption(name, argument, re.search(rf"{name}=\S+?\.\.\.", manual) is not None)
+        table.update({spelling: option for spelling in (short, name) if spelling})
     return table
 
 
@@ -37,128 +37,130 @@ def commands_of(manual: str) -> Tuple[str, ...]:
     return tuple(dict.fromkeys(re.findall(r"^  tsproxy\.py ([a-z]+)\b", manual, re.M)))
 
 
-def read(manual: str, words: Sequence[str], docopt: Callable[..., Dict[str, Any]]) -> Dict[str, Any]:
-    """docopt's dictionary of a command line, or UsageError with the one line to print."""
-    ready = normalize(manual, words)
+def read(manual: str, args: Sequence[str], docopt: Callable[..., Dict[str, Any]]) -> Dict[str, Any]:
+    """docopt's dictionary of a command line. UsageError with the one line to print."""
+    normalized = normalize(manual, args)
     try:
-        options = docopt(manual, ready, default_help=False)
+        options = docopt(manual, normalized, default_help=False)
     except SystemExit:
-        raise UsageError(unfit(manual, ready)) from None
-    return {**options, **_repeated(manual, ready)}
+        raise UsageError(unusable(manual, normalized)) from None
+    return {**options, **_repeated(manual, normalized)}
 
 
-def _repeated(manual: str, ready: Sequence[str]) -> Dict[str, List[str]]:
-    """The values of the options that repeat. docopt-ng 0.9 gives some twice where several usage lines name the option."""
-    given: Dict[str, List[str]] = {known.name: [] for known in options_of(manual).values() if known.repeats}
-    for name, _, value in (word.partition("=") for word in ready):
+def _repeated(manual: str, normalized: Sequence[str]) -> Dict[str, List[str]]:
+    """The values of the options that repeat. docopt-ng 0.9 has some twice if several usage lines name the option."""
+    given: Dict[str, List[str]] = {option.name: [] for option in options_of(manual).values() if option.repeats}
+    for name, _, value in (arg.partition("=") for arg in normalized):
         if name in given:
             given[name].append(value)
     return given
 
 
-def normalize(manual: str, words: Sequence[str]) -> List[str]:
-    """The words with each option spelled "--name=value", or UsageError with the one line to print.
+def normalize(manual: str, args: Sequence[str]) -> List[str]:
+    """The arguments with each option as "--name=value". UsageError with the one line to print.
 
-    Where --help or --version is among words that are sound, it is all that is left of them.
+    If --help or --version is among valid arguments, it is the only one in the result.
     """
-    table, seen, out = options_of(manual), set(), []
-    for word, value in _options(table, list(words)):
-        if word == "":
-            out.append(value or "")
+    table, seen, normalized = options_of(manual), set(), []
+    for arg, value in _options(table, list(args)):
+        if arg == "":
+            normalized.append(value or "")
             continue
-        known = table[word]
-        if known.name in seen and not known.repeats:
-            raise UsageError(f"{known.name}: given twice; allowed: once")
-        seen.add(known.name)
-        out.append(known.name if value is None else f"{known.name}={value}")
-    for question in ("--help", "--version"):
-        if question in seen:
-            return [question]
-    _command(manual, table, out)
-    return out
+        option = table[arg]
+        if option.name in seen and not option.repeats:
+            raise UsageError(f"{option.name}: given twice; allowed: once")
+        seen.add(option.name)
+        normalized.append(option.name if value is None else f"{option.name}={value}")
+    for switch in ("--help", "--version"):
+        if switch in seen:
+            return [switch]
+    _command(manual, table, normalized)
+    return normalized
 
 
-def _options(table: Dict[str, Known], words: List[str]) -> Iterator[Tuple[str, str | None]]:
-    """(spelling, value or None) for each option, ("", word) for each other word."""
-    while words:
-        word = words.pop(0)
-        if word == "--":
-            yield from (("", _plain(rest)) for rest in words)
+def _options(table: Dict[str, ManualOption], args: List[str]) -> Iterator[Tuple[str, str | None]]:
+    """(spelling, value or None) for each option, ("", operand) for each operand."""
+    while args:
+        arg = args.pop(0)
+        if arg == "--":
+            yield from (("", _operand(remaining)) for remaining in args)
             return
-        if word.startswith("--"):
-            yield _long(table, word, words)
-        elif word.startswith("-") and word != "-":
-            yield from _short(table, word, words)
+        if arg.startswith("--"):
+            yield _long(table, arg, args)
+        elif arg.startswith("-") and arg != "-":
+            yield from _short(table, arg, args)
         else:
-            yield "", word
+            yield "", arg
 
 
-def _plain(word: str) -> str:
-    """A word behind "--". docopt would still read an option in it."""
-    if word.startswith("-") and word != "-":
-        raise UsageError(f"can't take {word!r} after --; a path that begins with a dash may be given as {'./' + word!r}")
-    return word
+def _operand(arg: str) -> str:
+    """An argument after "--", which docopt would still parse as an option."""
+    if arg.startswith("-") and arg != "-":
+        raise UsageError(f"can't take {arg!r} after --; a path that begins with a dash may be given as {'./' + arg!r}")
+    return arg
 
 
-def _long(table: Dict[str, Known], word: str, words: List[str]) -> Tuple[str, str | None]:
-    name, equals, value = word.partition("=")
+def _long(table: Dict[str, ManualOption], arg: str, args: List[str]) -> Tuple[str, str | None]:
+    name, equals, value = arg.partition("=")
     if name not in table:
         raise UsageError(f"unknown option {name!r}{_did_you_mean(name, table)}")
     if not table[name].argument:
         if equals:
             raise UsageError(f"{name}: given {value!r}; allowed: no value (it is a switch)")
         return name, None
-    return name, value if equals else _value(table[name], words)
+    return name, value if equals else _value(table[name], args)
 
 
-def _short(table: Dict[str, Known], word: str, words: List[str]) -> Iterator[Tuple[str, str | None]]:
-    """Short options may be run together, the last one with its value: -hV, -p8080."""
-    rest = word[1:]
-    while rest:
-        name, rest = f"-{rest[0]}", rest[1:]
+def _short(table: Dict[str, ManualOption], arg: str, args: List[str]) -> Iterator[Tuple[str, str | None]]:
+    """Short options may be combined, the last one with its value: -hV, -p8080."""
+    remaining = arg[1:]
+    while remaining:
+        name, remaining = f"-{remaining[0]}", remaining[1:]
         if name not in table:
-            raise UsageError(f"unknown option {name!r} in {word!r}; see --help")
+            raise UsageError(f"unknown option {name!r} in {arg!r}; see --help")
         if table[name].argument:
-            yield name, rest or _value(table[name], words)
+            yield name, remaining or _value(table[name], args)
             return
         yield name, None
 
 
-def _value(known: Known, words: List[str]) -> str:
-    if not words or words[0] == "--":
-        raise UsageError(f"{known.name}: given nothing; allowed: {known.name}={known.argument}")
-    return words.pop(0)
+def _value(option: ManualOption, args: List[str]) -> str:
+    if not args or args[0] == "--":
+        raise UsageError(f"{option.name}: given nothing; allowed: {option.name}={option.argument}")
+    return args.pop(0)
 
 
-def _did_you_mean(name: str, candidates: Dict[str, Known] | Tuple[str, ...]) -> str:
+def _did_you_mean(name: str, candidates: Dict[str, ManualOption] | Tuple[str, ...]) -> str:
     longer = [other for other in candidates if name.strip("-") and other.startswith(name)]
     close = longer or difflib.get_close_matches(name, list(candidates), 1, 0.7)
     return f"; did you mean {' or '.join(close)}?" if close else "; see --help"
 
 
-def _command(manual: str, table: Dict[str, Known], words: List[str]) -> None:
-    """The mistakes that docopt would answer with the whole usage text."""
-    commands, plain = commands_of(manual), [word for word in words if not word.startswith("--")]
-    if plain and plain[0] not in commands:
-        raise UsageError(f"unknown command {plain[0]!r}{_did_you_mean(plain[0], commands)}")
-    given = [word.partition("=")[0] for word in words if word.partition("=")[0] in table]
-    usage = _usage(manual, plain, given)
+def _command(manual: str, table: Dict[str, ManualOption], args: List[str]) -> None:
+    """UsageError for errors on which docopt would print the whole usage text."""
+    commands, operands = commands_of(manual), [arg for arg in args if not arg.startswith("--")]
+    if operands and operands[0] not in commands:
+        raise UsageError(f"unknown command {operands[0]!r}{_did_you_mean(operands[0], commands)}")
+    given = [arg.partition("=")[0] for arg in args if arg.partition("=")[0] in table]
+    usage = _usage(manual, operands, given)
     for name in given:
-        if name not in taken(manual, table, usage):
-            raise UsageError(f"{name}: not an option of {plain[0] if plain else 'relaying'!r}; usage: {program.named(usage)}")
+        if name not in allowed(manual, table, usage):
+            raise UsageError(
+                f"{name}: not an option of {operands[0] if operands else 'relaying'!r}; usage: {program.named(usage)}"
+            )
     if " --target" in usage and "--target" not in given:
         raise UsageError("--target: given nothing; allowed: at least one, e.g. --target=exchange.example:443")
 
 
-def _usage(manual: str, plain: Sequence[str], given: Sequence[str] = ()) -> str:
-    """The usage line that is meant: the command's, or the one of those that names its second word or its first option."""
-    lines = [line for line in usages(manual) if (plain[0] if plain else "--target") in line.split()[1]]
-    by_word = (line for line in lines if plain[1:] and plain[1] in re.findall(r"[(|]([a-z-]+)", line))
-    return next(by_word, max(lines, key=lambda line: [f"{name}=" in line for name in given]))
+def _usage(manual: str, operands: Sequence[str], given: Sequence[str] = ()) -> str:
+    """The usage line of the command; of several the one that names its second operand or its first option."""
+    lines = [line for line in usages(manual) if (operands[0] if operands else "--target") in line.split()[1]]
+    by_operand = (line for line in lines if operands[1:] and operands[1] in re.findall(r"[(|]([a-z-]+)", line))
+    return next(by_operand, max(lines, key=lambda line: [f"{name}=" in line for name in given]))
 
 
-def taken(manual: str, table: Dict[str, Known], usage: str) -> Set[str]:
-    """The options that a usage line takes: those it names and, for [options], those that no usage line names."""
+def allowed(manual: str, table: Dict[str, ManualOption], usage: str) -> Set[str]:
+    """The options that a usage line allows: those it names and, for [options], those that no usage line names."""
     named = set(re.findall(r"--[a-z-]+", usage))
     if "[options]" not in usage:
         return named
@@ -169,8 +171,8 @@ def usages(manual: str) -> List[str]:
     return re.findall(r"^  (tsproxy\.py .*)$", manual, re.M)
 
 
-def unfit(manual: str, words: Sequence[str]) -> str:
-    """The one line for what docopt refused all the same."""
-    plain = [word for word in words if not word.startswith("--")]
-    given = [word.partition("=")[0] for word in words if word.startswith("--")]
-    return f"can't take {' '.join(plain) or 'these options'!r}; usage: {program.named(_usage(manual, plain, given))}"
+def unusable(manual: str, args: Sequence[str]) -> str:
+    """The one line for arguments that docopt still refused."""
+    operands = [arg for arg in args if not arg.startswith("--")]
+    given = [arg.partition("=")[0] for arg in args if arg.startswith("--")]
+    return f"can't take {' '.join(operands) or 'these options'!r}; usage: {program.named(_usage(manual, operands, given))}"

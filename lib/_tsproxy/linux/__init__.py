@@ -1,1 +1,1 @@
-"""What the host gives: Linux numbers, sockets, addresses, wake-ups, limits. Knows nothing of relaying."""
+"""The kernel's interfaces: constants, sockets, addresses, wake-ups, limits, namespaces. Knows nothing of relaying."""

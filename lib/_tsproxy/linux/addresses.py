@@ -1,4 +1,4 @@
-"""One TCP address, as text for people, as a sockaddr for the kernel, as 24 bytes between workers."""
+"""A TCP address: as text for people, as a sockaddr for the kernel, packed into 24 bytes for messages and records."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Address(NamedTuple):
 
     @property
     def sockaddr(self) -> SockAddr:
-        """What bind(2) and connect(2) take, in Python's form."""
+        """The argument of bind(2) and connect(2), as the socket module has it."""
         if self.family == socket.AF_INET6:
             return (self.ip, self.port, 0, self.scope)
         return (self.ip, self.port)
 
     @property
     def zone(self) -> str:
-        """The interface that a link-local address is of: its name, or its number where it has none here; else empty."""
+        """The interface of a link-local address: its name, or its index if it has no name here; "" for other addresses."""
         if not self.scope:
             return ""
         try:
@@ -42,18 +42,18 @@ class Address(NamedTuple):
             return str(self.scope)
 
     def __str__(self) -> str:
-        """As --target takes it."""
+        """In the form of --target."""
         zone = f"%{self.zone}" if self.scope else ""
         return f"[{self.ip}{zone}]:{self.port}" if self.family == socket.AF_INET6 else f"{self.ip}:{self.port}"
 
 
 def from_sockaddr(family: int, sockaddr: SockAddr) -> Address:
-    """The Address in what accept(2) or getaddrinfo(3) returned; an IPv4-mapped one as IPv4."""
+    """The Address of a sockaddr from accept(2) or getaddrinfo(3); an IPv4-mapped one as IPv4."""
     return unpack(pack(family, sockaddr))
 
 
 def pack(family: int, sockaddr: SockAddr) -> bytes:
-    """24 bytes that unpack() turns back; a zone name in the address ("fe80::1%eth0") is dropped for its number."""
+    """24 bytes for unpack(). Of a zone ("fe80::1%eth0") the scope id is kept, not the name."""
     ip, port = sockaddr[0], sockaddr[1]
     if family == socket.AF_INET:
         return _PACKED.pack(family, port, 0, socket.inet_aton(ip))
@@ -70,7 +70,7 @@ def unpack(packed: bytes) -> Address:
 
 
 def is_packed(data: bytes) -> bool:
-    """Whether pack() may have made these 24 bytes."""
+    """Whether these 24 bytes can be from pack()."""
     return data[: _PORT.start] in _FAMILIES
 
 
@@ -80,11 +80,11 @@ def family_of(packed: bytes) -> int:
 
 
 def without_port(packed: bytes) -> bytes:
-    """What is the same for all connections of one host's address: family, zone and address."""
+    """A packed address without its port: family, zone and address, the same for all connections of one client address."""
     return packed[: _PORT.start] + packed[_PORT.stop :]
 
 
 def raw_ip(packed: bytes) -> Tuple[int, int]:
-    """(family, address as a number) of a packed address: what an access list compares."""
+    """(family, address as an integer) of a packed address, to compare with an access list."""
     family, _, _, raw = _PACKED.unpack(packed)
     return family, int.from_bytes(raw if family == socket.AF_INET6 else raw[:4], "big")

@@ -1,8 +1,8 @@
 """Classic BPF (include/uapi/linux/filter.h): small programs that the kernel runs on each packet for a socket.
 
-A packet socket's program sees the packet from the IP header on. A TCP socket's sees the segment from the TCP header on,
-before TCP itself does (tcp_filter() in net/ipv4/tcp_ipv4.c): what it does not let pass, that socket never receives.
-Recent kernels want CAP_NET_ADMIN for the latter (seen on 6.18); the former always takes CAP_NET_RAW, for the socket.
+The program of a packet socket gets the packet from the IP header on. That of a TCP socket gets the segment from the TCP header
+on, before TCP handles it (tcp_filter() in net/ipv4/tcp_ipv4.c): the socket never receives a segment that it drops. To attach to
+a TCP socket recent kernels require CAP_NET_ADMIN (seen on 6.18); to make a packet socket all require CAP_NET_RAW.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _TSOPT = 0x080A  # kind 8, length 10 (RFC 7323, section 3.2)
 
 
 def attach(sock: SocketType, program: Sequence[Instruction]) -> None:
-    """Put the program in the place of the one that the socket has. struct sock_fprog points to it; the kernel copies it."""
+    """Attach the program (SO_ATTACH_FILTER), instead of any before it. struct sock_fprog points to it; the kernel copies it."""
     code = array("B", b"".join(struct.pack("=HBBI", *instruction) for instruction in program))
     sock.setsockopt(socket.SOL_SOCKET, uapi.SO_ATTACH_FILTER, struct.pack("@HP", len(program), code.buffer_info()[0]))
 
 
 def by_timestamp(allowed: Optional[int], *, fitting: bool) -> Tuple[Instruction, ...]:
-    """For a TCP socket: pass the segments that fit, or those that do not.
+    """A program for a TCP socket: pass the segments that fit, or those that do not.
 
-    One without TSopt fits. One with it does only if its TSval is `allowed` (None: never). TSopt is looked for where
-    Linux writes it: behind MSS and two more bytes in a SYN, behind two NOPs elsewhere (tcp_options_write() in
+    A segment without TSopt fits. One with TSopt fits only if its TSval is `allowed` (None: never). TSopt is expected where
+    Linux writes it: after MSS and two more bytes in a SYN, after two NOPs elsewhere (tcp_options_write() in
     net/ipv4/tcp_output.c).
     """
     fits, other = (_ALL, 0) if fitting else (0, _ALL)

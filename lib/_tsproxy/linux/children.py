@@ -1,4 +1,4 @@
-"""Child processes: ours told, waited for, and never left behind; those of others, where they are left to us, reaped."""
+"""Child processes: fork(2), signal and wait for our own; reap those that the kernel gives to PID 1."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import signal
 import time
 from typing import Collection, Optional
 
-_PACE_S = 0.005
-_HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+_POLL_INTERVAL_S = 0.005
+_IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
-def fork_deaf() -> int:
-    """fork(2) a child that SIGTERM, SIGINT, SIGHUP and SIGUSR1 say nothing to, from its first instruction on.
+def fork_ignoring_signals() -> int:
+    """fork(2) a child that ignores SIGTERM, SIGINT, SIGHUP and SIGUSR1, from its first instruction on.
 
-    Ctrl-C reaches the whole group; what it means is the parent's to say. And the child has the parent's wake-up
-    descriptor (signal.set_wakeup_fd): a signal to both would be told to the parent twice.
+    Ctrl-C sends SIGINT to the whole process group; only the parent handles it. And the child inherits the parent's wake-up
+    descriptor (signal.set_wakeup_fd): a signal to both would arrive at the parent twice.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
     try:
         pid = os.fork()
         if pid == 0:
             signal.set_wakeup_fd(-1)
-            for number in _HEARD:
+            for number in _IGNORED:
                 signal.signal(number, signal.SIG_IGN)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -30,10 +30,10 @@ def fork_deaf() -> int:
 
 
 def reap_others(ours: Collection[int]) -> None:
-    """Reap each ended child that is not in `ours`: an orphan that became PID 1's, or one from before execve(2).
+    """Reap each exited child that is not in `ours`: an orphan that was reparented to PID 1, or a child from before execve(2).
 
-    It ends at one of ours, whose status stays for whoever waits for it by its number (waitid(2), WNOWAIT): call it again
-    after that. Where a sandbox refuses waitid(2) the orphans stay zombies.
+    It stops at one of ours, whose status is left for the caller that waits for its pid (waitid(2), WNOWAIT): call it again
+    after that. If a sandbox refuses waitid(2) the orphans stay zombies.
     """
     while True:
         try:
@@ -46,18 +46,18 @@ def reap_others(ours: Collection[int]) -> None:
 
 
 class Child:
-    """A forked process that nobody else waits for, so that its number can't become another's before it is waited for."""
+    """A forked process that only this object waits for: until then the kernel does not reuse its pid."""
 
     def __init__(self, pid: int) -> None:
         self._pid: Optional[int] = pid
 
-    def tell(self, number: signal.Signals) -> None:
-        """Send it a signal; nothing if it has ended."""
+    def send_signal(self, number: signal.Signals) -> None:
+        """kill(2) it; does nothing once it was waited for."""
         if self._pid is not None:
             os.kill(self._pid, number)
 
-    def has_ended(self, within_s: float) -> bool:
-        """Whether it ends in that time."""
+    def has_exited(self, within_s: float) -> bool:
+        """Wait for it; whether it has exited within that time."""
         deadline = time.monotonic() + within_s
         while self._pid is not None:
             if os.waitpid(self._pid, os.WNOHANG)[0]:
@@ -65,12 +65,12 @@ class Child:
             elif time.monotonic() > deadline:
                 return False
             else:
-                time.sleep(_PACE_S)  # waitpid(2) has no time limit, and kernels before 5.3 have no pidfd
+                time.sleep(_POLL_INTERVAL_S)  # waitpid(2) has no time limit, and kernels before 5.3 have no pidfd
         return True
 
-    def end(self, grace_s: float) -> None:
-        """End it: SIGTERM, and SIGKILL if it is still there after that time. Returns when it is gone."""
-        self.tell(signal.SIGTERM)
-        if not self.has_ended(grace_s):
-            self.tell(signal.SIGKILL)
-            self.has_ended(float("inf"))
+    def terminate(self, grace_s: float) -> None:
+        """Send SIGTERM, and SIGKILL if it has not exited within `grace_s`. Blocks until it has exited."""
+        self.send_signal(signal.SIGTERM)
+        if not self.has_exited(grace_s):
+            self.send_signal(signal.SIGKILL)
+            self.has_exited(float("inf"))

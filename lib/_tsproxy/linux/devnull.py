@@ -1,20 +1,20 @@
-"""A descriptor that takes whatever is written: /dev/null, or, in a chroot that has none, a pipe that nobody empties."""
+"""A descriptor for output to discard: /dev/null, or, in a chroot without it, a pipe that is never read."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 
-_HIGH = 10  # beyond the standard descriptors, whose numbers may be wanted
+_HIGH = 10  # above the standard descriptors, whose numbers may be needed
 
 
 def open_devnull() -> int:
-    """The lowest free number, close-on-exec. OSError if there is neither."""
+    """A descriptor with the lowest free number, close-on-exec. OSError if neither can be opened."""
     try:
         return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    fcntl.fcntl(reader, fcntl.F_DUPFD_CLOEXEC, _HIGH)  # stays open for good: a write must not fail for want of a reader
+    fcntl.fcntl(reader, fcntl.F_DUPFD_CLOEXEC, _HIGH)  # stays open: without a reader write(2) fails with EPIPE
     os.dup2(writer, reader, inheritable=False)
     os.close(writer)
     return reader

@@ -1,4 +1,4 @@
-"""What can be read about this host without any right: kernel, network namespace, interfaces, container, capabilities."""
+"""Facts about this host that need no right to read: kernel, network namespace, interfaces, container, capabilities."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from _tsproxy.linux.printable import printable
 CAP_NET_ADMIN = 12
 CAP_NET_RAW = 13
 _CONTAINER_FILES = {"/.dockerenv": "docker", "/run/.containerenv": "podman"}
-_OWN = "/proc/self/ns/net"
+_OWN_NETNS = "/proc/self/ns/net"
 
 
-def all_of_them() -> Dict[str, str]:
-    """Name -> what there is, for people, in the order to show."""
+def read_all() -> Dict[str, str]:
+    """Name -> text for people, in the order to show."""
     return {
         "kernel": os.uname().release,
         "network_namespace": _namespace(),
@@ -29,8 +29,8 @@ def all_of_them() -> Dict[str, str]:
 
 
 def _namespace() -> str:
-    """Its number, its name from `ip netns`, and whether PID 1 lives in it."""
-    own = _identity(_OWN)
+    """Its inode number, its name from `ip netns`, and whether PID 1 is in it."""
+    own = _identity(_OWN_NETNS)
     first = _identity("/proc/1/ns/net")
     name = next((entry for entry in _entries("/run/netns") if own and _identity(f"/run/netns/{entry}") == own), "")
     number = f"net:[{own[1]}]" if own else "unknown: /proc is not readable"
@@ -42,7 +42,7 @@ def _identity(path: str) -> Optional[Tuple[int, int]]:
     try:
         found = os.stat(path)
     except OSError:
-        return None  # of another user's process, or not there
+        return None  # EACCES: another user's process; ENOENT
     return found.st_dev, found.st_ino
 
 
@@ -65,7 +65,7 @@ def _is_up(name: str) -> bool:
     try:
         return namespaces.is_up(name)
     except OSError:
-        return False  # it went away meanwhile
+        return False  # ENODEV: it was removed meanwhile
 
 
 def _few(names: List[str]) -> str:
@@ -73,8 +73,8 @@ def _few(names: List[str]) -> str:
 
 
 def _container() -> List[str]:
-    """Signs only: a container can hide all of them."""
-    signs = [word for path, word in _CONTAINER_FILES.items() if os.path.exists(path)]
+    """Signs of a container. A container can hide all of them."""
+    signs = [runtime for path, runtime in _CONTAINER_FILES.items() if os.path.exists(path)]
     if "KUBERNETES_SERVICE_HOST" in os.environ:
         signs.append("kubernetes")
     manager = _first_line("/run/systemd/container")  # https://systemd.io/CONTAINER_INTERFACE
@@ -86,11 +86,11 @@ def _container() -> List[str]:
 
 
 def _rights() -> str:
-    held = [name for name, number in (("CAP_NET_ADMIN", CAP_NET_ADMIN), ("CAP_NET_RAW", CAP_NET_RAW)) if has(number)]
+    held = [name for name, number in (("CAP_NET_ADMIN", CAP_NET_ADMIN), ("CAP_NET_RAW", CAP_NET_RAW)) if has_capability(number)]
     return f"uid {os.geteuid()}, {' and '.join(held) or 'neither CAP_NET_ADMIN nor CAP_NET_RAW'}"
 
 
-def has(capability: int) -> bool:
+def has_capability(capability: int) -> bool:
     """Whether this process has that capability in effect, in its own user namespace."""
     return bool(_effective() >> capability & 1)
 

@@ -1,7 +1,7 @@
-"""What the process that started this one has left to it, and what becomes of that: signals, descriptors, directory.
+"""Attributes inherited through execve(2), and how they are reset: signal mask, SIGCHLD, descriptors, directory.
 
-execve(2) hands these down whatever the program is; SECURITY.md has the table of what is kept. Knows the kernel's side of
-each. Knows nothing of relaying. Call all of it while there is one thread.
+SECURITY.md has the table of what is kept. Knows the kernel's side of each. Knows nothing of relaying. Call all of it while
+there is one thread.
 """
 
 from __future__ import annotations
@@ -15,38 +15,38 @@ from typing import Iterable
 
 from _tsproxy.linux import libc
 
-_FIRST = 3  # behind standard error
+_FIRST = 3  # after standard error
 _LAST = 2**32 - 1  # close_range(2): "all above"
-_MOST = 1 << 20  # fs.nr_open as the kernel has it by default
+_DEFAULT_NR_OPEN = 1 << 20  # fs.nr_open as the kernel has it by default
 
 
 def unblock_signals() -> None:
-    """Block no signal. One that stays blocked from the start would leave SIGKILL as the only end (signal(7): mask)."""
+    """Empty the signal mask, which execve(2) keeps. With SIGTERM blocked only SIGKILL would end this process (signal(7))."""
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def keep_exit_statuses() -> None:
-    """Take back an ignored SIGCHLD: with it the kernel keeps no exit status, and waitpid(2) fails with ECHILD."""
+    """Reset an ignored SIGCHLD to SIG_DFL: if it is ignored the kernel keeps no exit status, and waitpid(2) fails (ECHILD)."""
     if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def leave_directory() -> None:
-    """Change to /, so that the file system that this process was started in can be unmounted. Imports go on as before.
+def change_to_root() -> None:
+    """chdir(2) to /, so that the file system of the start directory can be unmounted. Relative entries of sys.path are kept.
 
-    Where chdir(2) is refused it stays in use.
+    If chdir(2) is refused the directory stays in use.
     """
-    with contextlib.suppress(OSError):  # a start directory that is deleted already (getcwd(3), ENOENT)
+    with contextlib.suppress(OSError):  # ENOENT of getcwd(3): the start directory was deleted
         sys.path[:] = map(os.path.abspath, sys.path)
     with contextlib.suppress(OSError):
         os.chdir("/")
 
 
 def close_all_but(kept: Iterable[int]) -> None:
-    """Close each descriptor above standard error that is not in `kept`. Close-on-exec would not have kept them from us.
+    """Close each descriptor above standard error that is not in `kept`: those that this process inherited.
 
-    By close_range(2), which takes as long for 2**31 numbers as for ten. Where that is missing (Linux before 5.9, glibc
-    before 2.34, an older seccomp filter) by what /proc lists, and without /proc one by one up to the limit.
+    By close_range(2), which takes as long for 2**31 numbers as for ten. Without it (Linux before 5.9, glibc before 2.34, an
+    older seccomp filter) those that /proc lists, and without /proc one by one up to the limit.
     """
     first = _FIRST
     for fd in sorted({fd for fd in kept if fd >= _FIRST}):
@@ -70,12 +70,12 @@ def _listed(first: int, last: int) -> Iterable[int]:
     try:
         return [fd for fd in map(int, os.listdir("/proc/self/fd")) if first <= fd <= last]
     except OSError:
-        return range(first, min(last + 1, max(_most_open(), first)))
+        return range(first, min(last + 1, max(_max_open(), first)))
 
 
-def _most_open() -> int:
-    """The hard limit on descriptors, or what the kernel allows by default where there is none, or none is told."""
+def _max_open() -> int:
+    """The hard limit on descriptors; the kernel's default of fs.nr_open if it is unlimited or can't be read."""
     with contextlib.suppress(OSError):
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        return _MOST if hard == resource.RLIM_INFINITY else hard
-    return _MOST
+        return _DEFAULT_NR_OPEN if hard == resource.RLIM_INFINITY else hard
+    return _DEFAULT_NR_OPEN

@@ -1,4 +1,4 @@
-"""Calls of the C library that Python has no name for."""
+"""Calls of the C library that Python does not wrap."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ except ImportError:  # a Python built without libffi
 
 
 def call(name: str, *arguments: Union[int, bytes]) -> None:
-    """One call with numbers (as long) and read-only memory; OSError with its errno if it says no, ENOSYS if it is not there."""
+    """One call with integers (as long) and read-only memory. OSError with its errno if it fails, ENOSYS if it is missing."""
     if ctypes is None:
         raise OSError(errno.ENOSYS, "this Python has no ctypes")
     library: Any = ctypes.CDLL(None, use_errno=True)

@@ -1,4 +1,4 @@
-"""Descriptors: as many as the connections need, or a clear no before the first one."""
+"""Resource limits: RLIMIT_NOFILE raised to what the connections need, RLIMIT_FSIZE read."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import contextlib
 import resource
 
 PIPES_A_WORKER = 16  # for splice(2), two descriptors each
-_A_WORKER = 8 + 2 * PIPES_A_WORKER
+_PER_WORKER = 8 + 2 * PIPES_A_WORKER
 _OTHER = 64  # listeners, logs, the resolver, Python's own
 
 
 def raise_nofile(wanted: int) -> int:
-    """Raise RLIMIT_NOFILE to `wanted`, hard limit included where that is allowed; the soft limit then in force.
+    """Raise RLIMIT_NOFILE to `wanted`, also the hard limit where that is allowed; returns the soft limit then in force.
 
-    Where a sandbox refuses prlimit64(2) the limits stay as they are: as /proc tells them or, without that, unknown.
+    If a sandbox refuses prlimit64(2) the limits stay as they are: returns the one in /proc, or without /proc `wanted`.
     """
     try:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -31,7 +31,7 @@ def raise_nofile(wanted: int) -> int:
 
 
 def largest_file() -> float:
-    """RLIMIT_FSIZE in bytes, which counts for a memfd too (ftruncate(2), EFBIG); infinite where none is known."""
+    """RLIMIT_FSIZE in bytes, which limits a memfd too (ftruncate(2), EFBIG); infinite if it is unlimited or can't be read."""
     try:
         soft = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     except OSError:
@@ -40,7 +40,7 @@ def largest_file() -> float:
 
 
 def _soft_of_proc(name: str, otherwise: float) -> float:
-    """The soft limit that /proc/self/limits shows by that name of three words (proc(5)); `otherwise` for "unlimited", too."""
+    """The soft limit of that name, of three words, in /proc/self/limits (proc(5)); `otherwise` if unlimited or unreadable."""
     with contextlib.suppress(OSError, ValueError), open("/proc/self/limits", encoding="ascii") as limits:
         for line in limits:
             if line.startswith(name):
@@ -49,10 +49,10 @@ def _soft_of_proc(name: str, otherwise: float) -> float:
 
 
 def descriptors_for(connections: int, workers: int) -> int:
-    """Two sockets a connection, each worker's own and its pipes, and some for everything else."""
-    return 2 * connections + _A_WORKER * workers + _OTHER
+    """Descriptors needed: two sockets a connection, each worker's own and its pipes, and some for everything else."""
+    return 2 * connections + _PER_WORKER * workers + _OTHER
 
 
 def connections_within(descriptors: int, workers: int) -> int:
-    """How many connections so many descriptors are enough for."""
-    return max(0, (descriptors - _A_WORKER * workers - _OTHER) // 2)
+    """The number of connections for which so many descriptors suffice."""
+    return max(0, (descriptors - _PER_WORKER * workers - _OTHER) // 2)

@@ -1,7 +1,7 @@
-"""Network namespaces of this process's own: made without root where user namespaces are allowed, and raised to work.
+"""Network namespaces: unshare(2), without root where user namespaces are allowed; the state of their interfaces.
 
-Python names unshare(2) from 3.12 on only, so this calls the C library. unshare(2) moves the calling thread alone:
-whoever uses it has one thread, and sockets made before stay in the namespace that they were made in.
+Python has os.unshare() from 3.12 on only, so this calls the C library. unshare(2) moves only the calling thread: call it while
+there is one thread. Sockets made before stay in the namespace that they were made in.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ _LO = b"lo"
 _LO_INDEX = 1  # loopback_net_init() in drivers/net/loopback.c: the first interface of each network namespace
 
 
-def leave_network() -> None:
-    """Move into a new network namespace; with a new user namespace around it where the right to make one is not there.
+def new_network_namespace() -> None:
+    """Move into a new network namespace; without the right to make one (EPERM) into a new user namespace with it.
 
-    The user keeps its own number in the new user namespace, so a program started from here has no rights there either.
+    The user keeps its uid in the new user namespace, so a program started from here has no rights there either.
     OSError if the host does not allow it.
     """
     try:
-        another_network()
+        unshare_network()
     except PermissionError:
-        _leave_with_user_namespace()
+        _unshare_with_user_namespace()
 
 
-def another_network() -> None:
-    """Move into one more network namespace. OSError if not allowed."""
+def unshare_network() -> None:
+    """unshare(CLONE_NEWNET). OSError if not allowed."""
     libc.call("unshare", _CLONE_NEWNET)
 
 
-def _leave_with_user_namespace() -> None:
+def _unshare_with_user_namespace() -> None:
     uid, gid = os.geteuid(), os.getegid()
     libc.call("unshare", _CLONE_NEWUSER | _CLONE_NEWNET)
-    # Without this the kernel takes no gid_map from an unprivileged process (user_namespaces(7)).
+    # Without this the kernel refuses gid_map of an unprivileged process (user_namespaces(7)).
     _write("/proc/self/setgroups", "deny")
     _write("/proc/self/uid_map", f"{uid} {uid} 1")
     _write("/proc/self/gid_map", f"{gid} {gid} 1")
 
 
-def raise_loopback() -> None:
-    """Set `lo` up: a new namespace starts with it down. OSError if not allowed."""
+def set_loopback_up() -> None:
+    """Set `lo` up: in a new namespace it is down. OSError if not allowed."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         fcntl.ioctl(any_socket, _SIOCSIFFLAGS, _IFREQ.pack(_LO, _flags(any_socket, _LO) | _IFF_UP))
 
@@ -67,12 +67,12 @@ def is_up(interface: str) -> bool:
 
 
 def loopback() -> str:
-    """The name of the loopback interface, which may be called otherwise. OSError if /proc and all tell nothing of it."""
+    """The name of the loopback interface, which may be renamed. OSError as if_indextoname(3) gives it."""
     return socket.if_indextoname(_LO_INDEX)
 
 
 def has_ipv6() -> bool:
-    """Whether any interface has an IPv6 address (/proc/net/if_inet6, proc(5)); where that can't be read, assume so."""
+    """Whether any interface has an IPv6 address (/proc/net/if_inet6, proc(5)); True if that can't be read."""
     try:
         with open("/proc/thread-self/net/if_inet6", encoding="ascii") as addresses:
             return bool(addresses.read(1))
@@ -83,7 +83,7 @@ def has_ipv6() -> bool:
 
 
 def is_ipv6_off(interface: str) -> bool:
-    """Whether the interface takes no IPv6 address (net.ipv6.conf.NAME.disable_ipv6); False where that can't be read."""
+    """Whether IPv6 is disabled on the interface (net.ipv6.conf.NAME.disable_ipv6); False if that can't be read."""
     try:
         with open(f"/proc/sys/net/ipv6/conf/{interface}/disable_ipv6", encoding="ascii") as value:
             return value.read().strip() == "1"
@@ -96,8 +96,8 @@ def _flags(sock: socket.socket, interface: bytes) -> int:
     return int(_IFREQ.unpack(answer)[1])
 
 
-def die_with_parent(number: signal.Signals) -> None:
-    """Have the kernel send this process that signal when its parent is gone, however that ended (PR_SET_PDEATHSIG)."""
+def set_parent_death_signal(number: signal.Signals) -> None:
+    """Have the kernel send this process that signal when its parent exits, for whatever reason (PR_SET_PDEATHSIG)."""
     libc.call("prctl", _PR_SET_PDEATHSIG, int(number), 0, 0, 0)
 
 

@@ -1,6 +1,6 @@
-"""System calls that tsproxy can't do without: where the kernel or a sandbox refuses one, the error names it and its use.
+"""System calls that tsproxy can't do without: if the kernel or a sandbox refuses one, the error names it and its purpose.
 
-Knows errnos and what helps against them. Knows nothing of what becomes of the error.
+Knows errnos and what helps against them. Knows nothing of how the error is handled.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Iterator
 
 from _tsproxy.linux import uapi
 
-PASSING = uapi.CAPACITY | {errno.EAGAIN}  # may be otherwise in a moment
+TRANSIENT = uapi.CAPACITY | {errno.EAGAIN}  # a retry may succeed
 _SANDBOX = "; does a sandbox refuse it? SECURITY.md lists the system calls that are needed"
 _TASKS = "; raise the number of tasks that are allowed (ulimit -u, TasksMax=, pids.max)"
 _DESCRIPTORS = "; raise the number of descriptors that are allowed (ulimit -n, LimitNOFILE=)"
@@ -28,7 +28,7 @@ _HINTS = {
 
 
 class Refused(OSError):
-    """A call that was refused. `strerror` is the whole line: the call, why, what it is for, what helps."""
+    """A system call that was refused. `strerror` is the whole line: the call, why, its purpose, what helps."""
 
     def __init__(self, call: str, number: int, purpose: str, why: str = "") -> None:
         super().__init__(number, f"{call}: {why or os.strerror(number)}, needed {purpose}{_HINTS.get(number, '')}")
@@ -36,7 +36,7 @@ class Refused(OSError):
 
 @contextlib.contextmanager
 def needing(call: str, purpose: str) -> Iterator[None]:
-    """What raises OSError within raises Refused for this call; `purpose` as in "for the lines of the workers"."""
+    """Turns an OSError raised within into Refused for this call; `purpose` as in "for the lines of the workers"."""
     try:
         yield
     except Refused:
@@ -46,7 +46,7 @@ def needing(call: str, purpose: str) -> Iterator[None]:
 
 
 def start_thread(thread: threading.Thread, purpose: str) -> None:
-    """Start it. Refused if there can't be one: Python does not tell the errno of pthread_create(3), which is mostly EAGAIN."""
+    """Start it. Refused if that fails: Python does not report the errno of pthread_create(3), which is mostly EAGAIN."""
     try:
         thread.start()
     except RuntimeError as problem:

@@ -1,6 +1,6 @@
-"""The names of the nftables tables in this network namespace, asked of the kernel itself (netlink(7)): no nft needed.
+"""The names of the nftables tables in this network namespace, dumped by netlink(7): needs no nft.
 
-Names only. What the rules in them do to our packets is read off our packets.
+Names only. The effect of the rules on our packets is checked on the packets (policy/witness.py).
 """
 
 from __future__ import annotations

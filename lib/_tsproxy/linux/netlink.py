@@ -1,4 +1,4 @@
-"""One question to the kernel that has many answers (netlink(7), NLM_F_DUMP). Knows nothing of what is asked."""
+"""One netlink dump: a request to the kernel with many answers (netlink(7), NLM_F_DUMP). Knows nothing of their content."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Iterator, Tuple
 _NLM_F_REQUEST_DUMP = 0x301
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _HEAD = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence number, port
-_PATIENCE_S = 1.0
+_TIMEOUT_S = 1.0
 
 
 def dump(protocol: int, kind: int, body: bytes) -> Iterator[bytes]:
-    """The body of each answer. OSError as the kernel gives it, or if it says nothing for a second."""
+    """The body of each answer. OSError as the kernel reports it, or if no answer comes for a second."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol) as kernel:
-        kernel.settimeout(_PATIENCE_S)
+        kernel.settimeout(_TIMEOUT_S)
         kernel.sendto(_HEAD.pack(_HEAD.size + len(body), kind, _NLM_F_REQUEST_DUMP, 1, 0) + body, (0, 0))
         yield from _answers(kernel)
 

@@ -1,7 +1,7 @@
-"""Root dropped for good, and shown to be: nothing is left that could bring it back, in this process or what it starts.
+"""Drops root for good, and verifies it: neither this process nor one that it starts can get it back.
 
-All of it while there is one thread: the kernel keeps these things for each thread (credentials(7), capabilities(7)), and
-what is started later, thread or process, inherits them.
+Call all of it while there is one thread: these attributes are per thread (credentials(7), capabilities(7)), and threads and
+processes that are started later inherit them.
 """
 
 from __future__ import annotations
@@ -24,58 +24,58 @@ _NO_CAPABILITIES = bytes(24)
 _MOST_CAPABILITIES = 64
 
 _STATUS = "/proc/thread-self/status"  # proc_pid_status(5)
-_EMPTY = ("CapInh", "CapPrm", "CapEff", "CapAmb")
+_CAPABILITY_SETS = ("CapInh", "CapPrm", "CapEff", "CapAmb")
 
 
 def account(name: str) -> pwd.struct_passwd:
-    """The user's entry; KeyError if there is none."""
+    """The user's passwd entry. KeyError if there is none."""
     return pwd.getpwnam(name)
 
 
 def drop(to: pwd.struct_passwd) -> None:
-    """Become `to`, who is not root, for good. OSError if not allowed; RuntimeError if anything of root would be left.
+    """Become `to`, who is not root, for good. OSError if not allowed; RuntimeError if any privilege of root is left.
 
-    Groups, group, user, each real, effective, saved and file-system (setresuid(2)); every capability, from the bounding
-    set too; no program started from here can gain any; no core dump, and no look into the memory by the same user.
+    Sets groups, gid and uid, each real, effective, saved and file-system (setresuid(2)); drops every capability, from the
+    bounding set too; sets no_new_privs; and is not dumpable: no core dump, and no ptrace(2) by the same user.
     """
     os.initgroups(to.pw_name, to.pw_gid)
     _empty_bounding_set()
     os.setresgid(to.pw_gid, to.pw_gid, to.pw_gid)
     os.setresuid(to.pw_uid, to.pw_uid, to.pw_uid)
     libc.call("capset", struct.pack("=Ii", _CAPABILITY_VERSION_3, 0), _NO_CAPABILITIES)
-    libc.call("prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0)  # the kernel has done so, but where fs.suid_dumpable says otherwise
-    gain_no_more()
+    libc.call("prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0)  # the kernel does so, unless fs.suid_dumpable is set
+    set_no_new_privs()
     _verify(to)
 
 
-def gain_no_more() -> None:
-    """No execve(2) from here on gives rights that this process has not (no_new_privs, prctl(2)). OSError if not allowed."""
+def set_no_new_privs() -> None:
+    """Set no_new_privs: no execve(2) from here on grants a privilege that this process has not (prctl(2))."""
     libc.call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
 def _empty_bounding_set() -> None:
-    """As far as this process may (CAP_SETPCAP): no_new_privs holds where it may not. EINVAL is behind the last one."""
+    """If this process may (CAP_SETPCAP); if not, no_new_privs suffices. EINVAL comes after the last capability."""
     with contextlib.suppress(OSError):
         for capability in range(_MOST_CAPABILITIES):
             libc.call("prctl", _PR_CAPBSET_DROP, capability, 0, 0, 0)
 
 
 def _verify(to: pwd.struct_passwd) -> None:
-    """Read back what the kernel holds, then try to be root. RuntimeError tells the first thing that is not as it should."""
+    """Read back /proc, then try to become root. RuntimeError names the first privilege that is left."""
     if len(os.listdir("/proc/self/task")) != 1:
         raise RuntimeError("there is another thread, which keeps its own rights")
     status = _status()
-    left = {name: status[name] for name in _EMPTY if int(status[name], 16)}
+    remaining = {name: status[name] for name in _CAPABILITY_SETS if int(status[name], 16)}
     own = {"Uid": [to.pw_uid], "Gid": [to.pw_gid], "Groups": os.getgrouplist(to.pw_name, to.pw_gid)}
     ids = {name: status[name] for name, numbers in own.items() if not set(map(int, status[name].split())) <= set(numbers)}
-    if left or ids or status["NoNewPrivs"] != "1":
-        raise RuntimeError(f"still there: {left or ids or 'the way to gain rights by execve()'}")
+    if remaining or ids or status["NoNewPrivs"] != "1":
+        raise RuntimeError(f"still there: {remaining or ids or 'the way to gain rights by execve()'}")
     if _can_be_root():
         raise RuntimeError("root could be had back after setresuid()")
 
 
 def _status() -> Dict[str, str]:
-    with open(_STATUS, "rb") as file:  # as text it would want a codec, which this user may have no right to read
+    with open(_STATUS, "rb") as file:  # as text it would import a codec, which this user may have no right to read
         lines = file.read().decode("utf-8", "replace").splitlines()
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 

@@ -1,8 +1,8 @@
-"""A listening port that several sockets share (SO_REUSEPORT), and how one of them leaves it with nobody lost.
+"""A listening port that several sockets share (SO_REUSEPORT), and how one of them leaves it without losing a client.
 
-The kernel ties each client to one of the group's listeners when its SYN comes (net/core/sock_reuseport.c), and to close
-a listener resets what is tied to it. So the leaving one first sends later SYNs to another: a classic BPF program for the
-group (SO_ATTACH_REUSEPORT_CBPF, socket(7)) gives the place in the group to take. Nobody needs a right for that.
+The kernel assigns each client to one listener of the group when its SYN comes (net/core/sock_reuseport.c), and close(2) of a
+listener resets the clients assigned to it. So the leaving one first directs later SYNs to another: a classic BPF program of the
+group (SO_ATTACH_REUSEPORT_CBPF, socket(7)) returns the index of a member. That needs no right.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _TABLES: Dict[int, str] = {socket.AF_INET: "tcp", socket.AF_INET6: "tcp6"}
 
 
 class Group(NamedTuple):
-    """Those that listen on one address."""
+    """The sockets that listen on one address."""
 
     members: int
-    is_newest: bool  # whether the one that asked was the last to join
+    is_newest: bool  # whether the given listener was the last to join
 
 
 def group_of(listener: socket.socket) -> Group:
@@ -42,16 +42,16 @@ def group_of(listener: socket.socket) -> Group:
     listening = [(fields[1], int(fields[9])) for fields in itertools.takewhile(_listens, _rows(listener.family))]
     address = next((local for local, inode in listening if inode == ours), None)
     members = [inode for local, inode in listening if local == address]
-    # inet_hash() puts an IPv4 listener before those that are there, an IPv6 one behind them.
+    # inet_hash() puts a new IPv4 listener before the others, a new IPv6 one after them.
     newest = members[:1] if listener.family == socket.AF_INET else members[-1:]
     return Group(len(members), newest == [ours])
 
 
 def half_open(listener: socket.socket) -> FrozenSet[int]:
-    """The ports of the clients that are in the middle of the handshake, with whichever member. OSError as above.
+    """The ports of the clients in SYN_RECV, with any member of the group. OSError as above.
 
-    Asked of the kernel's socket monitor, which anybody may (sock_diag(7)); where a netlink socket can't be had, of
-    /proc/net/tcp, which takes a second and more to read where there are 100,000 sockets in TIME_WAIT.
+    By sock_diag(7), which needs no right; without a netlink socket by /proc/net/tcp, which takes a second and more to read
+    with 100,000 sockets in TIME_WAIT.
     """
     try:
         return _ask_half_open(listener)
@@ -74,14 +74,14 @@ def _read_half_open(listener: socket.socket) -> FrozenSet[int]:
     )
 
 
-def detach(listener: socket.socket, place: int) -> None:
-    """Give each later SYN for the group to the member at `place`; to any, if there is none there. OSError if it can't be."""
-    program = array("B", struct.pack("=HBBI", _RETURN, 0, 0, place))
+def detach(listener: socket.socket, index: int) -> None:
+    """Assign each later SYN for the group to the member at `index`; to any, if there is none. OSError if it can't be set."""
+    program = array("B", struct.pack("=HBBI", _RETURN, 0, 0, index))
     listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_CBPF, struct.pack("@HP", 1, program.buffer_info()[0]))
 
 
 def attach(listener: socket.socket) -> None:
-    """Let the kernel choose among all members again: what one that has left may have set would hold for ever."""
+    """Let the kernel choose among all members again: the program that a leaving member has attached stays with the group."""
     try:
         listener.setsockopt(socket.SOL_SOCKET, _SO_DETACH_REUSEPORT_BPF, 0)
     except OSError:
@@ -93,7 +93,7 @@ def _listens(fields: List[str]) -> bool:
 
 
 def _rows(family: int, having: str = "") -> Iterator[List[str]]:
-    """The fields of each line of /proc/net/tcp (proc(5)) that has this text in it; those of listeners come first."""
+    """The fields of each line of /proc/net/tcp (proc(5)) that contains this text; listeners come first."""
     with open(f"/proc/net/{_TABLES[family]}", encoding="utf-8") as table:
         for line in itertools.islice(table, 1, None):
             if having in line:

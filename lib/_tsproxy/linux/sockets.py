@@ -1,4 +1,4 @@
-"""Sockets as tsproxy wants them: options set, effects read back, a reset when one is meant."""
+"""TCP sockets: made with the options that tsproxy needs; TCP_INFO and saved SYNs; close(2) with a reset where that is meant."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from _tsproxy.linux import uapi
 from _tsproxy.linux.addresses import Address, SockAddr
 from _tsproxy.linux.needs import needing
 
-# SO_PRIORITY of each upstream socket: nftables knows tsproxy's connections by it ("meta priority 0:4"). No privilege
-# needed, not on the wire; TC_PRIO_INTERACTIVE_BULK (include/uapi/linux/pkt_sched.h), which no ordinary program's TOS
-# maps to, and which pfifo_fast and fq put in the same band as untagged traffic: the tag changes nothing else.
+# SO_PRIORITY of each upstream socket: nftables rules match tsproxy's connections by it ("meta priority 0:4"). It needs no
+# privilege and is not on the wire. TC_PRIO_INTERACTIVE_BULK (include/uapi/linux/pkt_sched.h): no usual TOS maps to it, and
+# pfifo_fast and fq put it in the same band as untagged traffic, so the tag changes nothing else.
 TAG = 4
-# DSCP of those for which rules are relied on. What a kernel sends for a connection without its socket carries it (tw_tos
-# and tw_tclass of TIME_WAIT, include/net/inet_timewait_sock.h), on every kernel; the priority only on some. The rules know
-# the packet by it and set it back to 0, so it is not on the wire. From the pool for local use (RFC 2474, section 6).
+# DSCP of upstream sockets where rules are relied on. Packets that the kernel sends when the socket no longer exists have it,
+# on every kernel (tw_tos and tw_tclass of TIME_WAIT, include/net/inet_timewait_sock.h); the priority only on some. The rules
+# match the packet by it and set it to 0, so it is not on the wire. From the pool for local use (RFC 2474, section 6).
 TAG_DSCP = 3
 _LINGER_ZERO = struct.pack("ii", 1, 0)
 _KEEPALIVE_PROBES = 3
 _MOST_KEEPALIVE_PROBES, _LONGEST_KEEPALIVE_S = 127, 32767  # include/net/tcp.h, MAX_TCP_KEEPCNT and MAX_TCP_KEEPINTVL
 _LONGEST_SYN = 1024
 _SHORTEST_RTO_MAX_MS = 1000  # TCP_RTO_MAX_MS takes no less
-# A relayed socket is a plain SocketType, which is all C: socket.socket adds makefile() and Python frames to making and closing.
+# A relayed socket is a plain SocketType, which is all C: socket.socket adds makefile(), and Python frames to open and close.
 _STREAM = int(socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
 
 
 class TcpInfo(NamedTuple):
     """The part of struct tcp_info (include/uapi/linux/tcp.h) that tsproxy reports."""
 
-    timestamps: bool  # TSopt was negotiated; says nothing of what the SYN offered
+    timestamps: bool  # TSopt was negotiated; not whether the SYN offered it
     rtt_us: int
-    retransmits: int  # the SYN's, too
-    acknowledged: int  # bytes, since the beginning; our SYN counts as one, and our FIN as another
-    outstanding: bool  # bytes, or a FIN; after a reset, which empties the queue, it says nothing
-    closed: bool  # the connection is no more
+    retransmits: int  # of the SYN, too
+    acknowledged: int  # bytes in total; our SYN counts as one, and our FIN as another
+    outstanding: bool  # bytes, or a FIN; not valid after a reset, which empties the queue
+    closed: bool  # the state is TCP_CLOSE
 
 
 def tcp_info(sock: SocketType) -> TcpInfo:
-    """TCP_INFO of an established (or since closed) connection. While SYN_SENT the options read 0.
+    """TCP_INFO of an established (or since closed) connection. In SYN_SENT the options read 0.
 
-    After a reset, by either side, it still says what had been acknowledged until then.
+    After a reset, by either side, `acknowledged` is still what it was before.
     """
     return _tcp_info(sock.getsockopt(socket.IPPROTO_TCP, uapi.TCP_INFO, uapi.TCPI_SUMMARY.size))
 
@@ -56,18 +56,18 @@ def _tcp_info(raw: bytes) -> TcpInfo:
 
 
 def segments_received(sock: SocketType) -> int:
-    """tcpi_segs_in: how many segments have come for this connection, whatever became of them."""
+    """tcpi_segs_in: how many segments have come for this connection, dropped ones too."""
     (count,) = struct.unpack_from("=I", sock.getsockopt(socket.IPPROTO_TCP, uapi.TCP_INFO, 144).ljust(144, b"\0"), 140)
     return int(count)
 
 
 def has_timestamps(sock: SocketType) -> bool:
-    """Whether this connection negotiated TSopt: TCP_INFO's option byte alone, the cheapest read."""
+    """Whether this connection negotiated TSopt. Reads 8 bytes of TCP_INFO, which is the cheapest way."""
     return bool(sock.getsockopt(socket.IPPROTO_TCP, uapi.TCP_INFO, 8)[5] & uapi.TCPI_OPT_TIMESTAMPS)
 
 
 def connected(sock: SocketType) -> Optional[TcpInfo]:
-    """After connect(): what TCP_INFO says of the connection; None if there is none (any more)."""
+    """After connect(2): TCP_INFO if the connection is established; else None."""
     raw = sock.getsockopt(socket.IPPROTO_TCP, uapi.TCP_INFO, uapi.TCPI_SUMMARY.size)
     return _tcp_info(raw) if raw[0] in uapi.TCP_CONNECTED else None
 
@@ -78,12 +78,12 @@ def tcp_state(sock: SocketType) -> int:
 
 
 def is_closed(sock: SocketType) -> bool:
-    """Whether the connection is no more; an error that ended it may have been told already, and is told only once."""
+    """Whether the state is TCP_CLOSE. SO_ERROR can't tell: it reports an error only once."""
     return tcp_state(sock) == uapi.TCP_CLOSE
 
 
 def counts_microseconds(sock: SocketType) -> bool:
-    """Whether this connection's timestamps would count microseconds (a route's feature, TCPI_OPT_USEC_TS)."""
+    """Whether this connection's timestamps would count microseconds (a feature of its route, TCPI_OPT_USEC_TS)."""
     return bool(sock.getsockopt(socket.IPPROTO_TCP, uapi.TCP_INFO, 8)[5] & uapi.TCPI_OPT_USEC_TS)
 
 
@@ -91,20 +91,20 @@ class Outstanding(NamedTuple):
     """What a peer has not acknowledged, by TCP_INFO."""
 
     any: bool  # bytes or a FIN, sent or waiting for the peer's window
-    acknowledged: int  # bytes, since the beginning
-    silent_ms: int  # since an ACK came, whether it acknowledged anything new or not
-    sent_ms: int  # since data was sent, or sent again; probes do not count
+    acknowledged: int  # bytes in total
+    silent_ms: int  # since the last ACK, whether it acknowledged anything new or not
+    sent_ms: int  # since data was last sent or retransmitted; probes do not count
     retransmits: int  # of the first byte that is outstanding
-    asked: bool  # there was more than one segment that should have been answered, and none was
+    unanswered: bool  # more than one retransmit or probe had no answer
 
 
 def outstanding(sock: SocketType) -> Outstanding:
-    """TCP_INFO, read for what is under way. An older kernel's is shorter: what it lacks reads 0."""
+    """TCP_INFO of what is outstanding. Fields that an older kernel lacks read 0."""
     size = uapi.TCPI_OUTSTANDING.size
     raw = sock.getsockopt(socket.IPPROTO_TCP, uapi.TCP_INFO, size).ljust(size, b"\0")
     unacked, sent_ms, silent_ms, acknowledged, not_sent, window = uapi.TCPI_OUTSTANDING.unpack(raw)
     retransmits, probes = raw[2], raw[3]
-    # Of a window that was taken back, retransmits are not counted (tcp_retransmit_timer()).
+    # The kernel does not count retransmits into a window that the peer has shrunk to 0 (tcp_retransmit_timer()).
     again = sent_ms < silent_ms and (retransmits > 1 or not window)
     return Outstanding(bool(unacked or not_sent), acknowledged, silent_ms, sent_ms, retransmits, again or probes > 1)
 
@@ -117,7 +117,7 @@ class TcpOption(NamedTuple):
 
 
 def limit_rto(sock: SocketType, most_ms: int) -> Optional[TcpOption]:
-    """Let no more time pass between retransmits, or probes; what sets it back. None before Linux 6.15."""
+    """Limit the time between retransmits, or probes (TCP_RTO_MAX_MS); returns what undoes it. None before Linux 6.15."""
     try:
         before = sock.getsockopt(socket.IPPROTO_TCP, uapi.TCP_RTO_MAX_MS)
         sock.setsockopt(socket.IPPROTO_TCP, uapi.TCP_RTO_MAX_MS, min(max(most_ms, _SHORTEST_RTO_MAX_MS), before))
@@ -127,17 +127,17 @@ def limit_rto(sock: SocketType, most_ms: int) -> Optional[TcpOption]:
 
 
 class Tuning(NamedTuple):
-    """What each connection gets, downstream and upstream alike. 0 leaves the kernel's own setting."""
+    """Socket options of each connection, downstream and upstream. 0 leaves the kernel's default."""
 
     keepalive_s: int = 0
     user_timeout_ms: int = 0
 
     def apply(self, sock: SocketType) -> None:
-        """Set the options that a connection keeps. On a listener they are inherited by what it accepts (tcp(7))."""
+        """Set the options. On a listener the sockets that it accepts inherit them (tcp(7))."""
         tcp = socket.IPPROTO_TCP
         # A small order must not wait for the previous one's ACK.
         sock.setsockopt(tcp, socket.TCP_NODELAY, 1)
-        # An urgent byte is one of the stream, in its place: without this recv(2) passes over it, and it is lost (tcp(7)).
+        # Receive an urgent byte in its place in the stream: without this recv(2) skips it, and it is lost (tcp(7)).
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         if self.keepalive_s:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -148,9 +148,9 @@ class Tuning(NamedTuple):
 
     @property
     def _probes(self) -> Tuple[int, int]:
-        """Seconds between keepalive probes, and how many are sent: an idle peer is gone after a silence of the user timeout.
+        """Seconds between keepalive probes, and how many: after an idle peer's silence of the user timeout comes ETIMEDOUT.
 
-        But not before the first probe has had a third of the keepalive time, which is also what each has without a user
+        But not before a third of the keepalive time after the first probe, which is also the gap without a user
         timeout. TCP_USER_TIMEOUT itself is not set: it would count the time of a closed window (proxy/liveness.py).
         """
         gap_s = max(1, self.keepalive_s // _KEEPALIVE_PROBES)
@@ -161,30 +161,30 @@ class Tuning(NamedTuple):
         return gap_s, min(left_s // gap_s, _MOST_KEEPALIVE_PROBES)
 
 
-def acknowledge_at_once(sock: SocketType) -> None:
-    """Leave delayed-ACK mode now (TCP_QUICKACK, tcp(7)); the kernel may enter it again later, or not know it."""
+def set_quickack(sock: SocketType) -> None:
+    """Leave delayed-ACK mode now (TCP_QUICKACK, tcp(7)). The kernel may enter it again later."""
     try:
         sock.setsockopt(socket.IPPROTO_TCP, uapi.TCP_QUICKACK, 1)
     except OSError:
-        pass  # slower by a moment, at the beginning
+        pass  # the first ACKs are delayed
 
 
 def reset_on_close(sock: SocketType) -> None:
-    """close(2) will send RST, not FIN, and drop what is unsent (SO_LINGER with a time of 0, socket(7))."""
+    """Let close(2) send RST, not FIN, and discard unsent bytes (SO_LINGER with a time of 0, socket(7))."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_ZERO)
 
 
 def save_syns(sock: socket.socket) -> None:
-    """Let this listener keep each client's SYN for saved_syn() (TCP_SAVE_SYN, include/uapi/linux/tcp.h)."""
+    """Let this listener save each client's SYN for saved_syn() (TCP_SAVE_SYN, include/uapi/linux/tcp.h)."""
     with needing("setsockopt(2) with TCP_SAVE_SYN", "to see what a SYN offers"):
         sock.setsockopt(socket.IPPROTO_TCP, uapi.TCP_SAVE_SYN, 1)
 
 
 def saved_syn(sock: SocketType) -> bytes:
-    """IP and TCP header of the SYN that made this accepted connection.
+    """IP and TCP header of the SYN of this accepted connection (TCP_SAVED_SYN).
 
-    b"" if it was read before, if the connection was made from a SYN cookie, or if the headers are longer than Python
-    reads (1 KiB; EINVAL): a client may put as many IPv6 extension headers there as it likes.
+    b"" if it was read before, if the connection came from a SYN cookie, or if the headers are longer than Python
+    reads (1 KiB; EINVAL): a client may send many IPv6 extension headers.
     """
     try:
         return sock.getsockopt(socket.IPPROTO_TCP, uapi.TCP_SAVED_SYN, _LONGEST_SYN)
@@ -193,17 +193,17 @@ def saved_syn(sock: SocketType) -> bytes:
 
 
 def timestamp_clock(sock: SocketType) -> int:
-    """The clock that TSval would be taken from, in ms modulo 2**32, this connection's offset included (TCP_TIMESTAMP)."""
+    """The clock of this connection's TSval, in ms modulo 2**32, with its offset (TCP_TIMESTAMP)."""
     return sock.getsockopt(socket.IPPROTO_TCP, uapi.TCP_TIMESTAMP) & 0xFFFFFFFF
 
 
-def forget_options(listener: socket.socket) -> None:
-    """Take back what whoever made this listener has set, and accepted sockets inherit, where relaying relies on the default.
+def reset_inherited_options(listener: socket.socket) -> None:
+    """Reset options of an inherited listener, which accepted sockets inherit, where relaying relies on the default.
 
-    With SO_LINGER close(2) waits, non-blocking or not, or resets; under SO_RCVLOWAT a small order is not told of; TCP_CORK
-    holds it back; TCP_USER_TIMEOUT, which an earlier tsproxy may have set, takes a closed window for a death. What cannot
-    hurt (buffers, marks, SO_BUSY_POLL, SO_RCVTIMEO without a blocking call), or only as it is meant to (TCP_DEFER_ACCEPT,
-    keepalive), stays.
+    With SO_LINGER close(2) blocks, also on a non-blocking socket, or resets. Below SO_RCVLOWAT bytes there is no EPOLLIN.
+    TCP_CORK delays small sends. TCP_USER_TIMEOUT, which an earlier tsproxy may have set, ends a connection whose window is
+    closed. Options that do no harm (buffers, marks, SO_BUSY_POLL, SO_RCVTIMEO without a blocking call), or have the effect that
+    is meant (TCP_DEFER_ACCEPT, keepalive), stay.
     """
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
@@ -212,7 +212,7 @@ def forget_options(listener: socket.socket) -> None:
 
 
 def shares_our_namespace(sock: socket.socket) -> bool:
-    """Whether the socket was made in this process's network namespace; False too where the kernel can't tell (before 5.14)."""
+    """Whether the socket was made in this process's network namespace (SO_NETNS_COOKIE); False before Linux 5.14."""
     with socket.socket(sock.family, socket.SOCK_STREAM) as own:
         try:
             cookies = {one.getsockopt(socket.SOL_SOCKET, uapi.SO_NETNS_COOKIE, 8) for one in (sock, own)}
@@ -221,16 +221,16 @@ def shares_our_namespace(sock: socket.socket) -> bool:
     return len(cookies) == 1
 
 
-def takes_ipv4(listener: socket.socket) -> bool:
-    """Whether IPv4 clients come in: not by an IPv6 listener with IPV6_V6ONLY (ipv6(7))."""
+def accepts_ipv4(listener: socket.socket) -> bool:
+    """Whether it accepts IPv4 clients: an IPv6 listener with IPV6_V6ONLY does not (ipv6(7))."""
     return listener.family == socket.AF_INET or not listener.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
 
 
 def listener(address: Address, backlog: int, tuning: Tuning, reuse_port: bool = False) -> socket.socket:
-    """A bound, listening, non-blocking socket. OSError as bind(2) and listen(2) give it."""
+    """A bound, listening, non-blocking socket. OSError as bind(2) and listen(2) raise it."""
     sock = socket.socket(address.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
-        # A restart must not wait for the TIME_WAIT sockets of the run before.
+        # bind(2) must not fail with EADDRINUSE for TIME_WAIT sockets of an earlier process.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if reuse_port:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -243,15 +243,15 @@ def listener(address: Address, backlog: int, tuning: Tuning, reuse_port: bool = 
     return sock
 
 
-class SourceGone(OSError):
-    """The address to bind to is none of this host's, or its interface is gone."""
+class SourceUnavailable(OSError):
+    """EADDRNOTAVAIL or ENODEV of bind(2): this host has no such address, or no such interface."""
 
 
 def dial(family: int, tuning: Tuning, source: Optional[Address], for_rules: bool = False) -> SocketType:
-    """An unconnected, non-blocking upstream socket with the tag, bound to `source` if one is given. OSError as it comes.
+    """An unconnected, non-blocking upstream socket with TAG, bound to `source` if one is given. OSError of socket(2) and so on.
 
-    `for_rules`: packet filter rules are relied on, so its packets carry TAG_DSCP for them as well.
-    bind(2) here needs no port, so EADDRNOTAVAIL from it is about the address: SourceGone. From connect(2) it is about ports.
+    `for_rules`: packet filter rules are relied on, so its packets have TAG_DSCP as well.
+    bind(2) needs no port here, so EADDRNOTAVAIL from it means the address: SourceUnavailable. From connect(2) it means ports.
     """
     sock = SocketType(family, _STREAM)
     try:
@@ -269,8 +269,8 @@ def dial(family: int, tuning: Tuning, source: Optional[Address], for_rules: bool
     return sock
 
 
-def reusing(family: int) -> socket.socket:
-    """A non-blocking TCP socket that may take an address over from one that was just closed (SO_REUSEADDR)."""
+def reuseaddr_socket(family: int) -> socket.socket:
+    """A non-blocking TCP socket that can be bound to an address of a socket just closed (SO_REUSEADDR)."""
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     return sock
@@ -286,12 +286,12 @@ def _bind(sock: SocketType, address: Address) -> None:
         sock.bind(address.sockaddr)
     except OSError as error:
         if error.errno in (errno.EADDRNOTAVAIL, errno.ENODEV):
-            raise SourceGone(*error.args) from None
+            raise SourceUnavailable(*error.args) from None
         raise
 
 
-def inherit(fd: int) -> socket.socket:
-    """A non-blocking socket object around a listener's descriptor, which it then owns; the family is the kernel's to tell."""
+def listener_from_fd(fd: int) -> socket.socket:
+    """A non-blocking socket object that owns a listener's descriptor. Its family is read from the kernel (SO_DOMAIN)."""
     with needing("getsockopt(2)", "to take over a listener"):
         sock = socket.socket(fileno=fd)
     sock.setblocking(False)
@@ -302,17 +302,17 @@ Accept4 = Callable[[], Tuple[int, SockAddr]]
 
 
 def bind_accept4(listener: socket.socket) -> Accept4:
-    """accept4(2) on a listener: each call gives a client's descriptor and address. OSError as it comes.
+    """accept4(2) on a listener: each call returns a client's descriptor and address. OSError as accept4(2) raises it.
 
-    This is what socket.accept() itself calls (Lib/socket.py); the object it wraps the descriptor in, with an enum each
-    for its family and type, takes 2 us of the 6 that a client's socket costs.
+    socket.accept() calls the same function (Lib/socket.py). The object that it makes, with an enum each for family and type,
+    takes 2 us of the 6 that a client's socket costs.
     """
-    take: Accept4 = listener._accept  # type: ignore[attr-defined]
-    return take
+    accept4: Accept4 = listener._accept  # type: ignore[attr-defined]
+    return accept4
 
 
 def from_fd(fd: int, family: int) -> SocketType:
-    """A non-blocking socket object around an accepted descriptor, which it then owns."""
+    """A non-blocking socket object that owns an accepted descriptor."""
     sock = SocketType(family, socket.SOCK_STREAM, 0, fd)
     sock.setblocking(False)
     return sock

@@ -1,6 +1,6 @@
-"""What systemd asks of a service: inherited listeners (sd_listen_fds(3)) and state messages (sd_notify(3)).
+"""systemd's protocols for a service: inherited listeners (sd_listen_fds(3)) and state messages (sd_notify(3)).
 
-Without systemd around, all of it does nothing.
+Without the environment variables of systemd all of it does nothing.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ _MOST_FDS = 1024
 
 
 class BadHandover(ValueError):
-    """LISTEN_FDS and its kin can't be taken; the text says what was given and what is allowed."""
+    """LISTEN_FDS and its relatives are not valid; the text says what was given and what is allowed."""
 
 
 class Inherited(NamedTuple):
-    """A listening socket that was handed to this process, and the name it was given (LISTEN_FDNAMES) or ""."""
+    """An inherited listening socket, and its name (LISTEN_FDNAMES) or ""."""
 
     fd: int
     name: str
 
 
 def inherited(environment: Mapping[str, str], pid: int) -> List[Inherited]:
-    """The descriptors that were handed over; [] if they are not for this process. BadHandover if the words make no sense."""
+    """The inherited descriptors; [] if they are not for this process (LISTEN_PID). BadHandover if LISTEN_FDS is not valid."""
     if "LISTEN_FDS" not in environment or environment.get("LISTEN_PID") != str(pid):
         return []
     count, names = _number(environment["LISTEN_FDS"]), environment.get("LISTEN_FDNAMES", "").split(":")
@@ -39,15 +39,15 @@ def inherited(environment: Mapping[str, str], pid: int) -> List[Inherited]:
     return [Inherited(_FIRST_FD + number, names[number] if number < len(names) else "") for number in range(count)]
 
 
-def numbers(environment: Mapping[str, str], pid: int) -> List[int]:
-    """The numbers of the descriptors that were handed over; none where the words make no sense."""
+def inherited_fds(environment: Mapping[str, str], pid: int) -> List[int]:
+    """The numbers of the inherited descriptors; [] if LISTEN_FDS is not valid."""
     try:
         return [handed.fd for handed in inherited(environment, pid)]
     except BadHandover:
         return []
 
 
-def take(handed: Inherited) -> socket.socket:
+def listener_from(handed: Inherited) -> socket.socket:
     """The listener as a non-blocking, close-on-exec socket. BadHandover if it is not a listening TCP socket."""
     try:
         if not stat.S_ISSOCK(os.fstat(handed.fd).st_mode):
@@ -67,7 +67,7 @@ def take(handed: Inherited) -> socket.socket:
 
 
 class Notifier:
-    """Sends state messages to the service manager; says nothing where NOTIFY_SOCKET is not set, and never blocks."""
+    """Sends state messages to the service manager; does nothing if NOTIFY_SOCKET is not set. Never blocks."""
 
     def __init__(self, environment: Mapping[str, str], pid: int) -> None:
         path = environment.get("NOTIFY_SOCKET", "")
@@ -79,23 +79,23 @@ class Notifier:
         self.watchdog_s = _watchdog_s(environment, pid) if self._socket else 0.0
 
     @property
-    def is_heard(self) -> bool:
-        """Whether there is a manager."""
+    def has_manager(self) -> bool:
+        """Whether there is a service manager to notify."""
         return self._socket is not None
 
     def extend(self, by_s: float, **state: object) -> None:
-        """A start or a stop may take so long from now on, beyond the unit's limits (EXTEND_TIMEOUT_USEC, sd_notify(3))."""
+        """Extend the unit's limit for a start or a stop to so long from now (EXTEND_TIMEOUT_USEC, sd_notify(3))."""
         self.notify(**state, EXTEND_TIMEOUT_USEC=round(by_s * 1e6))
 
     def notify(self, **state: object) -> None:
-        """One message, e.g. READY=1 and STATUS="relaying". A manager that does not listen costs just that message."""
+        """Send one message, e.g. READY=1 and STATUS="relaying". If sendto(2) fails the message is lost."""
         if self._socket is None:
             return
         text = "\n".join(f"{name}={' '.join(str(value).splitlines())}" for name, value in state.items())
         try:
             self._socket.sendto(text.encode("utf-8", "backslashreplace"), self._address)
         except OSError:
-            pass  # the manager is gone or busy: relaying goes on
+            pass  # ECONNREFUSED: no manager; EAGAIN: its queue is full
 
     def close(self) -> None:
         """Close the socket, if there is one."""
@@ -104,18 +104,18 @@ class Notifier:
 
 
 def _watchdog_s(environment: Mapping[str, str], pid: int) -> float:
-    """How long the manager waits for WATCHDOG=1 (sd_watchdog_enabled(3)), an hour at most; 0 if it does not."""
+    """How long the manager waits for WATCHDOG=1 (sd_watchdog_enabled(3)), an hour at most; 0 if there is no watchdog."""
     if environment.get("WATCHDOG_PID", str(pid)) != str(pid):
         return 0.0
     return min(_number(environment.get("WATCHDOG_USEC", "")), 3_600_000_000) / 1e6
 
 
 def _number(text: str) -> int:
-    """The whole number that a variable holds; 0 where it is none, or one that no variable of these can mean."""
+    """The whole number in a variable; 0 if it is none, or too long for any of these variables."""
     return int(text) if re.fullmatch(r"[0-9]{1,20}", text, re.ASCII) else 0
 
 
 def without_handover(environment: Mapping[str, str]) -> Dict[str, str]:
-    """The environment for what this process starts: the descriptors and the watchdog were meant for us alone."""
+    """The environment for child processes: descriptors, notifications and watchdog are for this process alone."""
     ours = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
     return {name: value for name, value in environment.items() if name not in ours}

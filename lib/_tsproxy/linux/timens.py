@@ -1,4 +1,4 @@
-"""The time namespace (time_namespaces(7)): what our CLOCK_MONOTONIC is ahead of the one that the kernel's TCP reads."""
+"""The time namespace (time_namespaces(7)): how far our CLOCK_MONOTONIC is ahead of the one that the kernel's TCP reads."""
 
 from __future__ import annotations
 

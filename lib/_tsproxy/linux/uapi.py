@@ -1,7 +1,7 @@
-"""Linux numbers that Python does not name on every version from 3.9 on, and the errno families.
+"""Linux constants that Python does not have on every version from 3.9 on, and the kinds of errnos.
 
-Each number stands beside the kernel header it was read from. They are the same on every
-architecture that Linux's generic headers serve (x86_64, aarch64, ppc64le, s390x, riscv64).
+Above each constant is the kernel header that defines it. They are the same on every
+architecture that uses Linux's generic headers (x86_64, aarch64, ppc64le, s390x, riscv64).
 """
 
 import errno
@@ -18,8 +18,8 @@ TCP_RTO_MAX_MS = 44  # Linux 6.15
 
 # include/net/tcp_states.h, tcpi_state
 TCP_ESTABLISHED = 1
-TCP_CLOSE = 7  # what TCP_INFO says of a socket whose connection went into TIME_WAIT
-TCP_CONNECTED = frozenset({TCP_ESTABLISHED, 8})  # and CLOSE_WAIT, where the peer's FIN is here already
+TCP_CLOSE = 7  # also in TCP_INFO of a socket whose connection is in TIME_WAIT
+TCP_CONNECTED = frozenset({TCP_ESTABLISHED, 8})  # and CLOSE_WAIT: the peer's FIN has come
 
 # include/uapi/linux/tcp.h, struct tcp_info: tcpi_unacked, last_data_sent, last_ack_recv, bytes_acked, notsent_bytes, snd_wnd
 # (Linux 5.4), by their offsets. It has only ever grown at its end.
@@ -43,7 +43,7 @@ SO_NETNS_COOKIE = 71  # Linux 5.14
 # include/uapi/linux/in.h
 IPPROTO_MPTCP = 262
 
-# include/uapi/linux/if_ether.h: a packet socket for one protocol alone does not see what is sent
+# include/uapi/linux/if_ether.h: a packet socket for one protocol does not receive outgoing packets
 ETH_P_ALL = 0x0003
 
 # include/linux/socket.h, include/uapi/linux/if_packet.h, include/uapi/linux/if_arp.h
@@ -59,12 +59,12 @@ SCM_MAX_FD = 253
 # include/uapi/linux/fcntl.h
 F_SETPIPE_SZ = 1031
 
-# Try again when the descriptor is ready. EINTR never shows: Python retries it (PEP 475).
+# Kind "retry": try again when the descriptor is ready. EINTR never shows: Python retries it (PEP 475).
 RETRY = frozenset({errno.EAGAIN, errno.EWOULDBLOCK, errno.EINPROGRESS, errno.EALREADY})
 
-# What recv(2), send(2) and SO_ERROR tell of an established connection that has ended. An ICMP error does not end one by
-# itself (RFC 1122 4.2.3.9): it is kept, and takes the place of ETIMEDOUT when no ACK comes (sk_err_soft, tcp_write_err(),
-# net/ipv4/tcp_timer.c). While a connection is being made any of them ends the attempt, and none needs to be known.
+# Kind "peer": errnos of recv(2), send(2) and SO_ERROR when an established connection has ended. An ICMP error does not end one
+# by itself (RFC 1122 4.2.3.9): it is kept, and reported instead of ETIMEDOUT when no ACK comes (sk_err_soft, tcp_write_err(),
+# net/ipv4/tcp_timer.c). While connecting any errno ends the attempt, so none needs to be listed.
 PEER_RESET = frozenset({errno.ECONNRESET, errno.EPIPE, errno.ECONNABORTED, errno.ENOTCONN})
 # An ICMP error: icmp_err_convert[] (net/ipv4/icmp.c), tab_unreach[] and icmpv6_err_convert() (net/ipv6/icmp.c), ip(7).
 _ICMP = {
@@ -76,11 +76,11 @@ _ICMP = {
     errno.EOPNOTSUPP,  # IPv4: source route failed
     errno.EHOSTDOWN,  # IPv4: host unknown
     errno.ENONET,  # IPv4: host isolated
-    errno.EPROTO,  # parameter problem, and what is unknown
+    errno.EPROTO,  # parameter problem, and unknown types
     errno.EACCES,  # IPv6: administratively prohibited, source address failed policy, route rejected
 }
 # This host: its routes (fib_props[], net/ipv4/fib_semantics.c, and ip6_route_info_create()), interfaces, filters, modules.
-_OWN = {
+_LOCAL = {
     errno.EACCES,  # a route of type prohibit; SELinux
     errno.EINVAL,  # a route of type blackhole
     errno.EPERM,  # a filter on output; a BPF program of the cgroup
@@ -88,13 +88,13 @@ _OWN = {
     errno.ENODEV,
     errno.EADDRNOTAVAIL,
 }
-PEER_GONE = PEER_RESET | _ICMP | _OWN | {errno.ETIMEDOUT}
+PEER_ERRORS = PEER_RESET | _ICMP | _LOCAL | {errno.ETIMEDOUT}
 
-# accept(2) passes on what has become of the new connection. Here EINVAL is another matter: the listener does not listen.
-NEW_CONNECTION_GONE = PEER_GONE - {errno.EINVAL}
+# accept(2) reports errors of the new connection. EINVAL is not one of them: it means that the socket does not listen.
+ACCEPT_PEER_ERRORS = PEER_ERRORS - {errno.EINVAL}
 
-# This kernel, its security module or a filter (seccomp(2), gVisor) does not do that here, and will not: do without it.
+# Kind "unsupported": the kernel, its security module or a filter (seccomp(2), gVisor) refuses the call for good: fall back.
 UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.ENOTSUP})
 
-# The host has no room: pause, try again by the clock, never spin (accept(2), socket(2)).
+# Kind "capacity": out of descriptors or memory. Pause, retry by a timer, never spin (accept(2), socket(2)).
 CAPACITY = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})

@@ -9,17 +9,17 @@ from typing import NamedTuple
 from _tsproxy.linux.needs import needing
 
 HAS_EVENTFD = hasattr(os, "eventfd")
-_MOST = 65536  # a pipe holds no more bytes than this unless asked
+_MOST = 65536  # default capacity of a pipe (pipe(7))
 
 
 class Wakeup(NamedTuple):
-    """Two descriptors (the same one twice for an eventfd), both non-blocking. Plain numbers, so it can be handed on."""
+    """Two descriptors (the same one twice for an eventfd), both non-blocking. Plain numbers, so it can be passed on."""
 
     reader: int
     writer: int
 
-    def ring(self) -> None:
-        """Add one and wake the reader. Never blocks: a counter that is full has woken the reader already."""
+    def wake(self) -> None:
+        """Add one, which makes the reader's descriptor readable. Never blocks: on EAGAIN it is readable already."""
         try:
             if self.reader == self.writer:
                 os.eventfd_write(self.writer, 1)
@@ -29,7 +29,7 @@ class Wakeup(NamedTuple):
             pass
 
     def collect(self) -> int:
-        """How often ring() was called since the last time; 0 if it was not. Clears the wake-up."""
+        """Clear the wake-up; how often wake() was called since the last time."""
         try:
             if self.reader == self.writer:
                 return os.eventfd_read(self.reader)
@@ -39,7 +39,7 @@ class Wakeup(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What it is."""
+        """What it is made of: "eventfd" or "pipe"."""
         return "eventfd" if self.reader == self.writer else "pipe"
 
     def close(self) -> None:
@@ -49,7 +49,7 @@ class Wakeup(NamedTuple):
 
 
 def create() -> Wakeup:
-    """A new wake-up, close-on-exec: a pipe also where a sandbox refuses eventfd2(2). Refused if there is none to be had."""
+    """A new wake-up, close-on-exec: a pipe if a sandbox refuses eventfd2(2). Refused if that fails, too."""
     if HAS_EVENTFD:
         with contextlib.suppress(OSError):
             fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)

@@ -1,7 +1,7 @@
 """The event loop of one thread: descriptors, timers, deferred close. The main thread and each worker run this one.
 
 An iteration: epoll_wait(2); plain EPOLLIN of established sessions at once; posted events for a slice of time (posted.py);
-timers; then close(2) of what handlers gave up, so that no descriptor number comes back while events for it are queued.
+timers; then deferred close(2), so that no descriptor number is reused while events for it are queued.
 
 Knows descriptors, deadlines and the clock. Knows nothing of what its handlers do.
 """
@@ -12,21 +12,21 @@ import socket
 from time import monotonic_ns
 from typing import Callable, Dict, List, Optional, Protocol
 
-from _tsproxy.loop.poller import ENDED, READABLE, Poller
+from _tsproxy.loop.poller import HANGUP, READABLE, Poller
 from _tsproxy.loop.posted import BULK, ENDING, NOW, Posted
 from _tsproxy.loop.timers import Timers
 
 _BATCH = 256  # events an iteration
 _PROBE_NS = 100_000_000
-_LONGEST_S = 86400.0  # epoll_wait(2) takes milliseconds as an int: 24.8 days would be too long
+_MAX_TIMEOUT_S = 86400.0  # epoll_wait(2) takes milliseconds as an int: 24.8 days would be too long
 
 
 class Handler(Protocol):
-    """What takes the events of a descriptor. What it raises is a bug, and goes to its own on_bug()."""
+    """Handles the events of a descriptor. An exception that it raises is a bug, and is passed to its on_bug()."""
 
     @property
     def lane(self) -> int:
-        """NOW: readable() is called at once; else the lane in which its events wait (posted.py)."""
+        """NOW: readable() is called at once; else the lane that its events are posted to (posted.py)."""
         ...
 
     def readable(self) -> None:
@@ -34,21 +34,21 @@ class Handler(Protocol):
         ...
 
     def ready(self, mask: int) -> None:
-        """Any other event, or one that was posted: the joined epoll mask."""
+        """Any other event, or a posted one. `mask`: the epoll events since, joined."""
         ...
 
     def on_bug(self, bug: Exception) -> None:
-        """Contain what a call above raised; raise it again if nothing can, which ends the loop."""
+        """Handle an exception of the methods above; or raise it again, which ends the loop."""
         ...
 
 
 class EventLoop:
-    """See the module. `now` is when the event that is being handled came (CLOCK_MONOTONIC, nanoseconds)."""
+    """See the module. `now` is the time of the event that is being handled (CLOCK_MONOTONIC, nanoseconds)."""
 
     def __init__(self, *, spin_ns: int = 0, on_lag: Optional[Callable[[int], None]] = None) -> None:
-        """With `spin_ns` it polls that long after the last event before it sleeps.
+        """With `spin_ns` epoll_wait(2) does not block until so long after the last event.
 
-        `on_lag` is told how late timers fire, at least once in 100 ms while there are events. OSError if epoll can't be had.
+        `on_lag` is called with how late timers fire, at least once in 100 ms while there are events. Refused without epoll.
         """
         self.poller, self.posted, self.timers = Poller(), Posted(), Timers()
         self.handlers: Dict[int, Handler] = {}
@@ -60,18 +60,18 @@ class EventLoop:
         self._after_close: List[Callable[[], None]] = []
 
     def watch(self, fd: int, events: int, handler: Handler) -> None:
-        """Hand these events of the descriptor to `handler` from now on. Free if nothing changes."""
-        self.poller.expect(fd, events)
+        """Call `handler` for these events of the descriptor from now on. No system call if they are the same as before."""
+        self.poller.set_interest(fd, events)
         self.handlers[fd] = handler
 
     def unwatch(self, fd: int) -> None:
-        """Hand on no more events of it. close(2) alone does not end them while another process has the file open."""
+        """Stop watching a descriptor. close(2) alone does not end its events while another process has the file open."""
         if self.handlers.pop(fd, None) is not None:
             self.poller.unregister(fd)
             self.posted.drop(fd)
 
     def close_later(self, sock: socket.SocketType) -> None:
-        """Stop watching a socket now, close(2) it at the end of the iteration."""
+        """Stop watching a socket now, and close(2) it at the end of the iteration."""
         fd = sock.fileno()
         self.handlers.pop(fd, None)
         self.poller.forget(fd)
@@ -79,11 +79,11 @@ class EventLoop:
         self.pending_close.append(sock)
 
     def after_close(self, call: Callable[[], None]) -> None:
-        """Call this once the sockets that close_later() has been given so far are closed."""
+        """Call this after close(2) of the sockets given to close_later() so far."""
         self._after_close.append(call)
 
     def close_pending(self) -> None:
-        """Do what close_later() and after_close() have put off."""
+        """Close the sockets given to close_later(), then make the calls given to after_close()."""
         for sock in self.pending_close:
             sock.close()
         self.pending_close.clear()
@@ -92,7 +92,7 @@ class EventLoop:
             call()
 
     def run(self, until: Callable[[], bool]) -> None:
-        """Iterate until `until()` is true; it is asked before each wait, once no posted event is left."""
+        """Iterate until `until()` is true; it is called before each epoll_wait(2) when no posted event is left."""
         wait, handlers, clock = self.poller.wait, self.handlers, monotonic_ns
         timers, posted, waiting, probe = self.timers, self.posted, self.posted.masks, self._probe
         last_event = self.now = clock()
@@ -108,14 +108,14 @@ class EventLoop:
             for fd, mask in events:
                 try:
                     handler = handlers[fd]
-                except KeyError:  # closed by an earlier event of this iteration, or here but not yet by who handed it over
+                except KeyError:  # closed by an earlier event of this iteration; or closed here, and still open in its sender
                     continue
                 try:
                     if mask == READABLE and handler.lane == NOW:
                         handler.readable()
                     elif waiting or len(events) > 1:
-                        posted.put(ENDING if mask & ENDED else handler.lane or BULK, fd, mask, now)
-                    else:  # it is alone: nobody waits for it
+                        posted.put(ENDING if mask & HANGUP else handler.lane or BULK, fd, mask, now)
+                    else:  # the only event: it delays no other
                         handler.ready(mask)
                 except Exception as bug:
                     handler.on_bug(bug)
@@ -129,7 +129,7 @@ class EventLoop:
                 self.close_pending()
 
     def run_for(self, timeout_ns: int, until: Callable[[], bool] = lambda: False) -> None:
-        """run(), but for so long at most (and one tick of the timers)."""
+        """As run(), but for at most so long, and one tick of the timers."""
         deadline = _Deadline()
         self.timers.arm(deadline, monotonic_ns() + timeout_ns)
         try:
@@ -138,8 +138,8 @@ class EventLoop:
             self.timers.disarm(deadline)
 
     def _timeout_s(self, due: Optional[int]) -> float:
-        """How long epoll_wait(2) may sleep; -1 is for ever."""
-        return -1 if due is None else min(max(0, due - self.now) / 1e9, _LONGEST_S)
+        """The timeout of epoll_wait(2); -1 is none."""
+        return -1 if due is None else min(max(0, due - self.now) / 1e9, _MAX_TIMEOUT_S)
 
     def _handle(self, fd: int, mask: int, since: int) -> None:
         """A posted event, whose descriptor was ready at `since`."""
@@ -153,7 +153,7 @@ class EventLoop:
             self.close_pending()
 
     def _expire(self, due: int) -> None:
-        """Timers whose time has come. How late that is shows how long the loop was kept from it, or had no CPU."""
+        """Fire the timers that are due. How late they are shows how long handlers took, or how long the thread had no CPU."""
         if self._on_lag:
             self._on_lag(monotonic_ns() - due)
         for timer in self.timers.due(self.now):
@@ -163,7 +163,7 @@ class EventLoop:
                 timer.on_bug(bug)
 
     def close(self) -> None:
-        """Do what is put off, let go of the handlers, close the epoll descriptor. What was watched stays open."""
+        """Close pending sockets, drop the handlers, close the epoll descriptor. Other watched descriptors stay open."""
         self.close_pending()
         self.handlers.clear()
         self.poller.close()
@@ -182,13 +182,13 @@ class _Deadline:
 
 
 class _LagProbe:
-    """A timer that does nothing but be late, once in 100 ms while there are events: an idle loop need not wake for it."""
+    """A timer that measures the loop's lag once in 100 ms while there are events. An idle loop does not wake for it."""
 
     def __init__(self, timers: Timers, *, is_armed: bool) -> None:
         self._timers, self.is_armed = timers, is_armed
 
     def arm(self, now_ns: int) -> None:
-        """There are events."""
+        """Arm it: there are events."""
         self.is_armed = True
         self._timers.arm(self, now_ns + _PROBE_NS)
 
@@ -197,5 +197,5 @@ class _LagProbe:
         self.is_armed = False
 
     def on_bug(self, bug: Exception) -> None:
-        """There is nothing in it to fail."""
+        """on_deadline() does not raise."""
         raise bug

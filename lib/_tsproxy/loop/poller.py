@@ -1,13 +1,13 @@
 """A `selectors` selector on epoll, with what a relay needs and EpollSelector lacks.
 
-- Zero interest stays registered, edge-triggered, for the hang-up alone: a reset is noticed while reading is paused,
-  and a hung-up descriptor does not wake the loop for ever.
-- wait() hands out epoll's own (descriptor, mask) pairs and expect() takes a bare number; the caller keeps its handlers
-  by descriptor. The SelectorKey and mask translation of select() cost 0.15 us an event (bench/hotpath.py).
-- READ_EDGES is edge-triggered (epoll(7)): the kernel need not look at each descriptor once more in the next iteration, which
-  costs 3 % of the messages a second with 32 connections. So a reader that leaves bytes, or the end of file, in the
-  socket says so with again(). Every change of what is waited for looks afresh, as again() does.
-- An iteration takes a bounded number of events; EpollSelector has a buffer made for all descriptors at each call.
+- A descriptor with an interest of 0 stays registered, edge-triggered, for EPOLLERR and EPOLLHUP: a reset is noticed while
+  reading is paused, and EPOLLHUP is reported once, not by each epoll_wait(2).
+- wait() returns epoll's own (descriptor, mask) pairs, and set_interest() has a plain number; the caller keeps handlers by
+  descriptor. The SelectorKey and mask translation of select() cost 0.15 us an event (bench/hotpath.py).
+- READ_EDGES is edge-triggered (epoll(7)): the kernel need not poll each ready descriptor again in the next epoll_wait(2), which
+  costs 3 % of the messages a second with 32 connections. So a reader that leaves bytes, or EOF, in the socket has to call
+  rearm(). Each change of the interest rearms, too (EPOLL_CTL_MOD).
+- epoll_wait(2) returns a bounded number of events; EpollSelector allocates a buffer for all descriptors at each call.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from _tsproxy.linux.needs import needing
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 READABLE = select.EPOLLIN
 WRITABLE = select.EPOLLOUT
-MORE = select.EPOLLRDHUP | select.EPOLLPRI  # what a receive stops short of: FIN, or the mark of urgent data
+MORE = select.EPOLLRDHUP | select.EPOLLPRI  # a receive stops before these: FIN, or the mark of urgent data
 BROKEN = select.EPOLLERR | select.EPOLLHUP
-ENDED = BROKEN | select.EPOLLRDHUP  # nothing more comes from there, or soon
+HANGUP = BROKEN | select.EPOLLRDHUP  # EOF, a reset or an error
 _BATCH = 256
 READ_EDGES = 4  # instead of READ; not together with WRITE
 _MASKS = {
@@ -36,7 +36,7 @@ _MASKS = {
 
 
 class Poller(selectors.BaseSelector):
-    """See the module. Descriptors are plain numbers; `data` is whatever the caller likes."""
+    """See the module. Descriptors are plain numbers; `data` is the caller's."""
 
     def __init__(self) -> None:
         with needing("epoll_create1(2)", "for the event loop"):
@@ -45,8 +45,8 @@ class Poller(selectors.BaseSelector):
         self._data: Dict[int, Any] = {}
         self.wait = self._epoll.poll
 
-    def expect(self, fd: int, events: int) -> None:
-        """Wait for these events of a descriptor from now on, whether it was watched before or not. Free if nothing changes."""
+    def set_interest(self, fd: int, events: int) -> None:
+        """Wait for these events of a descriptor, registered or not. No system call if they are the same as before."""
         known = self._events.get(fd)
         if known == events:
             return
@@ -56,26 +56,26 @@ class Poller(selectors.BaseSelector):
             self._epoll.modify(fd, _MASKS[events])
         self._events[fd] = events
 
-    def again(self, fd: int) -> None:
-        """Look afresh: an event comes in the next iteration if the descriptor is ready then. Not watched yet: nothing to do."""
+    def rearm(self, fd: int) -> None:
+        """EPOLL_CTL_MOD: if the descriptor is ready, the next epoll_wait(2) returns an event. Not registered: does nothing."""
         known = self._events.get(fd)
         if known is not None:
             self._epoll.modify(fd, _MASKS[known])
 
     def forget(self, fd: int) -> None:
-        """Stop knowing a descriptor that is about to be closed: close(2) itself ends the watch. Unknown ones are no error."""
+        """Forget a descriptor that is about to be closed: close(2) itself removes it from epoll. An unknown one is no error."""
         self._events.pop(fd, None)
 
-    # What BaseSelector asks for
+    # The methods of BaseSelector
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
-        """Watch a descriptor. KeyError if it is watched already; OSError as epoll_ctl(2) gives it."""
+        """Register a descriptor. KeyError if it is registered already; OSError as epoll_ctl(2) raises it."""
         if fileobj in self._events:
             raise KeyError(f"descriptor {fileobj} is registered already")
         return self.modify(fileobj, events, data)
 
     def unregister(self, fileobj: Any) -> selectors.SelectorKey:
-        """Stop watching; call it before the descriptor is closed. KeyError if it is not watched."""
+        """Unregister it; call it before the descriptor is closed. KeyError if it is not registered."""
         key = self._key(fileobj)
         self._epoll.unregister(fileobj)
         del self._events[fileobj]
@@ -83,8 +83,8 @@ class Poller(selectors.BaseSelector):
         return key
 
     def modify(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
-        """Watch for other events."""
-        self.expect(fileobj, events)
+        """Change the events and `data`."""
+        self.set_interest(fileobj, events)
         self._data[fileobj] = data
         return self._key(fileobj)
 
@@ -92,7 +92,7 @@ class Poller(selectors.BaseSelector):
         return selectors.SelectorKey(fd, fd, self._events[fd], self._data.get(fd))
 
     def select(self, timeout: Optional[float] = None) -> List[Tuple[selectors.SelectorKey, int]]:
-        """As in `selectors`: (key, READ | WRITE) pairs; a broken descriptor counts as ready for all it waits for."""
+        """As in `selectors`: (key, READ | WRITE) pairs. EPOLLERR and EPOLLHUP count as all events that are waited for."""
         ready = []
         for fd, mask in self._epoll.poll(-1 if timeout is None else timeout, _BATCH):
             key = self._key(fd)
@@ -105,6 +105,6 @@ class Poller(selectors.BaseSelector):
         return {fd: self._key(fd) for fd in self._events}
 
     def close(self) -> None:
-        """Close the epoll descriptor; what was watched stays open."""
+        """Close the epoll descriptor. The registered descriptors stay open."""
         self._epoll.close()
         self._events.clear()

@@ -1,4 +1,4 @@
-"""Deadlines of many sessions: arming, moving and dropping one is O(1); nothing is left behind by a closed one."""
+"""Timers of many sessions: to arm, move or disarm one is O(1). A disarmed one is not referenced any more."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ TICK_NS = 5_000_000
 
 
 class Timer(Protocol):
-    """What a deadline belongs to; hashed by identity. What on_deadline() raises is a bug, and goes to on_bug()."""
+    """The owner of a deadline; hashed by identity. An exception of on_deadline() is a bug, and is passed to on_bug()."""
 
     def on_deadline(self, now_ns: int) -> None:
-        """The deadline has passed, and is disarmed."""
+        """The deadline has passed. It is disarmed."""
         ...
 
     def on_bug(self, bug: Exception) -> None:
-        """Contain it, or raise it again."""
+        """Handle it, or raise it again."""
         ...
 
 
 class Timers:
-    """A calendar queue of ticks of 5 ms. A deadline may come up to one tick (or grain) late, never early."""
+    """A calendar queue of ticks of 5 ms. A timer fires up to one tick (or grain) late, never early."""
 
     def __init__(self) -> None:
         self._buckets: Dict[int, Set[Timer]] = {}
@@ -31,8 +31,8 @@ class Timers:
     def arm(self, timer: Timer, deadline_ns: int, grain: int = 1) -> None:
         """Set or move the one deadline of `timer`, rounded up to a multiple of `grain` ticks.
 
-        A bucket that was emptied waits for its time to come, so far deadlines should be coarse: thousands of
-        sessions a second that each arm one five minutes ahead shall share a few hundred buckets.
+        An empty bucket is deleted only when its tick is reached, so far deadlines should be coarse: when thousands of
+        sessions a second each arm one five minutes ahead they share a few hundred buckets.
         """
         tick = -(-deadline_ns // (TICK_NS * grain)) * grain
         self.disarm(timer)
@@ -43,19 +43,19 @@ class Timers:
         self._armed[timer] = tick
 
     def disarm(self, timer: Timer) -> None:
-        """Forget the deadline of `timer`, if it has one."""
+        """Remove the deadline of `timer`, if it has one."""
         tick = self._armed.pop(timer, None)
         if tick in self._buckets:
             self._buckets[tick].discard(timer)
 
     def next_ns(self) -> Optional[int]:
-        """When to look again; None if there is nothing to wait for."""
+        """The earliest deadline; None if no timer is armed."""
         while self._order and not self._buckets[self._order[0]]:
             del self._buckets[heapq.heappop(self._order)]
         return self._order[0] * TICK_NS if self._order else None
 
     def due(self, now_ns: int) -> Iterator[Timer]:
-        """The timers whose deadline has passed; each is disarmed when it is given out. One that is disarmed before is not."""
+        """The timers whose deadline has passed. Each is disarmed before it is yielded; one disarmed until then is not."""
         passed: List[Tuple[Timer, int]] = []
         while self._order and self._order[0] * TICK_NS <= now_ns:
             tick = heapq.heappop(self._order)

@@ -1,1 +1,1 @@
-"""What is true of TCP timestamps on this host, and what may be relayed because of it. Knows no relay."""
+"""Whether the timestamp policy holds on this host, and so which sessions may connect and relay. Knows no sessions."""

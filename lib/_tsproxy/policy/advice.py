@@ -1,4 +1,4 @@
-"""Why a policy can't be honoured here, and the exact commands that would change that. Text only; looks at nothing itself."""
+"""Why a policy can't be honoured here, and the commands that would change that. Text only; checks nothing itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ or by a packet filter; no socket option turns it off for one connection."""
 
 
 def unattainable(policy_check: PolicyCheck, policy: Policy, targets: Sequence[str]) -> str:
-    """The message that goes with exit code 78: what was found, why, and what an administrator has to run once."""
+    """The message of exit code 78: what was found, why, and what an administrator has to run once."""
     asked = f"--timestamps={policy.mode}" + (f" --static-timestamp={policy.tsval}" if policy.mode == "rewrite" else "")
     problem = f"{asked} can't be honoured here: {policy_check.problem}."
     why = [] if policy_check.sysctl is None else [f"Found: {policy_check.evidence}.", _WHY]
@@ -26,7 +26,7 @@ def unattainable(policy_check: PolicyCheck, policy: Policy, targets: Sequence[st
 
 
 def fixes(policy_check: PolicyCheck, policy: Policy, targets: Sequence[str]) -> List[str]:
-    """The commands alone, each one line, the best one first."""
+    """The commands alone, one line each, the best one first."""
     return [line.strip() for line in _commands(policy_check, policy, targets) if line.startswith("    ")]
 
 
@@ -39,11 +39,11 @@ def _commands(policy_check: PolicyCheck, policy: Policy, targets: Sequence[str])
     if MISBEHAVES in policy_check.problem:
         return _newer_rules(policy, targets)
     if policy_check.families and not policy_check.of(Answer.FAILS) and not policy_check.of(Answer.HOLDS):
-        return _to_be_seen(policy_check)  # no lever would help a look that failed itself
+        return _make_checkable(policy_check)  # no lever helps where the check itself failed
     return _rewrite(policy_check, policy, targets) if policy.mode == "rewrite" else _strip(targets)
 
 
-def _to_be_seen(policy_check: PolicyCheck) -> List[str]:
+def _make_checkable(policy_check: PolicyCheck) -> List[str]:
     commands = dict.fromkeys(f"    {found.fix}" for found in policy_check.families.values() if found.fix)
     if commands:
         return ["  in this network namespace:", *commands]

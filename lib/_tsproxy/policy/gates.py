@@ -1,7 +1,7 @@
-"""What must hold before a SYN leaves, and before a byte is relayed: one gate for each lever, asked by the data path.
+"""The gates: whether a SYN may leave, and whether bytes may be relayed. One for each lever; the data path calls it.
 
-A gate never waits and opens nothing. It compares what is known of the address family (Evidence) with what it can read
-in a microsecond. What it needs to know anew it asks for; its answer is None meanwhile.
+A gate never blocks, and opens no descriptor after it was made. It combines the evidence of the address family with what it can
+read in a microsecond. If the evidence is too old it requests a check from the monitor's thread, and answers None until then.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from _tsproxy.policy.evidence import Answer, Evidence
 from _tsproxy.policy.levers import Lever, Policy
 from _tsproxy.policy.sysctl import Sysctl
 
-FRESH_NS = 100_000_000  # how old an answer may be that a SYN leaves by, or is refused by
-_OLDEST_CLOCK_MS = 60_000
+MAX_AGE_NS = 100_000_000  # of an answer by which a SYN is allowed or refused
+_MAX_CLOCK_AGE_MS = 60_000
 
 
-class Unwatched:
-    """What the gates without evidence have in common: a SYN may always leave, and nothing ends for a drift."""
+class UnmonitoredGate:
+    """Base of the gates without evidence: a SYN may always leave, and no session ends by a drift."""
 
     proves_each_syn = for_rules = False
 
@@ -31,7 +31,7 @@ class Unwatched:
         return True
 
     def is_absent(self, family: int) -> bool:
-        """Not known, so no."""
+        """Not known: False."""
         return False
 
     def ends(self, family: int, established: bool) -> bool:
@@ -39,8 +39,8 @@ class Unwatched:
         return False
 
 
-class Preserve(Unwatched):
-    """Timestamps pass as the kernel makes them; they are only counted."""
+class Preserve(UnmonitoredGate):
+    """--timestamps=preserve: timestamps are sent as the kernel makes them, and only counted."""
 
     witness = int(Lever.NONE)
 
@@ -49,8 +49,8 @@ class Preserve(Unwatched):
         return True
 
 
-class ByTrust(Unwatched):
-    """The user says that something beyond this namespace strips or rewrites; what can be checked still is."""
+class ByTrust(UnmonitoredGate):
+    """--trust-host: the user vouches that something outside this namespace strips or rewrites. TCP_INFO is still checked."""
 
     witness = int(Lever.TRUSTED)
 
@@ -58,45 +58,45 @@ class ByTrust(Unwatched):
         self._policy = policy
 
     def may_relay(self, upstream: socket.SocketType, info: TcpInfo) -> bool:
-        """Strip: only if nothing was negotiated, since a stripped SYN leaves nothing to negotiate."""
+        """Strip: only if TSopt was not negotiated, since it can't be after a SYN without it."""
         return self._policy.mode == "rewrite" or not info.timestamps
 
 
-class Watched:
-    """What the gates with evidence have in common."""
+class MonitoredGate:
+    """Base of the gates with evidence."""
 
     proves_each_syn = True
 
     def __init__(self, policy: Policy, evidence: Evidence, asked: Mapping[int, Wakeup]) -> None:
-        """`asked`, by family, is rung when an answer is needed that there is not."""
+        """`asked`, by family, wakes the monitor when the gate needs a newer answer."""
         self._policy, self._evidence, self._asked = policy, evidence, asked
 
     def is_absent(self, family: int) -> bool:
-        """By the last look."""
+        """By the last check."""
         return self._evidence.of(family).answer is Answer.ABSENT
 
     def ends(self, family: int, established: bool) -> bool:
-        """Strip: what connects, for its SYN may leave again. Rewrite: all, since each packet would carry the real clock."""
+        """Strip: sessions that connect, since their SYN may be sent again. Rewrite: all, since each packet carries a TSval."""
         exempt = established and self._policy.mode != "rewrite"
         return not exempt and self._evidence.of(family).answer is Answer.FAILS
 
-    def _by_answer(self, family: int, *, stands: bool) -> Optional[bool]:
-        """`stands`: that it held once is enough, until a look shows otherwise."""
+    def _from_evidence(self, family: int, *, until_refuted: bool) -> Optional[bool]:
+        """`until_refuted`: HOLDS counts however old it is; a later check replaces it."""
         answer, at_ns = self._evidence.of(family)
-        if answer is Answer.HOLDS and stands:
+        if answer is Answer.HOLDS and until_refuted:
             return True
-        if answer in _SURE and time.monotonic_ns() - at_ns <= FRESH_NS:
+        if answer in _CONCLUSIVE and time.monotonic_ns() - at_ns <= MAX_AGE_NS:
             return answer is Answer.HOLDS
         self._evidence.need(family)
-        self._asked[family].ring()
+        self._asked[family].wake()
         return None
 
 
-_SURE = frozenset({Answer.HOLDS, Answer.FAILS, Answer.ABSENT})
+_CONCLUSIVE = frozenset({Answer.HOLDS, Answer.FAILS, Answer.ABSENT})
 
 
-class StripBySysctl(Watched):
-    """Strip where this namespace's sysctl is 0. One flipped to 2 and back between two reads is not seen."""
+class StripBySysctl(MonitoredGate):
+    """Strip by net.ipv4.tcp_timestamps=0 of this namespace. A change to 2 and back between two reads is not noticed."""
 
     witness = int(Lever.SYSCTL)
     for_rules = False
@@ -107,59 +107,61 @@ class StripBySysctl(Watched):
         self._clock_shift_ns = timens.monotonic_shift_ns()
 
     def may_connect(self, family: int) -> Optional[bool]:
-        """Only while the sysctl reads 0, else the SYN itself would be the leak; and where the witness has seen it at work."""
-        return self._is_off() and self._by_answer(family, stands=True)
+        """Only while the sysctl reads 0, else the SYN itself would be the leak; and only if a witness SYN had no TSopt."""
+        return self._is_off() and self._from_evidence(family, until_refuted=True)
 
     def _is_off(self) -> bool:
         try:
             return self._sysctl.value() == 0
         except (OSError, ValueError):
-            return False  # what can't be read is not known to be off
+            return False  # it can't be read: not known to be off
 
     def may_relay(self, upstream: socket.SocketType, info: TcpInfo) -> bool:
-        """Only if nothing was negotiated, and the one SYN of this connection was sent under 0, which it still is."""
+        """Only if TSopt was not negotiated, one SYN was sent, and the sysctl was 0 at that time, and still is."""
         return not info.timestamps and not info.retransmits and self._is_off() and not self._has_random_offset(upstream)
 
     def _has_random_offset(self, sock: socket.SocketType) -> bool:
-        """Whether this connection's clock got the random offset that connect() gives it only while the sysctl is 1.
+        """Whether this connection's timestamps have the random offset that connect(2) sets only while the sysctl is 1.
 
         TCP_TIMESTAMP is CLOCK_MONOTONIC in ms, as of now or, on some kernels, of the connection's last packet, plus the
-        offset: without one it is at most a little older than now. One random offset in 70,000 looks like that, too. A
-        connection that counts in microseconds (a route's feature) tells nothing.
+        offset. Without an offset it is at most a little less than now; so is one random offset in 70,000. For a connection
+        that counts microseconds (a feature of its route) this can't be decided: False.
         """
         clock = sockets.timestamp_clock(sock)
-        # After it: a worker that is preempted between the two must not find a clock ahead of its own.
+        # Read it second: if the thread is preempted between the two reads, the first must not be ahead of the second.
         now = (time.monotonic_ns() - self._clock_shift_ns) // 1_000_000
         age = (now - clock) % 2**32
-        looks_random = _OLDEST_CLOCK_MS < age < 2**32 - 2
+        looks_random = _MAX_CLOCK_AGE_MS < age < 2**32 - 2
         return looks_random and not sockets.counts_microseconds(sock)
 
 
-class ByRules(Watched):
-    """Strip or rewrite by nftables: nothing on a socket proves it, so a fresh witness precedes each SYN."""
+class ByRules(MonitoredGate):
+    """Strip or rewrite by nftables rules. No socket option shows their effect, so each SYN needs a recent witness SYN."""
 
     witness = int(Lever.NFTABLES)
 
     def __init__(self, policy: Policy, evidence: Evidence, asked: Mapping[int, Wakeup], *, for_rules: bool) -> None:
-        """`for_rules`: the rules know the mark that upstream sockets can carry, and take it off again."""
+        """`for_rules`: the rules match the DSCP mark that upstream sockets can set, and clear it."""
         super().__init__(policy, evidence, asked)
         self.for_rules = for_rules
 
     def may_connect(self, family: int) -> Optional[bool]:
-        """Only by a look no older than 100 ms. Looks go on while there is need for them."""
+        """Only by a check no older than 100 ms. The monitor checks again and again while SYNs are sent."""
         self._evidence.need(family)
-        return self._by_answer(family, stands=False)
+        return self._from_evidence(family, until_refuted=False)
 
     def may_relay(self, upstream: socket.SocketType, info: TcpInfo) -> bool:
-        """Only if the SYN left once. Strip: and if nothing was negotiated. Rewrite: TSval can't be read off a socket."""
+        """Only if one SYN was sent, and under strip only if TSopt was not negotiated. No socket option has the TSval sent."""
         return not info.retransmits and (self._policy.mode == "rewrite" or not info.timestamps)
 
 
-Gate = Union[Preserve, StripBySysctl, ByRules, ByTrust]
+LeverGate = Union[Preserve, StripBySysctl, ByRules, ByTrust]
 
 
-def gate_for(lever: Lever, policy: Policy, evidence: Evidence, asked: Mapping[int, Wakeup], *, for_rules: bool = False) -> Gate:
-    """The gate that a worker asks; `for_rules`: see ByRules. OSError if the sysctl can't be opened."""
+def gate_for(
+    lever: Lever, policy: Policy, evidence: Evidence, asked: Mapping[int, Wakeup], *, for_rules: bool = False
+) -> LeverGate:
+    """The gate for a worker; `for_rules`: see ByRules. OSError if the sysctl can't be opened."""
     if lever is Lever.SYSCTL:
         return StripBySysctl(policy, evidence, asked, Sysctl())
     if lever is Lever.NFTABLES:

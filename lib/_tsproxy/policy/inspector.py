@@ -1,6 +1,6 @@
-"""One look at this host: the sysctl, a witness SYN for each family and, where rules are relied on, what a far end could do.
+"""One check of this host: the sysctl, a witness SYN for each family and, with rules, a rehearsal of a far end that misbehaves.
 
-Knows how to look and what it means for a policy. Knows nothing of when to look, or of what follows.
+Knows how to check, and what a result means for a policy. Knows nothing of when to check, or of what follows.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ from typing import Dict, Iterable, List, NamedTuple, Optional, Set
 
 from _tsproxy.linux import sockets
 from _tsproxy.policy import rehearsal, witness
-from _tsproxy.policy.evidence import NAMES, Answer
+from _tsproxy.policy.evidence import FAMILY_NAMES, Answer
 from _tsproxy.policy.levers import Lever, Policy
 from _tsproxy.policy.syn import Syn
 from _tsproxy.policy.sysctl import PATH, Sysctl
 from _tsproxy.policy.witness import FamilyAbsent, NoWitness
 
-LOOK_S = 0.5  # the deadline of all that one look does
-REHEARSED_S = 2.0  # how long it counts that the rules held against a far end that misbehaves
+CHECK_TIMEOUT_S = 0.5  # for one check of one family
+_REHEARSAL_VALID_S = 2.0  # how long the result of a rehearsal counts
 
 
 class FamilyCheck(NamedTuple):
-    """What one look showed of one address family; `problem` says why it is anything but HOLDS."""
+    """The result for one address family; `problem` says why it is not HOLDS."""
 
     answer: Answer
     syn: Optional[Syn] = None
     problem: str = ""
-    fix: str = ""  # the command that would help a look that failed itself
+    fix: str = ""  # the command that helps if the check itself failed
 
 
 class PolicyCheck(NamedTuple):
-    """What one look showed. `lever` is None if the policy does not hold, or is not seen to; `problem` then says why."""
+    """The result of one check. `lever` is None if the policy does not hold, or if that is not known; `problem` says why."""
 
     lever: Optional[Lever]
     sysctl: Optional[int]
@@ -40,21 +40,21 @@ class PolicyCheck(NamedTuple):
 
     @property
     def syns(self) -> Dict[int, Syn]:
-        """The witness SYNs that were seen, by family."""
+        """The witness SYNs, by family."""
         return {family: found.syn for family, found in self.families.items() if found.syn}
 
     @property
     def evidence(self) -> str:
         """What was seen, for people."""
-        seen = [f"{NAMES[family]} SYN with {syn}" for family, syn in self.syns.items()]
+        seen = [f"{FAMILY_NAMES[family]} SYN with {syn}" for family, syn in self.syns.items()]
         return "; ".join([f"net.ipv4.tcp_timestamps={self.sysctl}", *seen])
 
     def of(self, answer: Answer) -> Dict[int, FamilyCheck]:
-        """The families of which the look gave this answer."""
+        """The families with this answer."""
         return {family: found for family, found in self.families.items() if found.answer is answer}
 
     def answer(self, family: int, lever: Lever) -> Answer:
-        """What it means for who rests on `lever`: rules can't stand in for the sysctl, which is read for each SYN there."""
+        """The answer for a gate of `lever`. StripBySysctl reads the sysctl for each SYN, so rules can't replace it there."""
         found = self.families.get(family)
         if found is None or (lever is Lever.SYSCTL and self.sysctl != 0 and found.answer is Answer.HOLDS):
             return Answer.FAILS
@@ -62,41 +62,43 @@ class PolicyCheck(NamedTuple):
 
 
 class Inspector:
-    """Looks whether the policy holds, as often as it is asked; keeps the sysctl's descriptor open.
+    """Checks whether the policy holds, once for each call; keeps the sysctl's descriptor open.
 
-    After its first look two threads may look, at different families.
+    After the first check two threads may check different families at the same time.
     """
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self._sysctl: Optional[Sysctl] = None
-        # Whether rules take sockets.TAG_DSCP off again, so that upstream sockets may carry it: as of the first that held.
-        self.mark_is_known: Optional[bool] = None
-        self._rehearsed: Dict[int, float] = {}  # family -> when the rules last held against misbehaviour
-        self._saw_all: Set[int] = set()  # families of which each segment was seen then
+        # Whether the rules clear sockets.TAG_DSCP, so that upstream sockets may set it: by the first check that held.
+        self.rules_clear_mark: Optional[bool] = None
+        self._rehearsed: Dict[int, float] = {}  # family -> when the rules last held in a rehearsal
+        self._saw_segments: Set[int] = set()  # families of which a rehearsal has seen each segment
 
-    def look(self, families: Iterable[int] = ()) -> PolicyCheck:
-        """One look at these families, or at those of the start; blocks for LOOK_S at most for each.
+    def check(self, families: Iterable[int] = ()) -> PolicyCheck:
+        """Check these families, or those of the start. Blocks for at most CHECK_TIMEOUT_S for each.
 
-        OSError where there is no descriptor or memory for it (EMFILE and friends): that tells nothing of timestamps.
+        OSError without a descriptor or memory for it (EMFILE, ENFILE, ENOBUFS, ENOMEM), which says nothing of timestamps.
         """
         try:
             self._sysctl = self._sysctl or Sysctl()
             value = self._sysctl.value()
         except (OSError, ValueError) as error:
-            if self.policy.mode == "preserve":  # nothing rests on it
+            if self.policy.mode == "preserve":  # the sysctl does not matter
                 return PolicyCheck(Lever.NONE, None, {})
             return PolicyCheck(None, None, {}, f"can't read {PATH}: {getattr(error, 'strerror', None) or error}")
         early = _without_witness(self.policy, value)
         if early:
             return early
-        return _judged(value, {family: self._of(family, value) for family in families or self.policy.families})
+        return _combined(value, {family: self._check_family(family, value) for family in families or self.policy.families})
 
-    def _of(self, family: int, sysctl: int) -> FamilyCheck:
-        until = time.monotonic() + LOOK_S
+    def _check_family(self, family: int, sysctl: int) -> FamilyCheck:
+        deadline = time.monotonic() + CHECK_TIMEOUT_S
         try:
-            seen = witness.saved(family, until)
-            problem = self._mismatch(family, seen) or (self._rules(family, seen, until) if sysctl or self.mark_is_known else "")
+            seen = witness.capture_syn(family, deadline)
+            problem = self._mismatch(family, seen) or (
+                self._check_rules(family, seen, deadline) if sysctl or self.rules_clear_mark else ""
+            )
         except FamilyAbsent as absent:
             return FamilyCheck(Answer.ABSENT, None, str(absent))
         except NoWitness as unseen:
@@ -105,36 +107,36 @@ class Inspector:
 
     def _mismatch(self, family: int, seen: Syn) -> str:
         what = f"not TSval {self.policy.tsval}" if self.policy.mode == "rewrite" else "TSopt"
-        return "" if self.policy.fits(seen) else f"the witness SYN ({NAMES[family]}) carries {what}"
+        return "" if self.policy.fits(seen) else f"the witness SYN ({FAMILY_NAMES[family]}) carries {what}"
 
-    def _rules(self, family: int, seen: Syn, until: float) -> str:
-        """What is wrong with rules that hold for our SYN. Those that know our mark (sockets.TAG_DSCP) take it off again."""
+    def _check_rules(self, family: int, seen: Syn, deadline: float) -> str:
+        """Why rules that hold for our SYN are not enough; "" if they are. Rules that match sockets.TAG_DSCP clear it."""
         marked = seen.dscp == sockets.TAG_DSCP
-        if marked and (self.policy.mode == "rewrite" or self.mark_is_known):
+        if marked and (self.policy.mode == "rewrite" or self.rules_clear_mark):
             return f"{rehearsal.MISBEHAVES}: {rehearsal.TIME_WAIT} (they do not know the mark of its answer, DSCP {seen.dscp})"
-        leak = self._rehearse(family, until) and self._rehearse(family, until)  # twice: established ones may end for it
+        leak = self._rehearse(family, deadline) and self._rehearse(family, deadline)  # twice: it may end sessions
         if leak:
             return f"{rehearsal.MISBEHAVES}: {leak}"
-        if self.mark_is_known is None:
-            self.mark_is_known = not marked
+        if self.rules_clear_mark is None:
+            self.rules_clear_mark = not marked
         return ""
 
-    def _rehearse(self, family: int, until: float) -> str:
+    def _rehearse(self, family: int, deadline: float) -> str:
         now = time.monotonic()
-        if now - self._rehearsed.get(family, -REHEARSED_S) < REHEARSED_S:
+        if now - self._rehearsed.get(family, -_REHEARSAL_VALID_S) < _REHEARSAL_VALID_S:
             return ""
         self._rehearsed.pop(family, None)
-        leak, saw_all = rehearsal.rehearse(family, self.policy, until, seen_before=family in self._saw_all)
-        if saw_all and not leak:
-            self._saw_all.add(family)
+        leak, saw_segments = rehearsal.rehearse(family, self.policy, deadline, seen_before=family in self._saw_segments)
+        if saw_segments and not leak:
+            self._saw_segments.add(family)
         if not leak:
             self._rehearsed[family] = now
         return leak
 
     @property
-    def tried(self) -> List[str]:
-        """What a far end could do that was rehearsed, in words; with the right to see each segment that is more."""
-        return rehearsal.tried(self.policy, bool(self._saw_all))
+    def rehearsed(self) -> List[str]:
+        """What was rehearsed, for people; more with the right to see each segment (CAP_NET_ADMIN)."""
+        return rehearsal.rehearsed(self.policy, bool(self._saw_segments))
 
     def close(self) -> None:
         """Close the descriptor."""
@@ -144,22 +146,22 @@ class Inspector:
 
 
 def _without_witness(policy: Policy, value: int) -> Optional[PolicyCheck]:
-    """The cases that no SYN needs to be looked at for."""
+    """The results that need no witness SYN; None if one is needed."""
     if policy.mode == "preserve":
         return PolicyCheck(Lever.NONE, value, {})
     if policy.mode == "rewrite" and value == 0:
         problem = "net.ipv4.tcp_timestamps is 0 here, so there is no timestamp to rewrite"
-        return PolicyCheck(None, value, {family: FamilyCheck(Answer.FAILS, None, problem) for family in NAMES}, problem)
+        return PolicyCheck(None, value, {family: FamilyCheck(Answer.FAILS, None, problem) for family in FAMILY_NAMES}, problem)
     return PolicyCheck(Lever.TRUSTED, value, {}) if policy.trusted else None
 
 
-def _judged(value: int, families: Dict[int, FamilyCheck]) -> PolicyCheck:
-    """What fails for one family fails the policy; what can't be looked at only if nothing else holds."""
+def _combined(value: int, families: Dict[int, FamilyCheck]) -> PolicyCheck:
+    """FAILS for one family fails the policy; UNSEEN and ABSENT do only if no family HOLDS."""
     lever = Lever.SYSCTL if value == 0 else Lever.NFTABLES
     policy_check = PolicyCheck(lever, value, families)
-    bad = policy_check.of(Answer.FAILS) or (not policy_check.of(Answer.HOLDS) and families)
-    return policy_check._replace(lever=None, problem=_problem(bad)) if bad else policy_check
+    failed = policy_check.of(Answer.FAILS) or (not policy_check.of(Answer.HOLDS) and families)
+    return policy_check._replace(lever=None, problem=_problem(failed)) if failed else policy_check
 
 
-def _problem(bad: Dict[int, FamilyCheck]) -> str:
-    return "; ".join(dict.fromkeys(found.problem for found in bad.values()))
+def _problem(failed: Dict[int, FamilyCheck]) -> str:
+    return "; ".join(dict.fromkeys(found.problem for found in failed.values()))

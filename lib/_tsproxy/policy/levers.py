@@ -1,6 +1,6 @@
-"""The policies, and what one is attained by here: a lever that somebody pulled, or the word of the user (--trust-host).
+"""The policies, and what makes one hold here: a lever, or the user who vouches for it (--trust-host).
 
-Knows what fits a policy. Looks at nothing itself.
+Knows which SYN fits a policy. Checks nothing itself.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from _tsproxy.policy.syn import Syn
 
 
 class Lever(IntEnum):
-    """What a policy rests on; the number travels in the records."""
+    """What makes a policy hold. Records have it as this number."""
 
     NONE = 0
     SYSCTL = 1
@@ -21,19 +21,19 @@ class Lever(IntEnum):
     TRUSTED = 3
 
     @property
-    def word(self) -> str:
-        """How the lines call it."""
+    def label(self) -> str:
+        """Its name in JSON lines."""
         return self.name.lower()
 
 
-WITNESS_WORDS = tuple(lever.word for lever in Lever)
-WATCHED = frozenset({Lever.SYSCTL, Lever.NFTABLES})  # those that are looked at again and again
+WITNESS_NAMES = tuple(lever.label for lever in Lever)
+MONITORED = frozenset({Lever.SYSCTL, Lever.NFTABLES})  # those that the monitors check again and again
 
 
 class Policy(NamedTuple):
-    """The policy as asked for. `tsval` is what each packet shall carry under `rewrite`.
+    """The policy as asked for. `tsval` is the TSval of each packet under `rewrite`.
 
-    `families` are those of the addresses known at the start; a name may move to another one later.
+    `families` are those of the addresses known at the start. A target's name may resolve to another one later.
     """
 
     mode: str
@@ -42,5 +42,5 @@ class Policy(NamedTuple):
     families: Tuple[int, ...] = (socket.AF_INET,)
 
     def fits(self, seen: Syn) -> bool:
-        """Whether a SYN like this one honours the policy."""
+        """Whether this SYN honours the policy."""
         return seen.tsval == self.tsval if self.mode == "rewrite" else not seen.has_timestamps

@@ -1,13 +1,13 @@
-"""A far end that misbehaves, rehearsed on loopback: whether packet filter rules hold where our SYN alone shows nothing.
+"""A far end that misbehaves, rehearsed on loopback: whether packet filter rules also hold where our SYN alone shows nothing.
 
-While the sysctl is not 0, Linux takes a TSopt that its own SYN never offered, in a SYN-ACK and in the SYN of a
-simultaneous open (RFC 9293, section 3.5), and sends it from then on. TIME_WAIT answers with it when the socket, and
-conntrack's entry, are gone. So rules have to take it off each segment, and are seen to do so here.
+While the sysctl is not 0, Linux accepts a TSopt that its own SYN did not offer, in a SYN-ACK and in the SYN of a
+simultaneous open (RFC 9293, section 3.5), and sends TSopt from then on. In TIME_WAIT it answers with TSopt when the socket,
+and conntrack's entry, no longer exist. So rules have to strip it from each segment, and this module checks that.
 
-No right is needed to play such a far end. A listener whose queue is full swallows a SYN; another socket takes its place
-and sends its own: a simultaneous open, in which Linux offers TSopt whatever it has received. TCP_INFO of either end tells
-what it took up. Who may filter what a TCP socket receives (CAP_NET_ADMIN on recent kernels) sees each segment as well:
-once only those come through that fit the policy, and if nothing came, once more only those that do not.
+The rehearsal needs no right. A listener whose backlog is full drops a SYN; then another socket is bound to its address and
+sends its own SYN: a simultaneous open, in which Linux offers TSopt whatever it has received. TCP_INFO of either end says what
+was negotiated. With the right to attach a filter to a TCP socket (CAP_NET_ADMIN on recent kernels) each segment is checked as
+well: first the filter passes only segments that fit the policy, and if none came, only those that do not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,16 @@ from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
 from _tsproxy.linux import bpf, sockets, uapi
 from _tsproxy.linux.addresses import Address, from_sockaddr
 from _tsproxy.policy.levers import Policy
-from _tsproxy.policy.witness import NoWitness, closing, connect, explained, listening, ours, reusing, wait
+from _tsproxy.policy.witness import (
+    NoWitness,
+    closing_by_reset,
+    connect,
+    listening,
+    poll,
+    raising_no_witness,
+    reuseaddr_socket,
+    upstream_like,
+)
 
 MISBEHAVES = "the rules hold for our SYN, but not against a far end that misbehaves"
 CROSSING = "a SYN with TSopt while ours is under way"
@@ -30,120 +39,120 @@ UNASKED = "a SYN-ACK with TSopt that ours never offered"
 RESET = "a reset of such a connection"
 TIME_WAIT = "a SYN to a port in TIME_WAIT"
 DATA = "data, which carries another timestamp than our SYN"
-UNSEEN = f"{UNASKED} is taken up, and what is sent then can't be seen without CAP_NET_ADMIN"
-_OFFSETS = 16  # random ones, of which half will do
-_CLEARLY = 60_000  # ms that a clock must be behind
-_SCENE_S = 0.1  # loopback answers within microseconds; a SYN that was not answered is sent again after 1 s
+UNVERIFIED = f"{UNASKED} is taken up, and what is sent then can't be seen without CAP_NET_ADMIN"
+_ATTEMPTS = 16  # connections with a random offset, of which half will do
+_MIN_BEHIND_MS = 60_000  # that a connection's clock must be behind the constant
+_SCENARIO_TIMEOUT_S = 0.1  # loopback answers within microseconds; a SYN that was not answered is sent again after 1 s
 
 
 class Filter(NamedTuple):
-    """Which of our segments the far end's socket lets in: those that fit the policy, or those that do not."""
+    """Which of our segments the far end's socket receives: those that fit the policy, or those that do not."""
 
     allowed: Optional[int]
     fitting: bool
 
     def attach(self, sock: SocketType) -> None:
-        """Let only those in from now on. PermissionError without the right to."""
+        """Receive only those from now on. PermissionError without the right to."""
         bpf.attach(sock, bpf.by_timestamp(self.allowed, fitting=self.fitting))
 
 
-class Scene(NamedTuple):
-    """One thing a far end can do. `play` is whether our answer came through the filter in time."""
+class Scenario(NamedTuple):
+    """One thing a far end can do. `run` returns whether our answer passed the filter in time."""
 
     what: str
-    play: Callable[[int, Filter, float], bool]
+    run: Callable[[int, Filter, float], bool]
 
 
 class Outcome(NamedTuple):
-    """What pulled a timestamp out that the policy does not allow ("": nothing did), and whether each segment was seen."""
+    """The scenario in which a timestamp left that the policy does not allow, "" if none, and whether each segment was seen."""
 
     leak: str
-    saw_all: bool
+    saw_segments: bool
 
 
-def rehearse(family: int, policy: Policy, until: float, *, seen_before: bool) -> Outcome:
-    """Play all scenes. `seen_before`: each segment was seen to fit once, when there was still a right to look at them.
+def rehearse(family: int, policy: Policy, deadline: float, *, seen_before: bool) -> Outcome:
+    """Run all scenarios. `seen_before`: an earlier rehearsal, before a right was dropped, has seen each segment fit.
 
-    NoWitness if a scene can't be played to its end by `until` (monotonic). OSError for want of descriptors or memory.
+    NoWitness if a scenario can't be completed by `deadline` (monotonic). OSError without a descriptor or memory.
     """
     allowed = policy.tsval if policy.mode == "rewrite" else None
-    with explained(family):
-        leak, taken = _taken_up(family, until) if allowed is None else ("", False)
+    with raising_no_witness(family):
+        leak, took_up = _check_tcp_info(family, deadline) if allowed is None else ("", False)
         if leak:
             return Outcome(leak, True)
         try:
-            return Outcome(_by_segment(family, policy, allowed, until), True)
+            return Outcome(_by_segment(family, policy, allowed, deadline), True)
         except PermissionError:
             if allowed is not None:
-                return Outcome("" if _sends_the_constant(family, allowed, until) else DATA, False)
-            return Outcome(UNSEEN if taken and not seen_before else "", False)
+                return Outcome("" if _sends_constant_tsval(family, allowed, deadline) else DATA, False)
+            return Outcome(UNVERIFIED if took_up and not seen_before else "", False)
 
 
-def scenes(policy: Policy) -> Tuple[Scene, ...]:
-    """All there are for the policy. Under strip no connection with TSopt lives, so none comes to TIME_WAIT."""
-    always = (Scene(CROSSING, _answers_a_syn), Scene(UNASKED, _sends_data), Scene(RESET, _resets))
-    return (*always, Scene(TIME_WAIT, _answers_from_time_wait)) if policy.mode == "rewrite" else always
+def scenarios(policy: Policy) -> Tuple[Scenario, ...]:
+    """All scenarios for the policy. Under strip no connection with TSopt is relayed, so none reaches TIME_WAIT."""
+    always = (Scenario(CROSSING, _answers_a_syn), Scenario(UNASKED, _sends_data), Scenario(RESET, _resets))
+    return (*always, Scenario(TIME_WAIT, _answers_from_time_wait)) if policy.mode == "rewrite" else always
 
 
-def tried(policy: Policy, saw_all: bool) -> List[str]:
-    """What a rehearsal has seen to hold, in words."""
-    if saw_all:
-        return [scene.what for scene in scenes(policy)]
+def rehearsed(policy: Policy, saw_segments: bool) -> List[str]:
+    """What a rehearsal has checked, for people."""
+    if saw_segments:
+        return [scenario.what for scenario in scenarios(policy)]
     return ["data behind our SYN"] if policy.mode == "rewrite" else [CROSSING, UNASKED]
 
 
-def _by_segment(family: int, policy: Policy, allowed: Optional[int], until: float) -> str:
-    return next((scene.what for scene in scenes(policy) if not _fits(scene, family, allowed, until)), "")
+def _by_segment(family: int, policy: Policy, allowed: Optional[int], deadline: float) -> str:
+    return next((scenario.what for scenario in scenarios(policy) if not _fits(scenario, family, allowed, deadline)), "")
 
 
-def _fits(scene: Scene, family: int, allowed: Optional[int], until: float) -> bool:
-    """Whether what comes through fits the policy; played again while nothing comes, as where loopback is slow."""
-    while time.monotonic() < until:
+def _fits(scenario: Scenario, family: int, allowed: Optional[int], deadline: float) -> bool:
+    """Whether the segment that passes a filter fits the policy. Runs again while none comes, as where loopback is slow."""
+    while time.monotonic() < deadline:
         for fitting in (True, False):
             with contextlib.suppress(NoWitness):
-                if _comes_through(scene, family, Filter(allowed, fitting), until):
+                if _passes(scenario, family, Filter(allowed, fitting), deadline):
                     return fitting
-    raise NoWitness(f"{scene.what}, rehearsed on loopback: our answer did not come in time")
+    raise NoWitness(f"{scenario.what}, rehearsed on loopback: our answer did not come in time")
 
 
-def _comes_through(scene: Scene, family: int, through: Filter, until: float) -> bool:
-    return scene.play(family, through, min(until, time.monotonic() + _SCENE_S))
+def _passes(scenario: Scenario, family: int, segment_filter: Filter, deadline: float) -> bool:
+    return scenario.run(family, segment_filter, min(deadline, time.monotonic() + _SCENARIO_TIMEOUT_S))
 
 
-# What TCP itself tells
+# Checks by TCP_INFO
 
 
-def _taken_up(family: int, until: float) -> Tuple[str, bool]:
-    """Whether our SYN-ACK had TSopt (which scene), and whether our kernel took up one that it had never offered."""
-    with _crossed(family, until, ours_first=True) as (near, far):
+def _check_tcp_info(family: int, deadline: float) -> Tuple[str, bool]:
+    """The scenario in which our SYN-ACK had TSopt, "" if none, and whether our kernel accepted a TSopt it had not offered."""
+    with _simultaneous_open(family, deadline, ours_first=True) as (near, far):
         if sockets.tcp_info(far).timestamps:
             return CROSSING, True
-        taken = sockets.tcp_info(near).timestamps
-    with _crossed(family, until, ours_first=False) as (near, far):
-        return "", taken or sockets.tcp_info(near).timestamps
+        took_up = sockets.tcp_info(near).timestamps
+    with _simultaneous_open(family, deadline, ours_first=False) as (near, far):
+        return "", took_up or sockets.tcp_info(near).timestamps
 
 
-def _sends_the_constant(family: int, tsval: int, until: float) -> bool:
-    """Whether data of ours carries the same TSval as our SYN, and so not our clock.
+def _sends_constant_tsval(family: int, tsval: int, deadline: float) -> bool:
+    """Whether data of ours has the same TSval as our SYN, and so not our clock.
 
-    By PAWS (RFC 7323, section 5.3): a far end drops data whose TSval is older than the SYN's. So take a connection whose
-    clock is behind the constant, as half of all random offsets make it: its data comes through only with the constant.
+    By PAWS (RFC 7323, section 5.3): a receiver drops data whose TSval is older than the SYN's. So use a connection whose
+    clock is behind the constant, as it is with half of all random offsets: its data is received only with the constant.
     """
-    for _ in range(_OFFSETS):
-        with listening(family) as listener, closing(ours(family)) as near:
-            connect(near, _name(family, listener))
-            if not wait(listener, select.POLLIN, until):
+    for _ in range(_ATTEMPTS):
+        with listening(family) as listener, closing_by_reset(upstream_like(family)) as near:
+            connect(near, _address_of(family, listener))
+            if not poll(listener, select.POLLIN, deadline):
                 raise NoWitness("a connection on loopback was not accepted in time")
             far, _ = listener.accept()
-            with closing(far):
-                if not _CLEARLY < (tsval - sockets.timestamp_clock(near)) % 2**32 < 2**31:
+            with closing_by_reset(far):
+                if not _MIN_BEHIND_MS < (tsval - sockets.timestamp_clock(near)) % 2**32 < 2**31:
                     continue
                 answers = sockets.segments_received(near)
                 near.send(b".")
-                if wait(far, select.POLLIN, min(until, time.monotonic() + _SCENE_S)):
+                if poll(far, select.POLLIN, min(deadline, time.monotonic() + _SCENARIO_TIMEOUT_S)):
                     return True
-                was_refused = sockets.segments_received(near) > answers  # it came, was dropped, and acknowledged once more
-                if wait(far, select.POLLIN, time.monotonic()):
+                was_refused = sockets.segments_received(near) > answers  # PAWS dropped it, and sent another ACK
+                if poll(far, select.POLLIN, time.monotonic()):
                     return True
                 if was_refused:
                     return False
@@ -152,94 +161,94 @@ def _sends_the_constant(family: int, tsval: int, until: float) -> bool:
     raise NoWitness(why, "sysctl -w net.ipv4.tcp_timestamps=1")
 
 
-# What a filter lets through
+# Checks by a filter on each segment
 
 
-def _answers_a_syn(family: int, through: Filter, until: float) -> bool:
-    with closing(ours(family)) as near:
-        with _swallowing(family, until) as there:
-            connect(near, there)
-        with closing(_at(there)) as far:
-            through.attach(far)
-            connect(far, _name(family, near))
-            return _established(far, until)
+def _answers_a_syn(family: int, segment_filter: Filter, deadline: float) -> bool:
+    with closing_by_reset(upstream_like(family)) as near:
+        with _full_backlog(family, deadline) as address:
+            connect(near, address)
+        with closing_by_reset(_bound_to(address)) as far:
+            segment_filter.attach(far)
+            connect(far, _address_of(family, near))
+            return _is_established(far, deadline)
 
 
-def _sends_data(family: int, through: Filter, until: float) -> bool:
-    with _crossed(family, until, ours_first=False) as (near, far):
-        through.attach(far)
+def _sends_data(family: int, segment_filter: Filter, deadline: float) -> bool:
+    with _simultaneous_open(family, deadline, ours_first=False) as (near, far):
+        segment_filter.attach(far)
         near.send(b".")
-        return wait(far, select.POLLIN, until)
+        return poll(far, select.POLLIN, deadline)
 
 
-def _resets(family: int, through: Filter, until: float) -> bool:
-    with _crossed(family, until, ours_first=False) as (near, far):
-        through.attach(far)
+def _resets(family: int, segment_filter: Filter, deadline: float) -> bool:
+    with _simultaneous_open(family, deadline, ours_first=False) as (near, far):
+        segment_filter.attach(far)
         sockets.reset_on_close(near)
         near.close()
-        return wait(far, 0, until)
+        return poll(far, 0, deadline)
 
 
-def _answers_from_time_wait(family: int, through: Filter, until: float) -> bool:
-    """The answer makes a socket that is connecting send a reset, and its SYN again at once, not after a second."""
-    with _crossed(family, until, ours_first=False) as (near, far):
-        here, there = _name(family, near), _name(family, far)
+def _answers_from_time_wait(family: int, segment_filter: Filter, deadline: float) -> bool:
+    """On the answer a connecting socket sends a reset, and its SYN again at once instead of after a second."""
+    with _simultaneous_open(family, deadline, ours_first=False) as (near, far):
+        near_address, address = _address_of(family, near), _address_of(family, far)
         near.shutdown(socket.SHUT_WR)
-        if not wait(far, select.POLLIN, until):
+        if not poll(far, select.POLLIN, deadline):
             return False
         far.close()
-        if not wait(near, select.POLLIN, until) or not sockets.is_closed(near):
+        if not poll(near, select.POLLIN, deadline) or not sockets.is_closed(near):
             return False
-        with closing(_at(there)) as again:
-            through.attach(again)
-            connect(again, here)
-            return wait(again, select.POLLOUT, until) or sockets.tcp_info(again).retransmits > 0
+        with closing_by_reset(_bound_to(address)) as retry:
+            segment_filter.attach(retry)
+            connect(retry, near_address)
+            return poll(retry, select.POLLOUT, deadline) or sockets.tcp_info(retry).retransmits > 0
 
 
 # The sockets
 
 
 @contextlib.contextmanager
-def _crossed(family: int, until: float, *, ours_first: bool) -> Iterator[Tuple[SocketType, SocketType]]:
-    """A connection of ours by a simultaneous open.
+def _simultaneous_open(family: int, deadline: float, *, ours_first: bool) -> Iterator[Tuple[SocketType, SocketType]]:
+    """A connection by simultaneous open: the upstream-like socket, and the far end's.
 
-    Ours first: we get a SYN with TSopt, and answer it. Else we get a SYN-ACK with TSopt, whatever our SYN offered.
+    `ours_first`: ours receives a SYN with TSopt, and answers it. Else it receives a SYN-ACK with TSopt, whatever it offered.
     """
-    first = ours(family) if ours_first else reusing(family)
-    with closing(first):
-        with _swallowing(family, until) as there:
-            connect(first, there)
-        with closing(_at(there, _reusing_ours(family) if not ours_first else None)) as second:
-            connect(second, _name(family, first))
+    first = upstream_like(family) if ours_first else reuseaddr_socket(family)
+    with closing_by_reset(first):
+        with _full_backlog(family, deadline) as address:
+            connect(first, address)
+        with closing_by_reset(_bound_to(address, _upstream_like_reuseaddr(family) if not ours_first else None)) as second:
+            connect(second, _address_of(family, first))
             for end in (first, second):
-                if not _established(end, until):
+                if not _is_established(end, deadline):
                     raise NoWitness("a simultaneous open on loopback was not finished in time")
             yield (first, second) if ours_first else (second, first)
 
 
-def _established(sock: SocketType, until: float) -> bool:
-    return wait(sock, select.POLLOUT, until) and sockets.tcp_state(sock) == uapi.TCP_ESTABLISHED
+def _is_established(sock: SocketType, deadline: float) -> bool:
+    return poll(sock, select.POLLOUT, deadline) and sockets.tcp_state(sock) == uapi.TCP_ESTABLISHED
 
 
 @contextlib.contextmanager
-def _swallowing(family: int, until: float) -> Iterator[Address]:
-    """An address that swallows SYNs, since its queue of one is full; free for another socket at the end (listen(2))."""
-    with listening(family, backlog=0) as listener, closing(reusing(family)) as filler:
-        connect(filler, _name(family, listener))
-        if not _established(filler, until):
+def _full_backlog(family: int, deadline: float) -> Iterator[Address]:
+    """The address of a listener that drops SYNs, since its backlog of 0 is full (listen(2)). Closed at the end."""
+    with listening(family, backlog=0) as listener, closing_by_reset(reuseaddr_socket(family)) as filler:
+        connect(filler, _address_of(family, listener))
+        if not _is_established(filler, deadline):
             raise NoWitness("a connection on loopback was not finished in time")
-        yield _name(family, listener)
+        yield _address_of(family, listener)
 
 
-def _reusing_ours(family: int) -> SocketType:
-    sock = ours(family)
+def _upstream_like_reuseaddr(family: int) -> SocketType:
+    sock = upstream_like(family)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     return sock
 
 
-def _at(address: Address, sock: Optional[SocketType] = None) -> SocketType:
-    """The socket, or a new one, bound there."""
-    sock = sock or reusing(address.family)
+def _bound_to(address: Address, sock: Optional[SocketType] = None) -> SocketType:
+    """The socket, or a new one, bound to the address."""
+    sock = sock or reuseaddr_socket(address.family)
     try:
         sock.bind(address.sockaddr)
     except BaseException:
@@ -248,5 +257,5 @@ def _at(address: Address, sock: Optional[SocketType] = None) -> SocketType:
     return sock
 
 
-def _name(family: int, sock: SocketType) -> Address:
+def _address_of(family: int, sock: SocketType) -> Address:
     return from_sockaddr(family, sock.getsockname())

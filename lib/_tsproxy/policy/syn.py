@@ -1,7 +1,7 @@
 """The TCP options of a SYN, from the headers that TCP_SAVED_SYN returns (RFC 9293, section 3.1; RFC 7323, section 3.2).
 
-Input is the IP header and the TCP header of one segment, as the kernel saved them. What is cut short or
-contradicts itself raises Malformed, never anything else.
+Input is the IP header and the TCP header of one segment, as the kernel saved them. Truncated or contradictory headers raise
+Malformed, and nothing else is raised.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Iterator, List, NamedTuple, Optional, Tuple
 EOL, NOP, MSS, WINDOW_SCALE, SACK_PERMITTED, TIMESTAMP = 0, 1, 2, 3, 4, 8
 _TCP = 6
 _FRAGMENT = 44  # 8 bytes, no length of its own. The kernel keeps it where the fragment is the whole packet (RFC 6946).
-_OFFER = bytes((TIMESTAMP, 10))  # how TSopt begins, with its one length
+_TSOPT_HEADER = bytes((TIMESTAMP, 10))  # kind and length of a well-formed TSopt
 _EXTENSIONS = frozenset({0, 43, _FRAGMENT, 60})  # IPv6 hop-by-hop, routing, destination options: length in the second byte
 _NAMES = {EOL: "eol", NOP: "nop", MSS: "mss", WINDOW_SCALE: "wscale", SACK_PERMITTED: "sackOK", TIMESTAMP: "TS"}
 
@@ -28,7 +28,7 @@ class Syn(NamedTuple):
 
     @property
     def tsval(self) -> Optional[int]:
-        """TSval, or None if TSopt is not there."""
+        """TSval; None without a well-formed TSopt."""
         for kind, data in self.options:
             if kind == TIMESTAMP and len(data) == 8:
                 return int.from_bytes(data[:4], "big")
@@ -36,13 +36,13 @@ class Syn(NamedTuple):
 
     @property
     def has_timestamps(self) -> bool:
-        """Whether kind 8 is there, well formed or not."""
+        """Whether there is an option of kind 8, well formed or not."""
         return any(kind == TIMESTAMP for kind, _ in self.options)
 
     def __str__(self) -> str:
         """As tcpdump writes it: "mss 1460,sackOK,TS val 1 ecr 0,nop,wscale 10"; runs of NOPs as "nop*10"."""
-        words: List[str] = [_word(kind, data) for kind, data in self.options]
-        return ",".join(_folded(words)) or "no options"
+        texts: List[str] = [_option_text(kind, data) for kind, data in self.options]
+        return ",".join(_fold_nops(texts)) or "no options"
 
 
 def parse(headers: bytes) -> Syn:
@@ -58,8 +58,8 @@ def parse(headers: bytes) -> Syn:
 
 
 def offered_tsval(headers: bytes) -> Optional[int]:
-    """TSval of a saved SYN; None if it offered none, was not kept (b"", SYN cookies), or is beyond this parser."""
-    if _OFFER not in headers:  # most often so, and in a tenth of the time that reading the options takes
+    """TSval of a saved SYN; None if it has none, was not saved (b"", SYN cookies), or is malformed."""
+    if _TSOPT_HEADER not in headers:  # the common case, in a tenth of the time of parse()
         return None
     try:
         return parse(headers).tsval
@@ -68,23 +68,23 @@ def offered_tsval(headers: bytes) -> Optional[int]:
 
 
 def _tcp_start(headers: bytes) -> int:
-    """Where the TCP header begins behind an IPv4 or IPv6 header."""
+    """Offset of the TCP header after an IPv4 or IPv6 header."""
     version = headers[0] >> 4 if headers else 0
     if version == 4 and len(headers) >= 20 and headers[9] == _TCP and headers[0] & 15 >= 5:
         return (headers[0] & 15) * 4
     if version == 6 and len(headers) >= 40:
-        return _behind_extensions(headers)
+        return _skip_extensions(headers)
     raise Malformed("no IPv4 or IPv6 header with TCP in it")
 
 
-def _behind_extensions(headers: bytes) -> int:
-    following, at = headers[6], 40
-    while following in _EXTENSIONS and at + 8 <= len(headers):
-        if following == _FRAGMENT and int.from_bytes(headers[at + 2 : at + 4], "big") >> 3:
+def _skip_extensions(headers: bytes) -> int:
+    next_header, at = headers[6], 40
+    while next_header in _EXTENSIONS and at + 8 <= len(headers):
+        if next_header == _FRAGMENT and int.from_bytes(headers[at + 2 : at + 4], "big") >> 3:
             raise Malformed("a later fragment, whose TCP header is in the first")
-        units = 0 if following == _FRAGMENT else headers[at + 1]
-        following, at = headers[at], at + 8 + units * 8
-    if following != _TCP:
+        units = 0 if next_header == _FRAGMENT else headers[at + 1]
+        next_header, at = headers[at], at + 8 + units * 8
+    if next_header != _TCP:
         raise Malformed("no TCP header behind the IPv6 headers")
     return at
 
@@ -103,18 +103,18 @@ def _options(field: bytes) -> Iterator[Tuple[int, bytes]]:
         at += length
 
 
-def _word(kind: int, data: bytes) -> str:
+def _option_text(kind: int, data: bytes) -> str:
     name = _NAMES.get(kind, f"kind {kind}")
     if kind == TIMESTAMP and len(data) == 8:
         return f"TS val {int.from_bytes(data[:4], 'big')} ecr {int.from_bytes(data[4:], 'big')}"
     return f"{name} {int.from_bytes(data, 'big')}" if data else name
 
 
-def _folded(words: List[str]) -> Iterator[str]:
+def _fold_nops(texts: List[str]) -> Iterator[str]:
     at = 0
-    while at < len(words):
+    while at < len(texts):
         run = 1
-        while at + run < len(words) and words[at + run] == words[at] == "nop":
+        while at + run < len(texts) and texts[at + run] == texts[at] == "nop":
             run += 1
-        yield words[at] if run < 3 else f"nop*{run}"
+        yield texts[at] if run < 3 else f"nop*{run}"
         at += run if run >= 3 else 1

@@ -1,8 +1,8 @@
 """net.ipv4.tcp_timestamps of this network namespace, through one descriptor that stays open.
 
-/proc/sys/net shows the namespace of whoever opens it, and the open file stays with that namespace. The value decides
-each SYN when it is sent, IPv6 too (tcp_syn_options() in net/ipv4/tcp_output.c): 0 no TSopt; 1 with a random offset
-for each connection; 2 and more without (Documentation/networking/ip-sysctl.rst).
+/proc/sys/net has the values of the namespace of the process that opens it, and the open file stays with that namespace. The
+kernel reads the value for each SYN that it sends, over IPv6 too (tcp_syn_options() in net/ipv4/tcp_output.c): 0 no TSopt; 1
+with a random offset for each connection; 2 and more without an offset (Documentation/networking/ip-sysctl.rst).
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ PATH = "/proc/sys/net/ipv4/tcp_timestamps"
 
 
 class Sysctl:
-    """The descriptor. One pread(2) of a few bytes for each look."""
+    """The descriptor. One pread(2) of a few bytes for each read."""
 
     def __init__(self, path: str = PATH) -> None:
-        """OSError if /proc is not there or not readable."""
+        """OSError if /proc is not mounted or not readable."""
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def value(self) -> int:
-        """The value now. OSError as pread(2) gives it; ValueError if it is no number."""
+        """The value now. OSError as pread(2) raises it; ValueError if it is no number."""
         return int(os.pread(self._fd, 16, 0))
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
-"""Accepting: one client a time, checked against the ACL and the limits, dispatched with the upstream addresses to try.
+"""Accepts clients, one for each call: checks --allow and the limits, dispatches the client with the upstream addresses to try.
 
-Knows the limits. Knows nothing of what becomes of a client, or of who accepts: the main thread for several workers, or
-the only worker for itself. When the host or the workers have no room it pauses by the clock; it never spins (compare
-trio's _highlevel_serve_listeners.py).
+Knows the limits. Knows nothing of sessions, or of the thread that accepts: the main thread for several workers, or the only
+worker. On EMFILE and the like, or if all inboxes are full, accepting pauses by a timer; it never spins (compare trio's
+_highlevel_serve_listeners.py).
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from _tsproxy.stats import metrics
 from _tsproxy.stats.counters import Counter, SharedCounters
 
 _PAUSE_S = 0.1
-_LOOK_AGAIN_S = 0.005  # how soon room is noticed: in an inbox, or under --on-full=queue
+_LOOK_AGAIN_S = 0.005  # poll interval while an inbox, or --max-connections under --on-full=queue, is full
 _LOG_S = 1.0
 _FULL_LOG_S = 60.0
-# By the length of the address in Python's form: to ask the client's socket object makes an enum each time.
+# By the length of the sockaddr tuple: socket.family would make an enum each time.
 _FAMILIES = {2: socket.AF_INET, 4: socket.AF_INET6}
 
 # accept(2): "treat these errors like EAGAIN by retrying": they are the new connection's, not the listener's.
-_PEER_ERRORS = uapi.NEW_CONNECTION_GONE | uapi.RETRY
+_PEER_ERRORS = uapi.ACCEPT_PEER_ERRORS | uapi.RETRY
 
 Dispatch = Callable[[Message], bool]
 
 
 class Acceptor:
-    """Turns the clients of listening sockets into messages. Listeners call it; it has no thread of its own."""
+    """Accepts the clients of listening sockets and makes messages of them. Called by Listener, in its loop's thread."""
 
     def __init__(
         self,
@@ -48,8 +48,8 @@ class Acceptor:
     ) -> None:
         """Count in `row`, which the caller's loop owns.
 
-        `dispatch` owns the client's descriptor once it returns True; False: there is no room for it now.
-        `log_ratelimited` gets level and text of a line. Connection ids go on where those of an earlier acceptor ended.
+        `dispatch` owns the client's descriptor if it returns True; False: no inbox has room. `log_ratelimited` gets level and
+        text of a line. Connection ids continue those of an earlier acceptor.
         """
         self._config, self._shared_counters, self._counters, self._clients = config, shared_counters, row, clients
         self._dispatch, self._log_ratelimited = dispatch, log_ratelimited
@@ -64,7 +64,7 @@ class Acceptor:
 
     @property
     def pause_s(self) -> float:
-        """How long accepting must pause from now on: 0 while there is room."""
+        """How long accepting has to pause from now on; 0: not at all."""
         if self._must_wait:
             return _LOOK_AGAIN_S
         return max(0.0, self._resume_at - time.monotonic()) if self._resume_at else 0.0
@@ -92,7 +92,7 @@ class Acceptor:
         return self._waiting is not None
 
     def accept(self, accept4: sockets.Accept4) -> bool:
-        """Accept one client; False if accept4(2) gave none, or if clients have to wait."""
+        """Accept one client; False if accept4(2) returned none, or if accepting has to pause."""
         if self._must_wait:
             return False
         try:
@@ -116,7 +116,7 @@ class Acceptor:
         return any(version == of and number & mask == net for of, net, mask in self._allowed)
 
     def _reject(self, fd: int, counter: Counter) -> None:
-        """Reset at once: a FIN would look like a session that was served and ended."""
+        """Close with RST: FIN would look like a session that was relayed and has ended."""
         self._counters[counter] += 1
         client = sockets.from_fd(fd, socket.AF_INET)
         sockets.reset_on_close(client)
@@ -135,7 +135,7 @@ class Acceptor:
             self._waiting = message
 
     def redispatch(self) -> None:
-        """Dispatch the client that waits, if there is room by now. Called by the clock of pause_s."""
+        """Dispatch the client that waits for room, if there is one. Called by a timer of pause_s."""
         if self._waiting is None:
             return
         if self._dispatch(self._waiting):
@@ -144,7 +144,7 @@ class Acceptor:
             self._log_error("no worker takes connections: their inboxes are full; clients wait")
 
     def give_up(self) -> None:
-        """Reset the client that waits, if there is one: no worker will be given it any more."""
+        """Reset the client that waits for room, if there is one. Called in a drain, once the listeners are closed."""
         if self._waiting is not None:
             self._counters[Counter.ACCEPTED] -= 1
             self._clients.leave(self._waiting.client)

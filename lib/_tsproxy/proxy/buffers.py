@@ -1,4 +1,4 @@
-"""Relay buffers: acquired when the kernel takes less than it was given, released when it is gone."""
+"""A pool of relay buffers: acquired after a partial send(2), released when the pending bytes are sent or discarded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _HEADS = 256
 
 
 class Buffers:
-    """A pool of equal buffers. An anonymous mapping each, so that one given up goes back to the kernel (mmap(2))."""
+    """A pool of buffers of one size. Each is an anonymous mapping, so that a freed one is returned to the kernel (mmap(2))."""
 
     def __init__(self, size: int) -> None:
         """`size` in bytes."""
@@ -18,17 +18,17 @@ class Buffers:
         self._spare: List[memoryview] = []
 
     def acquire(self) -> memoryview:
-        """A buffer; its content is whatever was there."""
+        """A buffer with any content."""
         return self._spare.pop() if self._spare else memoryview(mmap.mmap(-1, self._size))
 
     def release(self, buffer: memoryview) -> None:
-        """Take a buffer back; beyond a few spare ones it is freed."""
+        """Put a buffer back into the pool; beyond a few spare ones it is freed."""
         if len(self._spare) < _SPARE:
             self._spare.append(buffer)
 
 
 class PrefixViews(Dict[int, memoryview]):
-    """The first n bytes of a buffer, by n. Messages come in few sizes: a slice that is there costs half of a new one."""
+    """Cached views of the first n bytes of a buffer, by n. Messages have few sizes; a cached slice takes half the time."""
 
     def __init__(self, buffer: memoryview) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""How many connections each client address has, for --max-connections-per-client. Memory is bounded; nothing is locked.
+"""Counts the connections of each client address, for --max-connections-per-client. Memory is bounded; there is no lock.
 
-A client with connections has two counters in each worker's row: begun and ended there. The acceptor
-counts what it hands over; what has not ended is open. A pair whose connections have all ended is given to another client
-when none is free. No line or pipe is needed to know of an end, so none that is dropped can make the count wrong.
+A client address with connections has a slot of two counters in each worker's row: sessions begun and ended there. The acceptor
+counts what it dispatches; what has not ended is open. A slot whose sessions have all ended is reused for another address when
+none is unused. Ends are counted in shared memory, not by records, so a dropped record can't make the count wrong.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from _tsproxy.stats.counters import SharedCounters, slot_offset
 
 
 def slots_for(max_connections: int, per_client: int) -> int:
-    """How many clients to have room for: half as many again as can be connected, so that a vacant slot is near."""
+    """How many slots to make: 1.5 for each possible connection, so that the search for a vacant one is short."""
     return max_connections + max_connections // 2 + 1 if per_client else 0
 
 
 class Clients:
-    """The acceptor's own; see the module. A client is an address, IPv4-mapped as IPv4; a link-local one with its zone."""
+    """See the module. Only the acceptor uses it. A client is an address, IPv4-mapped as IPv4, link-local with its zone."""
 
     def __init__(self, shared_counters: SharedCounters, slots: int, limit: int) -> None:
-        """At most `limit` connections a client; 0 is no limit. Each of `slots` clients has two counters."""
-        self._counters_of_all, self._slots, self._limit = shared_counters, slots, limit
+        """At most `limit` connections a client; 0 is no limit. `slots` is the number of client slots in the shared counters."""
+        self._shared_counters, self._slots, self._limit = shared_counters, slots, limit
         self._slot_of: Dict[bytes, int] = {}
         self._owners: List[bytes] = []  # by slot; it grows to `slots` at most
-        self._given: List[int] = []  # by slot: connections handed over, whoever the owner was
-        self._hand = 0  # where the next search for a vacant slot begins, as in the clock algorithm
+        self._given: List[int] = []  # by slot: connections dispatched, for its owners so far
+        self._hand = 0  # the slot where the next search for a vacant one begins (clock algorithm)
 
     def enter(self, packed: bytes) -> Optional[int]:
-        """Count one more connection of the client; its pair in the rows (0: not counted), or None if it has its share."""
+        """Count one more connection of the client; its slot in the rows (0: not counted), or None if it is at its limit."""
         if not self._limit:
             return 0
         slot = self._find(without_port(packed))
@@ -40,15 +40,15 @@ class Clients:
         return slot_offset(slot)
 
     def leave(self, packed: bytes) -> None:
-        """Take back the last enter(): no worker has taken the connection."""
+        """Undo the last enter(): the connection was not dispatched."""
         if self._limit:
             self._given[self._slot_of[without_port(packed)]] -= 1
 
     def _open(self, slot: int) -> int:
-        return self._given[slot] - self._counters_of_all.client_ended(slot_offset(slot))
+        return self._given[slot] - self._shared_counters.client_ended(slot_offset(slot))
 
     def _find(self, client: bytes) -> Optional[int]:
-        """The client's slot, or a vacant one that becomes its; None if all have connections."""
+        """The client's slot, or a vacant one for it; None if all slots have open connections."""
         slot = self._slot_of.get(client)
         if slot is None:
             slot = self._fresh() if len(self._owners) < self._slots else self._vacant()

@@ -1,8 +1,8 @@
-"""The connecting phase of a session: try the upstream addresses in order until one is established, or tell why none is.
+"""The connecting phase of a session: tries the upstream addresses in order until one is established, or reports why none is.
 
-Before each SYN the policy gate is asked; while it does not know, the connector waits and no SYN leaves. Linux would send
-a SYN again by itself, without asking the gate: where the gate proves each SYN, the connector gives the socket up before
-that, and sends the next SYN from another socket, asked anew.
+Before each SYN it calls the policy gate's may_connect(); on None the connector waits and no SYN leaves. Linux retransmits a
+SYN without asking the gate. So where the gate proves each SYN, the connector closes the socket before the first retransmit,
+asks the gate again, and sends the next SYN from another socket.
 
 Knows addresses, the clock and one upstream socket at a time. Knows nothing of the client, or of what the gate checks.
 """
@@ -20,12 +20,12 @@ from _tsproxy.linux.sockets import TcpInfo
 from _tsproxy.loop.poller import WRITE
 from _tsproxy.loop.posted import NEW
 from _tsproxy.proxy.context import WorkerContext
-from _tsproxy.stats.counters import CONNECT, Counter, note
+from _tsproxy.stats.counters import CONNECT, Counter, observe
 from _tsproxy.stats.endings import Ending
 from _tsproxy.stats.records import Notice
 
 _SYN_ONCE_NS = 900_000_000  # Linux sends a SYN again after 1 s (TCP_TIMEOUT_INIT, include/net/tcp.h; RFC 6298, section 2)
-_ASK_AGAIN_NS = 250_000_000  # a worker is told when the gate knows more; this is for when it could not be
+_ASK_AGAIN_NS = 250_000_000  # in case no EVIDENCE command came, since the inbox was full
 _ADVICE = {
     Ending.NO_DESCRIPTORS: "out of file descriptors or memory: raise LimitNOFILE (ulimit -n) or lower --max-connections",
     Ending.NO_PORTS: "no local port is left: widen net.ipv4.ip_local_port_range or add --source addresses",
@@ -33,10 +33,10 @@ _ADVICE = {
 
 
 class ConnectorEvents(Protocol):
-    """What a connector tells its session; after either of the first two it is closed."""
+    """What a connector reports to its session; after either of the first two the session closes it."""
 
     def on_connected(self, upstream: socket.SocketType, info: TcpInfo) -> None:
-        """The connection is established; the socket is the session's from now on."""
+        """The connection is established. The session owns the socket from now on."""
         ...
 
     def on_connect_failed(self, ending: Ending) -> None:
@@ -68,14 +68,14 @@ class Connector:
         """`upstreams` are packed addresses, one after the other. Nothing happens before connect()."""
         self._session, self._context, self._candidates = session, context, upstreams
         self._failure = Ending.CONNECT_FAILED
-        self._socket: Optional[socket.SocketType] = None  # its SYN is out
+        self._socket: Optional[socket.SocketType] = None  # in SYN_SENT
         self._started_ns = accepted_ns
-        self._until_ns = 0  # when to give up what is waited for; 0: nothing yet
+        self._until_ns = 0  # deadline of the connect, or of waiting for the gate; 0: none
         self.upstream: Optional[bytes] = None  # the address that was tried last, packed
         self.connect_us: Optional[int] = None
 
     def connect(self) -> None:
-        """Try the addresses that are left until a SYN is out or the gate has to be waited for; none left: fail."""
+        """Try the remaining addresses until a SYN is sent, or the gate has to be waited for. None left: on_connect_failed()."""
         while self._candidates:
             at, allowed = self._choose()
             if allowed is None and self._wait_for_gate():
@@ -88,7 +88,7 @@ class Connector:
         self._session.on_connect_failed(self._failure)
 
     def _choose(self) -> Tuple[int, Optional[bool]]:
-        """Where the address to try stands, and what the gate says of it: allowed, not allowed, or (None) not known yet.
+        """Offset of the address to try, and the gate's answer for it: True, False, or None for not known yet.
 
         The first that is allowed, so that one family does not wait for another; else the first not known; else the first.
         """
@@ -104,7 +104,7 @@ class Connector:
         return (found[None], None) if None in found else (found[False], False)
 
     def _wait_for_gate(self) -> bool:
-        """Ask the gate again when it knows more, or by the clock; False once that has taken as long as a connect may."""
+        """Ask the gate again after an EVIDENCE command, or by a timer; False when the connect timeout has passed."""
         now = time.monotonic_ns()
         self._until_ns = self._until_ns or now + self._context.settings.connect_timeout_ns
         if now >= self._until_ns:
@@ -114,7 +114,7 @@ class Connector:
         return True
 
     def _refused(self, packed: bytes) -> None:
-        """No SYN may leave for this address. That is the reason for the end if there was none to try before it."""
+        """The gate allows no SYN to this address. That is the session's ending if no other address was tried before it."""
         if self.upstream in (None, packed) and not self._context.gate.is_absent(family_of(packed)):
             self._failure = Ending.POLICY
 
@@ -132,7 +132,7 @@ class Connector:
             self._context.count(Counter.CONNECTS_ENDED)
             self._attempt_failed(error.errno or 0)
             return False
-        info = sockets.connected(sock)  # a target on this host has answered already
+        info = sockets.connected(sock)  # over loopback the connection is established already
         if info is not None:
             self._connected(sock, info)
         else:
@@ -140,12 +140,12 @@ class Connector:
         return True
 
     def _connect_from_any_source(self, address: Address) -> socket.SocketType:
-        """A socket whose SYN is out. Without timestamps TIME_WAIT ports can't be reused, so each source gets its try."""
+        """A socket in SYN_SENT. Without timestamps ports in TIME_WAIT can't be reused, so each source address is tried."""
         code = 0
         for source in self._context.sources(address.family):
             try:
                 sock = sockets.dial(address.family, self._context.settings.tuning, source, self._context.gate.for_rules)
-            except sockets.SourceGone:
+            except sockets.SourceUnavailable:
                 self._log_source_gone(source)
                 continue
             code = sock.connect_ex(address.sockaddr)
@@ -155,11 +155,11 @@ class Connector:
             if code != errno.EADDRNOTAVAIL:
                 break
         if code == errno.EADDRNOTAVAIL and address.family == socket.AF_INET6 and not namespaces.has_ipv6():
-            code = errno.ENETUNREACH  # no lack of ports: IPv6 is switched off
+            code = errno.ENETUNREACH  # IPv6 is disabled, ports are not short
         raise OSError(code or errno.ENODEV, "connect")
 
     def _log_source_gone(self, source: Optional[Address]) -> None:
-        """One of the local addresses has left: the others serve; without any the connection fails, for no lack of ports."""
+        """bind(2) failed: a source address was removed. The others are used; without any the ending is CONNECT_FAILED."""
         gone = f"--source={source.ip}" if source else "the source"
         text = f"{gone} is no address of this host any more: connections come from the others, if there are any"
         self._context.log_ratelimited("error", gone, text)
@@ -174,7 +174,7 @@ class Connector:
         """Not called: the lane is NEW."""
 
     def ready(self, mask: int) -> None:
-        """The SYN has its answer."""
+        """The handshake is complete, or has failed."""
         sock = self._socket
         if sock is None:
             return
@@ -189,11 +189,11 @@ class Connector:
     def _connected(self, sock: socket.SocketType, info: TcpInfo) -> None:
         took_ns = time.monotonic_ns() - self._started_ns
         self.connect_us = took_ns // 1000
-        note(self._context.counters, CONNECT, took_ns)
+        observe(self._context.counters, CONNECT, took_ns)
         self._session.on_connected(sock, info)
 
     def on_deadline(self, now_ns: int) -> None:
-        """The gate may know more now; or a SYN has had no answer, and is given up or sent from another socket."""
+        """Ask the gate again; or, if a SYN had no answer, fail the attempt or send the SYN from another socket."""
         if self not in self._context.registry.waiting:
             code = self._unreported_error()
             if code or now_ns >= self._until_ns:
@@ -203,11 +203,11 @@ class Connector:
         self.connect()
 
     def _unreported_error(self) -> int:
-        """The errno of an ICMP error that came while connect(2) itself ran, as from this host's own filter: told when asked."""
+        """SO_ERROR: an ICMP error that came while connect(2) ran, as from this host's own filter, raises no event."""
         return self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if self._socket else 0
 
     def on_policy_failed(self) -> None:
-        """If a SYN is out that may not be: try the other addresses, of which a family may be allowed."""
+        """If the socket is in SYN_SENT over a family that fails now: try the other addresses, whose family may be allowed."""
         if self.upstream is not None and self._context.gate.ends(family_of(self.upstream), established=False):
             self._retract_syn()
             self.connect()
@@ -223,7 +223,7 @@ class Connector:
             self._candidates = (self.upstream or b"") + self._candidates
 
     def _close_socket(self) -> None:
-        """Close the socket that connects. With a reset, if its peer has answered halfway (SYN_RECV)."""
+        """Close the connecting socket; with RST, in case the peer is in SYN_RECV."""
         if self._socket is not None:
             sockets.reset_on_close(self._socket)
             self._context.loop.close_later(self._socket)
@@ -231,7 +231,7 @@ class Connector:
             self._context.count(Counter.CONNECTS_ENDED)
 
     def _attempt_failed(self, code: int) -> None:
-        """One address failed: remember why, should no other do better, and log it."""
+        """One address failed: remember why, in case no other connects, and log it."""
         self._close_socket()
         self._until_ns = 0
         self._failure = _ending_of(code)
@@ -246,7 +246,7 @@ class Connector:
             self._context.records.put(Notice(self._context.number, time.time_ns(), "debug", about))
 
     def close(self) -> None:
-        """The session is connected, or has ended. Call it once; without a garbage collector, no cycle may be left."""
+        """Called once, when connected or at the session's end. The garbage collector is off, so no cycle may be left."""
         self._close_socket()
         self._context.loop.timers.disarm(self)
         self._context.registry.waiting.discard(self)
@@ -254,12 +254,12 @@ class Connector:
 
 
 def _without(candidates: bytes, at: int) -> bytes:
-    """The packed addresses but for the one that stands there."""
+    """The packed addresses without the one at this offset."""
     return candidates[:at] + candidates[at + PACKED_SIZE :]
 
 
 def _ending_of(code: int) -> Ending:
-    """How a session ends for which this errno is the last word on connecting."""
+    """The ending of a session whose last connect failed with this errno."""
     if code in uapi.CAPACITY:
         return Ending.NO_DESCRIPTORS
     if code == errno.EADDRNOTAVAIL:

@@ -1,6 +1,6 @@
 """What all sessions of one worker share: its loop, buffer, counters, records, policy gate and settings.
 
-One thread owns it. Sessions and directions work on it; it does nothing by itself.
+Only the worker's thread uses it. Knows no session. Does nothing by itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from _tsproxy.proxy.gate import PolicyGate
 from _tsproxy.proxy.liveness import Liveness
 from _tsproxy.proxy.pipes import Pipes
 from _tsproxy.proxy.registry import Registry
-from _tsproxy.stats.counters import LONGEST_RELAY, LOOP_LAG, Counter, note
+from _tsproxy.stats.counters import LONGEST_RELAY, LOOP_LAG, Counter, observe
 from _tsproxy.stats.records import ConnectionRecord, Notice, RecordWriter
 
 _LOG_NS = 1_000_000_000
@@ -59,7 +59,7 @@ class WorkerContext:
         self.number, self.settings, self.gate = number, settings, gate
         self.tsval_of = tsval_of
         self.counters, self.records = counters, records
-        self.loop = EventLoop(spin_ns=spin_ns, on_lag=functools.partial(note, counters, LOOP_LAG))
+        self.loop = EventLoop(spin_ns=spin_ns, on_lag=functools.partial(observe, counters, LOOP_LAG))
         self.buffers = Buffers(buffer_size)
         self.buffer = self.buffers.acquire()
         self.prefixes = PrefixViews(self.buffer)
@@ -67,25 +67,25 @@ class WorkerContext:
         self.pipes = Pipes(PIPES_A_WORKER if settings.zero_copy else 0)
         self.liveness = Liveness(settings.tuning.user_timeout_ms)
         self.registry = Registry(self.loop.timers, self.liveness.step_ns)
-        self.longest_ns = counters[LONGEST_RELAY]  # as far as the hot path knows: an attribute is read faster
+        self.longest_ns = counters[LONGEST_RELAY]  # a copy for the hot path: an attribute is read faster
         self._sources = _by_family(sources)
         self._logged: Dict[str, int] = defaultdict(lambda: -_LOG_NS)
 
     def record(self, ended: ConnectionRecord) -> None:
-        """Write the record once its sockets, given to close_later(), are closed: no byte is acknowledged after the line.
+        """Write the record after close(2) of its sockets, given to close_later(): no byte is acknowledged after the line.
 
-        And to write to a pipe lets its reader run first.
+        And write(2) to a pipe wakes the reporter, which may run before this thread goes on.
         """
         self.loop.after_close(functools.partial(self.records.put, ended))
 
     def swap_buffer(self) -> memoryview:
-        """The buffer with the bytes just received, for a direction to keep; the worker goes on with another."""
+        """The buffer with the bytes just received, for a direction to keep; the worker receives into another from now on."""
         kept, self.buffer = self.buffer, self.buffers.acquire()
         self.prefixes = PrefixViews(self.buffer)
         return kept
 
     def sources(self, family: int) -> List[Optional[Address]]:
-        """Source addresses to try, each once, rotated by one per call; [None] if any will do."""
+        """Source addresses to try, rotated by one per call; [None] without --source, so that the kernel chooses."""
         if family not in self._sources:
             return [None]
         ring, count = self._sources[family]
@@ -97,17 +97,17 @@ class WorkerContext:
         self.counters[counter] += by
 
     def relay_took_longest(self, took_ns: int) -> None:
-        """Note a time to relay that is longer than any before."""
+        """Store a new maximum of the time to relay."""
         self.longest_ns = max(took_ns, self.counters[LONGEST_RELAY])
         self.counters[LONGEST_RELAY] = self.longest_ns
 
     def count_client(self, client_slot: int, ended: bool = False) -> None:
-        """One more session of a client has begun or ended; `client_slot` is where that is counted, 0 if it is not."""
+        """Count one more session of a client as begun or ended; `client_slot` is its index in the row, 0: not counted."""
         if client_slot:
             self.counters[client_slot + ended] += 1
 
     def log_ratelimited(self, level: str, about: str, message: str) -> None:
-        """A log line, about the same thing once a second at most."""
+        """Log a line; about the same thing once a second at most."""
         now = time.monotonic_ns()
         if now - self._logged[about] >= _LOG_NS:
             self._logged[about] = now

@@ -1,12 +1,12 @@
 """One direction of a session: bytes from a source to a sink, in order, none lost, none kept longer than needed.
 
 - Fast path: one recv_into(2), one send(2), through the worker's buffer. Partial sends, full buffers, EOF and errors leave it.
-- What the sink does not take is pending: it stays where it arrived, and the source is not read until it is gone
-  (backpressure). One buffer, or one pipe, is the most that a direction ever keeps.
-- FIN is passed on after the bytes before it. An error of either socket goes to the session, which resets both.
-- A source that keeps filling the buffer is spliced: its bytes go through a pipe by splice(2) until that no longer pays.
+- Bytes that send(2) does not accept are pending: they stay where they arrived, and the source is not read until they are sent
+  (backpressure). A direction keeps at most one buffer, or one pipe.
+- FIN is passed on after the bytes before it. An error of either socket is reported to the session, which resets both.
+- A source that keeps filling the buffer is spliced: its bytes go through a pipe by splice(2) while that is faster.
 
-Knows two sockets and the worker's context. Knows nothing of how the session came to be or why it ends: that it tells the
+Knows two sockets and the worker's context. Knows nothing of how the session began or why it ends: it reports events to the
 session. Both directions run this same code.
 """
 
@@ -25,8 +25,8 @@ from _tsproxy.proxy.liveness import Stall
 from _tsproxy.proxy.pending import Pending, PendingBuffer
 from _tsproxy.proxy.pipes import Pipe
 from _tsproxy.proxy.states import DRAINING, EOF, FLUSHED, OPEN, SHUT, flow_after
-from _tsproxy.stats.counters import RELAY, Counter, note
-from _tsproxy.stats.histogram import LINEAR_NS, STEP_NS, slot
+from _tsproxy.stats.counters import RELAY, Counter, observe
+from _tsproxy.stats.histogram import LINEAR_NS, STEP_NS, bucket
 
 
 class DirectionCounters(NamedTuple):
@@ -47,7 +47,7 @@ TO_DOWNSTREAM = DirectionCounters(Counter.RECEIVED_UPSTREAM, Counter.ACKNOWLEDGE
 
 
 class SessionEvents(Protocol):
-    """What a direction tells its session."""
+    """What a direction reports to its session."""
 
     def on_event(self, direction: Direction, mask: int) -> None:
         """An event of the source's descriptor that is not plain EPOLLIN, or that was posted."""
@@ -62,7 +62,7 @@ class SessionEvents(Protocol):
         ...
 
     def on_flow(self) -> None:
-        """A direction's state or its pending bytes changed: what to wait for may have, too."""
+        """A direction's state or its pending bytes changed: so may the events and deadline to wait for."""
         ...
 
     def on_bug(self, bug: Exception) -> None:
@@ -120,13 +120,13 @@ class Direction:
         """Reads nothing before the loop calls readable()."""
         self.session, self.context, self.source, self.sink, self.counter_ids = session, context, source, sink, counter_ids
         self.fd = source.fileno()
-        self.received_slot = int(counter_ids.received)  # a plain number: this is done for each message
+        self.received_slot = int(counter_ids.received)  # a plain int: indexing with an IntEnum takes longer
         self.flow = OPEN
         self.lane = NOW  # BULK for the event after a full buffer
         self.received = 0
-        self.unsent = 0  # received and not given to the sink's kernel: pending now, or discarded in the end
-        self.acknowledged = 0  # by the sink's peer, as of the last look
-        self.acknowledged_before = 0  # what tcpi_bytes_acked of the sink said before any byte: 1 if the SYN was ours
+        self.unsent = 0  # received and not accepted by the sink's kernel: pending now, or discarded at the end
+        self.acknowledged = 0  # by the sink's peer, as of the last TCP_INFO
+        self.acknowledged_before = 0  # tcpi_bytes_acked of the sink before any byte: 1 if the SYN was ours
         self.pending: Optional[Pending] = None
         self.pending_since = 0
         self.splicer: Optional[Splicer] = None
@@ -166,7 +166,7 @@ class Direction:
         if took < LINEAR_NS:
             counters[RELAY + took // STEP_NS] += 1
         else:
-            counters[RELAY + slot(took)] += 1
+            counters[RELAY + bucket(took)] += 1
 
     def ready(self, mask: int) -> None:
         """Any event of the source's descriptor that is not plain EPOLLIN, or that was posted."""
@@ -182,26 +182,26 @@ class Direction:
             self.session.on_broken_source(self, error)
 
     def _send_failed(self, received: int, error: OSError) -> None:
-        """send(2) took nothing: pending if the sink is only full, else discarded."""
+        """send(2) failed: the bytes are pending if the sink is only full, else discarded."""
         if self.is_full(error):
             self._moved_much(received, 0)
         else:
             self.discard(received, error)
 
     def is_full(self, error: OSError) -> bool:
-        """Whether the sink takes nothing just now: no room, or no kernel memory (send(2), ENOBUFS and ENOMEM)."""
+        """Whether the errno is temporary: EAGAIN, or no kernel memory (send(2), ENOBUFS and ENOMEM)."""
         if error.errno in uapi.CAPACITY:
             self.reverse._back_off()
             return True
         return error.errno in uapi.RETRY
 
     def discard(self, received: int, error: OSError) -> None:
-        """The sink failed with all of this unsent: count it, and tell the session."""
+        """The sink failed: count the received bytes as unsent, and report it to the session."""
         self.account(received, 0)
         self.session.on_broken_sink(self, error)
 
     def _moved_much(self, received: int, sent: int) -> None:
-        """The buffer was full, or the sink is."""
+        """The receive filled the buffer, or the send was partial."""
         context = self.context
         self.account(received, sent)
         if received == context.buffer_size:
@@ -210,30 +210,30 @@ class Direction:
             self.keep_pending(PendingBuffer(context.buffers, context.swap_buffer(), sent, received))
         else:
             self.note_relayed(context.loop.now)
-            context.loop.poller.again(self.fd)  # a short receive has emptied the socket; this one has not
+            context.loop.poller.rearm(self.fd)  # a short receive has emptied the socket; this one has not
 
     def account(self, received: int, sent: int) -> None:
-        """Count what was received, and what of it is unsent."""
+        """Count received bytes, and those of them that are unsent."""
         self.unsent += received - sent
         self.received += received
         self.context.counters[self.counter_ids.received] += received
 
     def note_relayed(self, since_ns: int) -> None:
-        """All that was received at `since_ns` is sent now."""
+        """The bytes received at `since_ns` are all sent now."""
         self.last_active_ns = now = monotonic_ns()
-        note(self.context.counters, RELAY, now - since_ns)
+        observe(self.context.counters, RELAY, now - since_ns)
 
     # Backpressure
 
     def keep_pending(self, pending: Pending) -> None:
-        """Keep what the sink did not take, and pause the source."""
+        """Keep the unsent bytes, and stop reading the source."""
         self.context.counters[self.counter_ids.paused] += 1
         self.pending, self.pending_since = pending, self.context.loop.now
         self.last_active_ns = monotonic_ns()
         self.session.on_flow()
 
     def drain(self) -> None:
-        """The sink has room: send pending bytes. When all are sent, resume the source, or pass on the FIN behind them."""
+        """EPOLLOUT of the sink: send pending bytes. When all are sent, read the source again, or pass on the FIN after them."""
         pending = self.pending
         if pending is None:
             return
@@ -258,7 +258,7 @@ class Direction:
             self.pending = None
 
     def flush_before_reset(self) -> None:
-        """The source is broken: send on what is still in its receive queue, as far as the sink takes it now, and no FIN."""
+        """The source failed: relay what is in its receive queue, as far as send(2) accepts it now, and no FIN."""
         buffer = self.context.buffer
         try:
             while self.is_reading and (received := self.source.recv_into(buffer)):
@@ -266,12 +266,12 @@ class Direction:
                 sent = self.sink.send(buffer[:received])
                 self.unsent -= sent
                 if sent < received:
-                    return  # what comes behind the rest must not be sent without it
+                    return  # later bytes must not be sent without these
         except OSError:
-            pass  # the queue is empty, or the sink fails: what is left over has been counted as unsent
+            pass  # EAGAIN: the queue is empty; or the sink failed: the bytes are counted as unsent
 
     def _back_off(self) -> None:
-        """The kernel has no memory for the source's socket: leave its descriptor alone for a while, by the clock."""
+        """The kernel has no memory for the source's socket: watch its descriptor for nothing until a timer fires."""
         if not self.backing_off:
             self.backing_off = True
             self.context.loop.timers.arm(self, self.context.loop.now + _BACK_OFF_NS)
@@ -290,11 +290,11 @@ class Direction:
 
     @property
     def unacknowledged(self) -> int:
-        """Bytes that the sink's kernel was given and its peer had not acknowledged at the last look."""
+        """Bytes that the sink's kernel has accepted and its peer had not acknowledged at the last TCP_INFO."""
         return self.received - self.unsent - self.acknowledged
 
     def count_acknowledged(self, total: int) -> None:
-        """`total` is tcpi_bytes_acked of the sink, which counts our SYN and our FIN, too; a FIN comes behind all bytes."""
+        """`total` is tcpi_bytes_acked of the sink. It counts our SYN too, and our FIN, which comes after all bytes."""
         more = min(total - self.acknowledged_before - self.acknowledged, self.unacknowledged)
         self.acknowledged += more
         self.context.counters[self.counter_ids.acknowledged] += more
@@ -302,13 +302,13 @@ class Direction:
     # Half-close
 
     def _end_of_file(self) -> None:
-        """FIN came: pass it on when all before it is sent."""
+        """EOF: shut down the sink when all bytes before it are sent."""
         self.flow = flow_after(self.flow, EOF)
         self.last_active_ns = monotonic_ns()
         self._shut_if_drained()
 
     def _shut_if_drained(self) -> None:
-        """FIN goes on only after the bytes before it. The second one is left to the session's end."""
+        """After EOF, with no bytes pending: shutdown(2) of the sink. The second direction leaves its FIN to close(2)."""
         if self.flow is DRAINING:
             try:
                 if self.reverse.flow is not SHUT:
@@ -333,7 +333,7 @@ class Direction:
             return 0
         if self.reverse.pending is not None:
             return READ | WRITE if self.is_reading else WRITE
-        return READ_EDGES if self.pending is None else 0  # after FIN nothing more comes but a hang-up, which is an edge too
+        return READ_EDGES if self.pending is None else 0  # after EOF only EPOLLHUP comes, which is an edge too
 
     # Splicing
 
@@ -343,7 +343,7 @@ class Direction:
         return self.splicer or self
 
     def _filled(self) -> None:
-        """One more full buffer: splice when there were several in a row and a pipe is to be had."""
+        """One more full buffer: splice if there were several in a row and a pipe is free."""
         in_a_row = self.received - self.filled_at == self.context.buffer_size
         self.fills = self.fills + 1 if in_a_row else 1
         self.filled_at = self.received
@@ -353,7 +353,7 @@ class Direction:
             self.splicer = self.context.loop.handlers[self.fd] = Splicer(self, pipe)
 
     def stop_splicing(self) -> None:
-        """Back to copying."""
+        """Return to recv(2) and send(2)."""
         self._drop_splicer()
         self.context.loop.handlers[self.fd] = self
 
@@ -363,7 +363,7 @@ class Direction:
             self.splicer = None
 
     def detach(self) -> None:
-        """The session has ended: release everything. Without a garbage collector, no cycle may be left."""
+        """The session has ended: release everything. The garbage collector is off, so no cycle may be left."""
         self._release_pending()
         self._drop_splicer()
         if self.backing_off:
@@ -374,7 +374,7 @@ class Direction:
 
 
 class Splicer:
-    """Reads a direction's source in its place: splice(2) into a pipe, and out of it. Only the moving differs."""
+    """Handles the source's descriptor instead of its direction: splice(2) into a pipe, and out of it. The rest is the same."""
 
     lane = BULK
     __slots__ = ("_direction", "_pipe", "_small")
@@ -382,7 +382,7 @@ class Splicer:
     def __init__(self, direction: Direction, pipe: Pipe) -> None:
         """`pipe` is empty, and is released by close()."""
         self._direction, self._pipe = direction, pipe
-        self._small = 0  # splices in a row that were
+        self._small = 0  # small splices in a row
 
     def ready(self, mask: int) -> None:
         """Any event of the source's descriptor."""
@@ -393,7 +393,7 @@ class Splicer:
         self._direction.on_bug(bug)
 
     def readable(self) -> None:
-        """Fill the pipe once and empty it once; what the sink does not take stays in it, pending."""
+        """One splice(2) into the pipe, one out of it. Bytes that the sink does not accept stay in the pipe, pending."""
         direction = self._direction
         try:
             received = 0 if self._pipe.refused else self._pipe.fill(direction.source)
@@ -402,7 +402,7 @@ class Splicer:
                 direction.receive_failed(error)
                 return
             received = 0
-        if not received:  # EOF, the mark of urgent data, where splice(2) stops for ever, or a refusal: recv(2) tells which
+        if not received:  # EOF, urgent data (splice(2) never passes its mark), or a refusal: recv(2) shows which
             self._log_refusal()
             direction.stop_splicing()
             direction.readable()
@@ -430,10 +430,10 @@ class Splicer:
             direction.keep_pending(self._pipe)
             return
         direction.note_relayed(loop.now)
-        loop.poller.again(direction.fd)  # how much splice(2) took does not tell whether there is more
+        loop.poller.rearm(direction.fd)  # the length of a splice(2) does not show whether there is more
         if self._small >= _UNSPLICE_AFTER:
             direction.stop_splicing()
 
     def close(self) -> None:
-        """Release the pipe, with what is left in it."""
+        """Release the pipe. Bytes in it are discarded."""
         self._direction.context.pipes.release(self._pipe)

@@ -1,4 +1,4 @@
-"""The questions that the data path asks before it lets bytes through; who answers, and by what right, is not known here."""
+"""The interface between data path and policy: what is asked before a SYN and before the first byte. Knows no implementation."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from _tsproxy.linux.sockets import TcpInfo
 
 
 class PolicyGate(Protocol):
-    """Asked before each SYN and once after the handshake, before the first byte is relayed. Never blocks."""
+    """Called before each SYN, and once after the handshake, before the first byte is relayed. Never blocks."""
 
-    witness: int  # what the answers rest on, as a number for the record
-    for_rules: bool  # whether upstream sockets carry the mark that packet filter rules need
-    proves_each_syn: bool  # whether the kernel may not send a SYN again by itself
+    witness: int  # for the record: the number of the lever
+    for_rules: bool  # whether upstream sockets set the DSCP mark that packet filter rules need
+    proves_each_syn: bool  # whether the kernel must not retransmit a SYN without a call of may_connect()
 
     def may_connect(self, family: int) -> Optional[bool]:
-        """Whether a SYN may leave now over this address family; None: not known yet, an answer comes soon."""
+        """Whether a SYN may leave now over this address family; None: not known yet, an EVIDENCE command will come."""
         ...
 
     def is_absent(self, family: int) -> bool:
-        """Whether it may not because this host can't use the family at all."""
+        """Whether the reason is that this host has no address of the family."""
         ...
 
     def ends(self, family: int, established: bool) -> bool:
-        """Whether a connection over this family, established or connecting, has to end by what is known now."""
+        """Whether a session over this family, established or connecting, has to end, since the policy fails."""
         ...
 
     def may_relay(self, upstream: socket.SocketType, info: TcpInfo) -> bool:
-        """Whether bytes may pass on this established connection, of which the kernel says `info`."""
+        """Whether bytes may be relayed on this established connection; `info` is its TCP_INFO."""
         ...

@@ -1,11 +1,11 @@
 """A worker's inbox: accepted descriptors and commands, in order, without a lock.
 
-Within one process: a lock-free ring in shared memory, one producer, one consumer. Its wake-up counts the entries that
-were put, and the kernel's own locking of that counter is the memory barrier between writing an entry and reading it:
-the consumer never looks at an entry that it was not told of. Put, then always wake; the reader clears the wake-up,
-and takes as many as it counted, one at a time. Between processes: a socket pair that carries the entry with the
-descriptor itself (SCM_RIGHTS, unix(7)). How many were taken stands in the worker's row of the shared counters, so that a
-replacement goes on there.
+Within one process: a lock-free ring in shared memory, one producer, one consumer. Its wake-up, an eventfd, counts the messages
+that were put. The kernel's lock on that counter is the memory barrier between writing a message and reading it: the consumer
+reads no message beyond that count. The producer writes the message, then wakes; the consumer clears the wake-up, and pops as
+many as it counted, one at a time. Between processes: a socket pair that carries the message with the descriptor itself
+(SCM_RIGHTS, unix(7)). The number of consumed messages is in the worker's row of the shared counters, so that a replacement
+continues there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from _tsproxy.linux.needs import Refused, needing
 from _tsproxy.linux.wakeup import Wakeup
 from _tsproxy.stats.counters import Counter
 
-CAPACITY = 256  # a slot is large, and each that was once in use stays in memory
+RING_SLOTS = 256  # a slot is large, and each that was once in use stays in memory
 _SLOT = 2048  # room for config.MOST_UPSTREAMS addresses
 _MESSAGE = struct.Struct(f"=BiQqHI{PACKED_SIZE}s")
 _RIGHT = struct.Struct("i")  # the one descriptor in a message (SCM_RIGHTS, unix(7))
@@ -33,15 +33,15 @@ _FULL = uapi.RETRY | uapi.CAPACITY | {errno.EPIPE, errno.ECONNRESET, errno.ETOOM
 
 
 class Command(IntEnum):
-    """What a worker is to do; it travels as a number."""
+    """What a worker has to do; a message has it as this number."""
 
     CLIENT = 0  # connect and relay the client that comes with it
     DRAIN = auto()  # accept no more; end when the last session has ended
-    KILL = auto()  # end all sessions now, and then yourself
+    KILL = auto()  # end all sessions, and exit
     POLICY_FAILED = auto()  # end the sessions that would leak from now on
-    EVIDENCE = auto()  # the gate may know more: those that wait to connect try again
-    PING = auto()  # nothing: that it was consumed shows that the loop runs
-    START_ACCEPTING = auto()  # by your own listeners, for the upstream addresses that come with it
+    EVIDENCE = auto()  # there is new evidence: connectors that wait for the gate try again
+    PING = auto()  # do nothing: that it is consumed shows that the loop runs
+    START_ACCEPTING = auto()  # on the worker's own listeners, with the upstream addresses in the message
     STOP_ACCEPTING = auto()
 
 
@@ -49,7 +49,7 @@ _COMMANDS = tuple(Command)  # Command(number) takes five times as long
 
 
 class Message(NamedTuple):
-    """A client, whose descriptor goes over to the worker, with the upstream addresses to try; or another command."""
+    """A client, whose descriptor the worker then owns, with the upstream addresses to try; or another command."""
 
     command: Command
     fd: int = -1
@@ -66,7 +66,7 @@ class Message(NamedTuple):
 
     @classmethod
     def decode(cls, data: bytes) -> Message:
-        """The entry in a slot."""
+        """The message in a slot of the ring."""
         command, fd, connection_id, accepted_ns, length, client_slot, client = _MESSAGE.unpack_from(data)
         upstreams = data[_MESSAGE.size : _MESSAGE.size + length]
         return cls(_COMMANDS[command], fd, connection_id, accepted_ns, client, upstreams, client_slot)
@@ -75,23 +75,23 @@ class Message(NamedTuple):
 class Consumer(Protocol):
     """The worker's side of either kind."""
 
-    fileno: int  # readable when there is something to take
+    fileno: int  # readable when there is a message
 
     def pop(self) -> Optional[Message]:
-        """The next entry that was put, None if there is none. It counts as taken."""
+        """The next message, which counts as consumed; None if there is none. Does not block."""
         ...
 
     @property
     def has_more(self) -> bool:
-        """Whether there is more to take though the descriptor is not readable any more."""
+        """Whether there is another message though the descriptor is not readable any more."""
         ...
 
 
 class Ring(NamedTuple):
-    """What both sides need to map the ring: plain numbers, so it can be handed to another interpreter."""
+    """What both sides need to map the ring. Plain numbers, so it can be passed to another interpreter."""
 
     memory: int
-    bell: Wakeup
+    wakeup: Wakeup
 
 
 class Channel(NamedTuple):
@@ -102,7 +102,7 @@ class Channel(NamedTuple):
 
 def create_ring() -> Ring:
     """A new, empty ring."""
-    return Ring(memory.create("tsproxy-inbox", CAPACITY * _SLOT), wakeup.create())
+    return Ring(memory.create("tsproxy-inbox", RING_SLOTS * _SLOT), wakeup.create())
 
 
 def consumer(inbox: Union[Ring, Channel], row: memoryview) -> Consumer:
@@ -111,20 +111,20 @@ def consumer(inbox: Union[Ring, Channel], row: memoryview) -> Consumer:
 
 
 class _Producer:
-    """How far the other side is. Entries are numbered from 1; `put_last` is the number of the last one."""
+    """Which messages were consumed. They are numbered from 1; `last_put` is the number of the last one."""
 
     def __init__(self, row: memoryview) -> None:
-        """`row` is that of the worker that takes; it is only read here."""
+        """`row` is the consuming worker's; it is only read here."""
         self._row = row
         self.last_put = 0
 
     def has_consumed(self, number: int) -> bool:
-        """Whether the worker has taken the entry of that number."""
+        """Whether the worker has consumed the message of that number."""
         return bool(self._row[Counter.CONSUMED] >= number)
 
     @property
     def is_empty(self) -> bool:
-        """Whether the worker has taken all that was put."""
+        """Whether the worker has consumed all messages."""
         return self.has_consumed(self.last_put)
 
 
@@ -134,64 +134,64 @@ class RingProducer(_Producer):
     def __init__(self, ring: Ring, row: memoryview) -> None:
         """Attach to the ring."""
         super().__init__(row)
-        self._bell = ring.bell
+        self._wakeup = ring.wakeup
         self._map = mmap.mmap(ring.memory, 0)
 
     def put(self, message: Message) -> bool:
-        """Hand over one entry and wake the worker; False, with nothing done, if the ring is full."""
-        if self.last_put - self._row[Counter.CONSUMED] >= CAPACITY:
+        """Write one message and wake the worker; False, with nothing done, if the ring is full."""
+        if self.last_put - self._row[Counter.CONSUMED] >= RING_SLOTS:
             return False
         data = message.encode()
-        start = (self.last_put % CAPACITY) * _SLOT
+        start = (self.last_put % RING_SLOTS) * _SLOT
         self._map[start : start + len(data)] = data
         self.last_put += 1
-        self._bell.ring()
+        self._wakeup.wake()
         return True
 
     def redispatch(self) -> None:
-        """The worker is gone: announce to its replacement what it was told of but has not taken."""
-        self._bell.collect()
+        """The worker has exited: wake its replacement for the messages that were not consumed."""
+        self._wakeup.collect()
         for _ in range(self.last_put - self._row[Counter.CONSUMED]):
-            self._bell.ring()
+            self._wakeup.wake()
 
 
 class RingConsumer:
     """The worker's side of a ring."""
 
     def __init__(self, ring: Ring, row: memoryview) -> None:
-        self._bell, self._row = ring.bell, row
+        self._wakeup, self._row = ring.wakeup, row
         self._map = mmap.mmap(ring.memory, 0)
-        self.fileno = ring.bell.reader
-        self._told = 0  # entries that we know of and have not taken
+        self.fileno = ring.wakeup.reader
+        self._announced = 0  # messages counted by the wake-up, and not consumed
 
     @property
     def has_more(self) -> bool:
         """See Consumer."""
-        return self._told > 0
+        return self._announced > 0
 
     def pop(self) -> Optional[Message]:
         """See Consumer."""
-        self._told = self._told or self._bell.collect()
-        if not self._told:
+        self._announced = self._announced or self._wakeup.collect()
+        if not self._announced:
             return None
-        self._told -= 1
-        start = (self._row[Counter.CONSUMED] % CAPACITY) * _SLOT
+        self._announced -= 1
+        start = (self._row[Counter.CONSUMED] % RING_SLOTS) * _SLOT
         message = Message.decode(self._map[start : start + _SLOT])
         self._row[Counter.CONSUMED] += 1
         return message
 
 
 class ChannelProducer(_Producer):
-    """The acceptor's side of a socket pair. What was sent and not taken waits in the socket for the next worker, too."""
+    """The acceptor's side of a socket pair. Messages that were not consumed stay in the socket for a replacement."""
 
     def __init__(self, row: memoryview) -> None:
-        """`theirs` is the worker's end: pass it on; keep it open for a replacement."""
+        """`theirs` is the worker's end: pass it on, and keep it open for a replacement."""
         super().__init__(row)
         with needing("socketpair(2)", "for a worker's inbox"):
             self._ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
 
     def put(self, message: Message) -> bool:
-        """Send one entry with its descriptor, which is closed here then; False, with nothing done, if there is no room."""
+        """Send one message with its descriptor, then close(2) that here; False, with nothing done, if the socket is full."""
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _RIGHT.pack(message.fd))] if message.fd >= 0 else []
         try:
             self._ours.sendmsg([message.encode()], rights)
@@ -205,11 +205,11 @@ class ChannelProducer(_Producer):
         return True
 
     def redispatch(self) -> None:
-        """Nothing to do: the socket keeps what was not taken."""
+        """Nothing to do: the socket keeps messages that were not consumed."""
 
 
 class ChannelConsumer:
-    """The worker's side of a socket pair. Its end of file means that the acceptor's process is gone: KILL."""
+    """The worker's side of a socket pair. EOF means that the main process has exited: KILL."""
 
     def __init__(self, channel: Channel, row: memoryview) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=channel.fd)
@@ -219,7 +219,7 @@ class ChannelConsumer:
         self.has_more = False
 
     def pop(self) -> Optional[Message]:
-        """See Consumer. An entry whose descriptor the kernel could not give (EMFILE) has -1 for it."""
+        """See Consumer. If the kernel could not pass the descriptor (EMFILE), `fd` is -1."""
         try:
             data, ancillary, _, _ = self._socket.recvmsg(_SLOT, _ROOM, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:

@@ -1,7 +1,7 @@
 """A listening socket in an event loop: the main thread's, or that of a worker which is the only one.
 
-Knows when to call accept4(2): one client an event, and not while there is no room. Which clients are admitted is the
-acceptor's business, what becomes of them that of whoever it dispatches to.
+Knows when to call accept4(2): once for each event, and not during a pause. Knows nothing of which clients are admitted (the
+acceptor), or of sessions.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ class Listener:
         self._accept4 = sockets.bind_accept4(sock)
 
     def start_accepting(self) -> None:
-        """Accept from now on, as soon as there is room."""
+        """Watch the socket, now or after the acceptor's pause."""
         pause_s = self._acceptor.pause_s
         self._loop.watch(self._socket.fileno(), 0 if pause_s else READ, self)
         if pause_s:
             self._loop.timers.arm(self, self._loop.now + round(pause_s * 1e9))
 
     def readable(self) -> None:
-        """Accept one client; pause when there is no room for the next."""
+        """EPOLLIN: accept one client; then pause if the acceptor has to."""
         self._acceptor.accept(self._accept4)
         if self._acceptor.pause_s:
             self.start_accepting()
 
     def ready(self, mask: int) -> None:
-        """Any other event: accept4(2) tells what it is."""
+        """Any other event: accept4(2) reports it."""
         self.readable()
 
     def on_deadline(self, now_ns: int) -> None:
-        """The pause is over: try again, first with the client that was accepted and not dispatched."""
+        """The pause is over: dispatch the client that was accepted before, and accept again."""
         self._acceptor.redispatch()
         self.start_accepting()
 
@@ -53,12 +53,12 @@ class Listener:
         raise bug
 
     def stop_accepting(self) -> None:
-        """Accept no more. Who connects waits in the backlog. Idempotent."""
+        """Stop watching the socket. New clients wait in its backlog. Idempotent."""
         self._loop.timers.disarm(self)
         self._loop.unwatch(self._socket.fileno())
 
     def close(self) -> None:
-        """Accept no more, and close the socket. Whoever else has it open goes on. Idempotent."""
+        """Stop accepting, and close the socket. Other processes that have it open are not affected. Idempotent."""
         if self._socket.fileno() >= 0:
             self.stop_accepting()
             self._loop.close_later(self._socket)

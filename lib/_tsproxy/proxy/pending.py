@@ -1,6 +1,6 @@
-"""What a paused direction holds: bytes that were received and that the sink has not taken yet.
+"""The pending bytes of a paused direction: received, and not accepted by the sink's send(2) yet.
 
-They wait where they arrived, in the relay buffer or in a pipe. Knows nothing of why they wait.
+They stay where they arrived, in the relay buffer or in a pipe. Knows a buffer and its pool. Knows nothing of sessions.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ class Pending(Protocol):
 
     @property
     def left(self) -> int:
-        """How many are not sent yet."""
+        """How many bytes are unsent."""
         ...
 
     def send(self, sink: socket.SocketType) -> int:
-        """Send what the sink takes; how many bytes. OSError as sendto(2) gives it: EAGAIN if the sink is full."""
+        """One send; how many bytes were sent. OSError as sendto(2) raises it: EAGAIN if the sink is full."""
         ...
 
     def release(self) -> None:
-        """Give the room back; what is left is lost."""
+        """Release the memory. Unsent bytes are discarded."""
         ...
 
 
 class PendingBuffer:
-    """The rest of a session buffer, with the whole of it, which goes back to its pool."""
+    """The unsent part of a relay buffer. The buffer is returned to its pool by release()."""
 
     __slots__ = ("_buffer", "_buffers", "_unsent")
 

@@ -1,7 +1,7 @@
 """Pipes for splice(2), which moves bytes from socket to socket without copying them: a few for each worker, of one size.
 
-Knows the limits that the kernel sets on pipes (pipe(7), /proc/sys/fs/pipe-*). Where there is no pipe to be had, or no
-os.splice (before Python 3.10), acquire() says so, and the caller copies.
+Knows the kernel's limits on pipes (pipe(7), /proc/sys/fs/pipe-*). Knows nothing of sessions. Without a free pipe, or without
+os.splice (before Python 3.10), acquire() returns None, and the caller copies.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ HAS_SPLICE = hasattr(os, "splice")
 SIZE = 1 << 20  # bytes; fs.pipe-max-size, what an unprivileged process may ask for
 _FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK if HAS_SPLICE else 0
 _SPARE = 2
-_PAUSE_NS = 1_000_000_000  # after a lack of room
+_PAUSE_NS = 1_000_000_000  # after EMFILE, ENOMEM or a quota
 _REFUSALS = uapi.UNSUPPORTED | uapi.CAPACITY
 
 
 class Pipe:
-    """One pipe and how much is in it. A `Pending` while the sink does not take it all.
+    """One pipe and how many bytes are in it. It is the direction's `Pending` while the sink does not accept them all.
 
-    Where splice(2) is refused, `refused` is the errno: nothing is lost by that, and what is in the pipe is sent by copying.
+    If splice(2) is refused, `refused` is the errno. No byte is lost: those in the pipe are sent by read(2) and send(2).
     """
 
     __slots__ = ("_copied", "_reader", "_writer", "left", "refused")
 
     def __init__(self, reader: int, writer: int) -> None:
-        """Adopt the two ends, which close() closes."""
+        """Own the two descriptors; close() closes them."""
         self._reader, self._writer = reader, writer
         self.left = self.refused = 0
-        self._copied = b""  # what was in the pipe, and is not sent yet
+        self._copied = b""  # read from the pipe, and not sent yet
 
     def fill(self, source: socket.SocketType) -> int:
-        """Move in what the source has, as far as there is room; how much, 0 at end of file or if it is refused.
+        """splice(2) from the source into the pipe; how many bytes, 0 at EOF or if it is refused.
 
-        OSError as recv(2) gives it.
+        OSError as recv(2) raises it.
         """
         try:
             received: int = os.splice(source.fileno(), self._writer, SIZE, flags=_FLAGS)
@@ -50,7 +50,7 @@ class Pipe:
         return received
 
     def send(self, sink: socket.SocketType) -> int:
-        """Move out what the sink takes; how many bytes. OSError as sendto(2) gives it."""
+        """splice(2) from the pipe into the sink; how many bytes. OSError as sendto(2) raises it."""
         try:
             sent: int = self._copy(sink) if self.refused else os.splice(self._reader, sink.fileno(), self.left, flags=_FLAGS)
         except OSError as error:
@@ -60,7 +60,7 @@ class Pipe:
         return sent
 
     def _note_refusal(self, error: OSError, sock: socket.SocketType) -> None:
-        """Raise again what is the socket's own: an ICMP error may have the errno of a refusal, and has closed the socket."""
+        """Raise an error of the socket again: an ICMP error can have the errno of a refusal, but then the socket is closed."""
         if self.refused or error.errno not in _REFUSALS or sockets.is_closed(sock):
             raise error
         self.refused = error.errno or 0
@@ -73,10 +73,10 @@ class Pipe:
         return sent
 
     def release(self) -> None:
-        """Nothing: the pipe stays with its stream."""
+        """Does nothing: the pipe stays with its Splicer."""
 
     def close(self) -> None:
-        """Close both ends; what is in it is lost."""
+        """Close both ends. Bytes in the pipe are discarded."""
         os.close(self._reader)
         os.close(self._writer)
 
@@ -85,14 +85,14 @@ class Pipes:
     """The pipes of one worker."""
 
     def __init__(self, most: int) -> None:
-        """At most so many at a time."""
+        """At most `most` pipes at a time."""
         self._most = most
         self._spare: List[Pipe] = []
         self._lent = 0
         self._not_before = 0
 
     def acquire(self) -> Optional[Pipe]:
-        """An empty pipe; None if all are in use or the kernel gave none (then it is not asked again for a second)."""
+        """An empty pipe; None if all are in use, or if pipe2(2) failed in the last second."""
         if self._lent >= self._most or time.monotonic_ns() < self._not_before:
             return None
         pipe = self._spare.pop() if self._spare else _create()
@@ -103,9 +103,9 @@ class Pipes:
         return pipe
 
     def release(self, pipe: Pipe) -> None:
-        """Take a pipe back. One with bytes in it is closed: they are not for the next connection.
+        """Return a pipe. One with bytes in it is closed: they must not reach another session.
 
-        After a refusal by splice(2) there are no more pipes: what it was refused for is the worker's, not one socket's.
+        After splice(2) was refused there are no more pipes: the cause concerns the worker, not one socket.
         """
         self._lent -= 1
         if pipe.refused in uapi.CAPACITY:
@@ -124,7 +124,7 @@ class Pipes:
 
 
 def _create() -> Optional[Pipe]:
-    """A pipe of SIZE; None without a descriptor, or beyond the user's quota (fs.pipe-user-pages-soft): a small one is slow."""
+    """A pipe of SIZE; None if pipe2(2) fails, or beyond the user's quota (fs.pipe-user-pages-soft): a smaller pipe is slow."""
     if not HAS_SPLICE:
         return None
     try:

@@ -1,6 +1,6 @@
-"""The sessions of one worker that are alive, those of them that wait for the policy, and the sweeps over all.
+"""The open sessions of one worker, the connectors that wait for the policy gate, and the sweeps over all sessions.
 
-Knows what a worker does with any session. Knows nothing of how a session does it.
+Knows what a worker calls on any session (LiveSession). Knows nothing of how a session does it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from _tsproxy.loop.timers import Timer, Timers
 from _tsproxy.proxy.sweep import Sweep
 from _tsproxy.stats.endings import Ending
 
-_COUNT_NS = 1_000_000_000  # how late the metrics may be about what peers have acknowledged
+_COUNT_NS = 1_000_000_000  # the most by which acknowledged bytes in the metrics are late
 
 
 class LiveSession(Protocol):
@@ -22,7 +22,7 @@ class LiveSession(Protocol):
         ...
 
     def on_policy_failed(self) -> None:
-        """The policy does not hold any more for some address family: end, if this session depends on it."""
+        """The policy fails for an address family: end, if this session depends on it."""
         ...
 
     def check_peers(self, now_ns: int) -> None:
@@ -30,11 +30,11 @@ class LiveSession(Protocol):
         ...
 
     def count_acknowledged(self) -> None:
-        """Bring the counters up to date with what both peers have acknowledged."""
+        """Read what both peers have acknowledged, and count it."""
         ...
 
     def on_bug(self, bug: Exception) -> None:
-        """One of the calls above raised: end this session, and say so."""
+        """One of the calls above raised: log it, and end this session."""
         ...
 
 
@@ -50,7 +50,7 @@ class Registry:
         self._checks = bool(check_peers_ns)
 
     def begin_sweeps(self, now_ns: int) -> None:
-        """There is a session that relays."""
+        """Start the sweeps, if they do not run: there is a relaying session."""
         self._counting.begin(now_ns)
         if self._checks:
             self._checking.begin(now_ns)

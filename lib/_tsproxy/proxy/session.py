@@ -1,15 +1,15 @@
 """A session: one client connection and the upstream connection made for it, from dispatch to record.
 
-CONNECTING: the connector tries the upstream addresses; of the client only ERR and HUP are watched, its data stays in the
-socket buffer. RELAYING: the policy gate has let the connection pass, two directions relay. CLOSED: both sockets are given
-to close(2), the record is written.
+CONNECTING: the connector tries the upstream addresses; the client is watched for ERR and HUP only, its data stays in the
+socket buffer. RELAYING: the policy gate has allowed the connection, two directions relay. CLOSED: close(2) of both sockets is
+pending, the record is written after it.
 
-Either side's FIN is passed on as FIN, either side's reset as a reset; any other end than two FINs resets both sides, so
-that a cut stream never looks complete. After two FINs nothing is cut: what the kernel still has is waited for, and not
-taken back whatever happens.
+A FIN of either side is passed on as FIN, a reset as a reset. Any end other than two FINs resets both sides, so that a
+truncated stream never looks complete. After two FINs no reset is sent (but after a bug): the session waits until the bytes in
+the kernel's send buffers are acknowledged, and at any other end the kernel goes on delivering them.
 
-Knows the two sockets and the order of things. Knows nothing of accepting, of how names become addresses, or of what the
-gate checks. The file reads in the order of a session's life.
+Knows the two sockets and the order of states. Knows nothing of accepting, of how names are resolved, or of what the gate
+checks. The file reads in the order of a session's life.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ Peers = Tuple[TcpInfo, ...]  # of the upstream one, and of the client
 _Common = Tuple[
     int, int, int, bytes, int, Ending, int, Optional[bool], Optional[int], Optional[bytes], Optional[int], Optional[bool]
 ]
-_CUTTING = frozenset({Ending.POLICY, Ending.BUG})  # what is under way must not be sent, or can't be told to be whole
-_GRAINS_NS = 256 * TICK_NS  # a silence may last 1/256 longer than its limit, or one tick
+_CUTTING = frozenset({Ending.POLICY, Ending.BUG})  # always reset: bytes must not be sent, or may be incomplete
+_GRAINS_NS = 256 * TICK_NS  # an idle timeout may fire 1/256 of its length late, or one tick
 _BY_POLICY = {Ending.POLICY: Counter.POLICY_REFUSED, Ending.POLICY_DRIFT: Counter.POLICY_ENDED}
 
 
 class Session:
-    """See the module. While connecting it handles the client's descriptor itself; its timer is that of silence."""
+    """See the module. While connecting it handles the client's descriptor itself; its timer is the idle timeout."""
 
     lane = NEW
     __slots__ = (
@@ -61,7 +61,7 @@ class Session:
     )
 
     def __init__(self, context: WorkerContext, message: Message) -> None:
-        """Take over the client's descriptor. Nothing happens before start()."""
+        """Own the client's descriptor. Makes no connection before start()."""
         self._context, self._message = context, message
         self._phase = CONNECTING
         self._client = sockets.from_fd(message.fd, socket.AF_INET)
@@ -69,7 +69,7 @@ class Session:
         self._connector = Connector(self, context, message.upstreams, message.accepted_ns)
         self._directions: Tuple[Direction, ...] = ()  # to_upstream and to_downstream, while RELAYING
         self._upstream_timestamps: Optional[bool] = None
-        self._settled_at = 0  # all that had moved until then was acknowledged by both peers
+        self._settled_at = 0  # _last_active_ns when both peers had acknowledged all bytes
         context.registry.sessions[message.connection_id] = self
 
     # Connecting
@@ -85,7 +85,7 @@ class Session:
         """Not called: the lane is NEW."""
 
     def ready(self, mask: int) -> None:
-        """The client left while the upstream connection was made."""
+        """EPOLLERR or EPOLLHUP: the client has reset the connection while it was connecting."""
         if mask & BROKEN:
             self.end(Ending.CLIENT_LEFT)
 
@@ -94,7 +94,7 @@ class Session:
         self.end(ending)
 
     def on_connected(self, upstream: socket.SocketType, info: TcpInfo) -> None:
-        """Ask the gate, and let bytes flow; or reset both sides with nothing relayed."""
+        """Ask the gate, and start to relay; or reset both sides with nothing relayed."""
         context = self._context
         self._connector.close()
         self._phase = phase_after(self._phase, CONNECTED)
@@ -106,13 +106,13 @@ class Session:
             self.end(Ending.POLICY)
             return
         for sock in (self._client, upstream):
-            sockets.acknowledge_at_once(sock)
+            sockets.set_quickack(sock)
         context.registry.begin_sweeps(up.last_active_ns)
-        up.readable()  # what the client has sent meanwhile need not wait, not even until the descriptors are watched
+        up.readable()  # relay what the client has sent meanwhile at once, before the descriptors are watched
         self.on_flow()
 
     def on_policy_failed(self) -> None:
-        """See LiveSession. One that connects may have addresses of another family left, for which the policy holds."""
+        """See LiveSession. While connecting there may be addresses left of another family, for which the policy holds."""
         upstream = self._connector.upstream
         if self._phase is CONNECTING:
             self._connector.on_policy_failed()
@@ -122,19 +122,19 @@ class Session:
     # Relaying
 
     def on_event(self, direction: Direction, mask: int) -> None:
-        """See SessionEvents: room for the reverse direction's pending bytes, more to read, a hang-up."""
+        """See SessionEvents: EPOLLOUT for the reverse direction's pending bytes, EPOLLIN, EPOLLHUP or EPOLLERR."""
         reverse = direction.reverse
         if mask & ~(READABLE | MORE) and reverse.pending is not None:
             reverse.drain()
         if mask & ~WRITABLE and direction.is_reading and self._phase is RELAYING:
             direction.reader.readable()
             if mask & MORE and self._phase is RELAYING and direction.is_reading:
-                self._context.loop.poller.again(direction.fd)
+                self._context.loop.poller.rearm(direction.fd)
         if mask & BROKEN and self._phase is RELAYING and not direction.is_reading:
             self._on_hang_up(direction)
 
     def _on_hang_up(self, direction: Direction) -> None:
-        """A reset of a side that is not being read now is passed on all the same, at once. Or it is its last ACK."""
+        """EPOLLHUP of a side that is not being read: a reset, passed on at once; or, after both FINs, its last ACK."""
         code = direction.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if self._is_complete:
             self._end_if_acknowledged()
@@ -142,7 +142,7 @@ class Session:
             self.on_broken_source(direction, OSError(code, "hang-up"))
 
     def on_flow(self) -> None:
-        """Derive anew what each descriptor and the clock are waited for; both directions shut and acknowledged: the end."""
+        """Set each descriptor's interest and the timer by the state. End if both directions are shut and acknowledged."""
         if self._is_complete:
             self._end_if_acknowledged()
         if self._phase is RELAYING:
@@ -163,14 +163,14 @@ class Session:
     # Acknowledged by the peers
 
     def _end_if_acknowledged(self) -> None:
-        """Both FINs are here, so close(2) would send the second one. If bytes still wait for their ACK, it is sent now.
+        """Both FINs have come; close(2) would send the second one. If bytes are unacknowledged, shutdown(2) sends it now.
 
-        Then the hang-up that follows the last ACK comes here again, and the record can say of each byte whether it arrived.
+        EPOLLHUP after the last ACK then leads here again, so that the record has the acknowledged bytes.
         """
         peers = self._look_at_peers()
         if self._awaits_acknowledgement(peers):
             for direction in self._directions:
-                with contextlib.suppress(OSError):  # reset just now: the hang-up tells
+                with contextlib.suppress(OSError):  # reset just now: EPOLLHUP reports it
                     direction.sink.shutdown(socket.SHUT_WR)
             peers = self._look_at_peers()
         if not self._awaits_acknowledgement(peers):
@@ -180,19 +180,19 @@ class Session:
         return any(way.unacknowledged and (peer.outstanding or peer.closed) for way, peer in zip(self._directions, peers))
 
     def count_acknowledged(self) -> None:
-        """See LiveSession. It costs a comparison where there is nothing new."""
+        """See LiveSession. Costs a comparison if all is acknowledged."""
         if any(direction.unacknowledged for direction in self._directions):
             self._look_at_peers()
 
     def _look_at_peers(self) -> Peers:
-        """TCP_INFO of each direction's sink, counted; nothing while there are no two sides."""
+        """Read TCP_INFO of each direction's sink, and count acknowledged bytes; () while connecting."""
         peers = tuple([sockets.tcp_info(direction.sink) for direction in self._directions])
         for direction, peer in zip(self._directions, peers):
             direction.count_acknowledged(peer.acknowledged)
         return peers
 
     def check_peers(self, now_ns: int) -> None:
-        """See LiveSession. A peer that has acknowledged all is not checked before something moves again."""
+        """See LiveSession. After both peers have acknowledged all, they are not checked until there is traffic again."""
         if self._phase is not RELAYING or self._settled_at == self._last_active_ns:
             return
         last_active_ns = self._last_active_ns
@@ -204,7 +204,7 @@ class Session:
         if not any(direction.stall for direction in self._directions):
             self._settled_at = last_active_ns
 
-    # Silence
+    # Idle timeouts
 
     @property
     def _last_active_ns(self) -> int:
@@ -213,7 +213,7 @@ class Session:
 
     @property
     def _silence_ns(self) -> int:
-        """How long this session may be silent; 0 if for ever."""
+        """The idle timeout that applies now; 0: none."""
         idle = self._context.settings.idle_timeout_ns
         half_closed = self._context.settings.half_close_timeout_ns
         if not half_closed or not self._is_half_closed:
@@ -228,7 +228,7 @@ class Session:
             timers.disarm(self)
 
     def on_deadline(self, now_ns: int) -> None:
-        """The silence may be over its limit."""
+        """End the session if its idle timeout has passed."""
         limit = self._silence_ns
         if limit and self._last_active_ns + limit <= now_ns:
             self._see_what_kernel_moves(now_ns)
@@ -238,7 +238,7 @@ class Session:
             self._set_timer()
 
     def _see_what_kernel_moves(self, now_ns: int) -> None:
-        """Bytes that were given to the kernel long ago may still be moving: to a peer that reads slowly."""
+        """Bytes in the kernel's send buffer count as traffic while they are being sent, to a peer that reads slowly."""
         for direction in self._directions:
             seen = sockets.outstanding(direction.sink)
             if seen.any and not seen.retransmits:
@@ -255,7 +255,7 @@ class Session:
             self.end(Ending.SERVER_IDLE if server else Ending.CLIENT_IDLE)
 
     def _waits_for_server(self) -> bool:
-        """Whose turn it is: the side that does not take its bytes, or has not closed yet; else, as in HAProxy, the client's."""
+        """Which side is waited for: that with pending bytes, or that has not sent FIN yet; else, as in HAProxy, the client."""
         up, down = self._directions
         if up.pending is not None or down.pending is not None:
             return up.pending is not None
@@ -264,22 +264,22 @@ class Session:
     # Ending
 
     def on_broken_source(self, direction: Direction, error: OSError) -> None:
-        """See SessionEvents: a side was reset, or its path is dead. Reset the other."""
+        """See SessionEvents: recv(2) failed, by a reset or a dead path. Reset the other side."""
         self.end(self._ending_of(direction.source, error))
 
     def on_broken_sink(self, direction: Direction, error: OSError) -> None:
-        """As above; but what that side had sent before it broke is still in its receive queue, and is relayed first."""
+        """send(2) failed. Bytes that this side had sent before are still in its receive queue, and are relayed first."""
         ending = self._ending_of(direction.sink, error)
         direction.reverse.flush_before_reset()
         self.end(ending)
 
     def _ending_of(self, broken: socket.SocketType, error: OSError) -> Ending:
-        """The ending for an errno of an established connection; an errno that no peer can cause is a bug, and raises."""
+        """The ending for an errno of an established connection. One that no peer can cause is a bug, and is raised again."""
         is_client = broken is self._client
         if error.errno in uapi.PEER_RESET:
             self._context.count(Counter.RESET_BY_PEER)
             return Ending.CLIENT_RESET if is_client else Ending.SERVER_RESET
-        if error.errno in uapi.PEER_GONE:
+        if error.errno in uapi.PEER_ERRORS:
             return Ending.CLIENT_TIMEOUT if is_client else Ending.SERVER_TIMEOUT
         raise error
 
@@ -294,7 +294,7 @@ class Session:
     def end(self, ending: Ending, peers: Peers = ()) -> None:
         """Close both sides, release everything, write the record. Pending bytes are discarded, and counted. Idempotent.
 
-        `peers` is what a look at them has found just now. A reset takes back what is not acknowledged: discarded, too.
+        `peers` is TCP_INFO that was just read. With a reset unacknowledged bytes are discarded, too.
         """
         if self._phase is CLOSED:
             return
@@ -311,7 +311,7 @@ class Session:
         self._count_end(ending)
         del self._context.registry.sessions[self._message.connection_id]
         if self._context.settings.log_connections:
-            self._context.record(self._record(ending, peers, left))  # who reads the line finds the counters up to date
+            self._context.record(self._record(ending, peers, left))  # last: a reader of the line finds the counters up to date
         self._directions = ()
 
     def _left_to_kernel(self, peers: Peers) -> int:
@@ -365,7 +365,7 @@ class Session:
             ending,
             context.gate.witness,
             self._client_timestamps,
-            context.tsval_of(sockets.saved_syn(self._client)),  # the kernel kept it until now
+            context.tsval_of(sockets.saved_syn(self._client)),  # the kernel keeps it until it is read
             connector.upstream,
             connector.connect_us,
             self._upstream_timestamps,

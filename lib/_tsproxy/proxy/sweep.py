@@ -1,6 +1,6 @@
-"""Visits each session of a worker in turn, again and again, in slices, so that no small order waits for all of them.
+"""A sweep: visits all sessions of a worker periodically, in slices by a timer, so that no small order waits for all of them.
 
-Knows the timers and the sessions. Knows nothing of what is done with them.
+Knows the timers and the sessions. Knows nothing of what a visit does.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from typing import Callable, Dict, Generic, List, Protocol, TypeVar
 
 from _tsproxy.loop.timers import Timers
 
-_SLICE = 32  # sessions at a time: 0.1 ms if all of them have moved (1.4 us a visit), 0.01 ms if none has
+_SLICE = 32  # sessions at a time: 0.1 ms if all have had traffic (1.4 us a visit), 0.01 ms if none has
 
 
 class Visited(Protocol):
-    """What may be swept over."""
+    """What a sweep visits."""
 
     def on_bug(self, bug: Exception) -> None:
         """The visit raised: a bug of this session."""
@@ -24,23 +24,23 @@ T = TypeVar("T", bound=Visited)
 
 
 class Sweep(Generic[T]):
-    """One sweep takes `step_ns`. While there is no session nothing wakes the loop."""
+    """One sweep takes `step_ns`. While there is no session no timer is armed."""
 
     def __init__(self, timers: Timers, sessions: Dict[int, T], step_ns: int, visit: Callable[[T, int], None]) -> None:
-        """`sessions` are all that are alive, kept by their owner. `visit` gets one of them, and the time."""
+        """`sessions` are the open ones, kept by their owner. `visit` gets one of them, and the time."""
         self._timers, self._sessions, self._step_ns, self._visit = timers, sessions, step_ns, visit
         self._gap_ns = 0
         self._left: List[T] = []  # not visited yet in this sweep
         self._runs = False
 
     def begin(self, now_ns: int) -> None:
-        """There is a session."""
+        """Start, if it does not run: there is a session."""
         if not self._runs:
             self._runs = True
             self._timers.arm(self, now_ns + self._step_ns)
 
     def on_deadline(self, now_ns: int) -> None:
-        """Visit one slice of them; when all were visited, begin anew."""
+        """Visit one slice; after the last session begin again."""
         if not self._left:
             self._left = list(self._sessions.values())
             self._gap_ns = self._step_ns // max(1, -(-len(self._left) // _SLICE))

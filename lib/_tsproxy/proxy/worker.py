@@ -1,7 +1,7 @@
-"""A worker: the sessions that one event loop relays, and the commands that it is given.
+"""A worker: the sessions of one event loop, and the commands from the main thread.
 
 Knows its inbox, its context and, if it is the only worker, its listeners. Knows nothing of other workers, or of how it was
-started: plain numbers and shared memory go in, records and counters come out.
+started: its input is plain numbers and shared memory, its output records and counters.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _RETRIES = 16  # connectors that wait for evidence, at a time: each may cost a c
 
 
 class Worker:
-    """A handler of its inbox's descriptor. Runs until it was told to drain and its last session has ended, or to end now."""
+    """A handler of its inbox's descriptor. Runs until DRAIN or KILL has come and its last session has ended."""
 
     lane = NEW
 
     def __init__(self, context: WorkerContext, inbox: Consumer) -> None:
         self.context, self._inbox = context, inbox
         self._draining = False
-        self._retries: List[Timer] = []  # connectors that wait, and have not been told that the gate knows more
+        self._retries: List[Timer] = []  # waiting connectors that have yet to ask the gate again
         self._listeners: List[Listener] = []
         context.loop.watch(inbox.fileno, READ, self)
 
@@ -41,7 +41,7 @@ class Worker:
         self._acceptor, self._listeners = acceptor, listeners
 
     def run(self) -> None:
-        """The loop. A bug in a session ends that session; one outside any session raises."""
+        """Run the loop. A bug in a session ends that session; one outside any session is raised."""
         sessions = self.context.registry.sessions
         try:
             self.context.loop.run(until=lambda: self._draining and not sessions)
@@ -50,7 +50,7 @@ class Worker:
             raise
 
     def close(self) -> None:
-        """End what there is (after a bug outside any session, there may be some) and close the loop."""
+        """End the sessions that are left (after a bug outside any session) and close the loop."""
         self._close_listeners()
         self._end_all(Ending.BUG)
         self.context.close()
@@ -70,7 +70,7 @@ class Worker:
             self.context.loop.posted.put(NEW, self._inbox.fileno, READABLE, self.context.loop.now)
 
     def ready(self, mask: int) -> None:
-        """Any other event of the inbox's descriptor: look, too."""
+        """Any other event of the inbox's descriptor: read it, too."""
         self.readable()
 
     def on_bug(self, bug: Exception) -> None:
@@ -95,7 +95,7 @@ class Worker:
     # Clients
 
     def dispatch(self, message: Message) -> bool:
-        """Begin a session for a client, from the inbox or of a listener. There is always room: True."""
+        """Begin a session for a client, from the inbox or from a listener. Never refuses one: True."""
         self.context.count_client(message.client_slot)
         self.context.count(Counter.BEGUN)
         if message.fd < 0:
@@ -148,7 +148,7 @@ class Worker:
                 session.on_bug(bug)
 
     def on_deadline(self, now_ns: int) -> None:
-        """Some connectors that wait ask the gate; the others soon: established sessions shall not wait for all of them."""
+        """Some waiting connectors ask the gate again; the others later, so that established sessions don't wait for all."""
         batch, self._retries = self._retries[:_RETRIES], self._retries[_RETRIES:]
         for connector in batch:
             if connector in self.context.registry.waiting:

@@ -1,1 +1,1 @@
-"""Counters, records and the one reporter that turns them into JSON lines. Knows no sockets."""
+"""Counters, records, and the reporter thread that writes them as JSON lines. Knows no sockets."""

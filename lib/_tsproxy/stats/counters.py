@@ -1,6 +1,6 @@
-"""Counters in shared memory: one row of 64-bit numbers for each writer, so no lock is needed, ever.
+"""Counters in shared memory: one row of 64-bit words for each writer, so no lock is needed.
 
-A row belongs to one worker (or to the acceptor, or to the reporter); anyone may read it. The memory is a
+Each row has one writer: a worker, the acceptor or the reporter. Any thread may read it. The memory is a
 memfd (memfd_create(2)), so that a worker in another interpreter or process maps the same rows.
 """
 
@@ -17,16 +17,16 @@ from _tsproxy.stats import histogram
 
 
 class Counter(IntEnum):
-    """The slots of a row. Each only ever grows."""
+    """The words at the start of a row. Counters only grow."""
 
     ACCEPTED = 0
     OVERFLOW = auto()
     DENIED = auto()
-    CLIENT_OVERFLOW = auto()  # the client address has its share already
+    CLIENT_OVERFLOW = auto()  # the client address is at its limit
     ENDED = auto()
     RECEIVED_DOWNSTREAM = auto()
     RECEIVED_UPSTREAM = auto()
-    ACKNOWLEDGED_DOWNSTREAM = auto()  # by the client's kernel, as of the last look
+    ACKNOWLEDGED_DOWNSTREAM = auto()  # by the client's kernel, as of the last TCP_INFO
     ACKNOWLEDGED_UPSTREAM = auto()
     CONNECTS = auto()
     CONNECTS_ENDED = auto()
@@ -34,103 +34,103 @@ class Counter(IntEnum):
     CONNECT_TIMEOUT = auto()
     DOWNSTREAM_TIMESTAMPS = auto()
     UPSTREAM_TIMESTAMPS = auto()
-    POLICY_REFUSED = auto()  # before a byte was relayed
-    POLICY_ENDED = auto()  # later
+    POLICY_REFUSED = auto()  # sessions ended by the policy before a byte was relayed
+    POLICY_ENDED = auto()  # and after that
     PAUSED_DOWNSTREAM = auto()
     PAUSED_UPSTREAM = auto()
     RESET_BY_PEER = auto()
     IDLE_TIMEOUT = auto()
     BUGS = auto()
-    CONSUMED = auto()  # entries of the inbox
-    BEGUN = auto()  # connections that the worker has begun
+    CONSUMED = auto()  # messages of the inbox
+    BEGUN = auto()  # sessions that the worker has begun
     LINES_DROPPED = auto()
     WORKER_RESTARTS = auto()
-    LOST_WITH_WORKER = auto()  # connections whose worker died: nobody wrote a line for them
+    LOST_WITH_WORKER = auto()  # sessions whose worker exited without writing their records
 
 
-# Where the histograms start in a row; behind each stands the longest time itself, in nanoseconds.
+# Index of each histogram's first bucket in a row; the word after its last bucket is the maximum, in nanoseconds.
 RELAY = len(Counter)
-CONNECT = RELAY + histogram.SLOTS + 1
-LOOP_LAG = CONNECT + histogram.SLOTS + 1
-LONGEST_RELAY = RELAY + histogram.SLOTS
-# Where a worker's pairs start, one for a client address: its connections begun, and ended. The acceptor has none; in
-# their place stands how many there are, for who attaches.
-_CLIENTS = LOOP_LAG + histogram.SLOTS + 1
+CONNECT = RELAY + histogram.BUCKETS + 1
+LOOP_LAG = CONNECT + histogram.BUCKETS + 1
+LONGEST_RELAY = RELAY + histogram.BUCKETS
+# Index of the first client slot in a worker's row. A slot is two words for one client address: sessions begun, and ended.
+# The acceptor's row has none; at this index it holds how many there are, which attaching reads.
+_CLIENT_SLOTS = LOOP_LAG + histogram.BUCKETS + 1
 
 ACCEPTOR_ROW, REPORTER_ROW, FIRST_WORKER_ROW = 0, 1, 2
 
 
 class SharedCounters:
-    """All rows. `fd` may be handed to another interpreter or process, which attaches to it."""
+    """All rows. `fd` may be passed to another interpreter or process, which attaches to it."""
 
     def __init__(self, fd: int) -> None:
-        """Attach to the memfd `fd`; it stays the caller's to close."""
+        """Map the memfd `fd`; the caller keeps the descriptor and closes it."""
         self.fd = fd
         size = os.fstat(fd).st_size
         self._map = mmap.mmap(fd, size)
         words = memoryview(self._map).cast("Q")
-        used, step = _widths(words[_CLIENTS])
+        used, step = _widths(words[_CLIENT_SLOTS])
         self.rows = [words[start : start + used] for start in range(0, size // 8, step)]
 
     @classmethod
     def create(cls, workers: int, client_slots: int = 0) -> SharedCounters:
-        """New counters, all zero, for an acceptor, a reporter and `workers` workers; pages take memory once written."""
+        """New counters, all zero, for an acceptor, a reporter and `workers` workers. A page takes memory once it is written."""
         fd = memory.create("tsproxy-counters", bytes_for(workers, client_slots))
         if client_slots:
-            os.pwrite(fd, client_slots.to_bytes(8, sys.byteorder), _CLIENTS * 8)
+            os.pwrite(fd, client_slots.to_bytes(8, sys.byteorder), _CLIENT_SLOTS * 8)
         return cls(fd)
 
     def worker(self, index: int) -> memoryview:
-        """The row that worker `index` writes."""
+        """The row of worker `index`."""
         return self.rows[FIRST_WORKER_ROW + index]
 
     def total(self, counter: Counter) -> int:
-        """One counter over all rows. Rows may move on while it adds up; each is read once."""
+        """The sum of one counter over all rows. Each row is read once, while its writer may go on counting."""
         return sum([row[counter] for row in self.rows])
 
-    def client_ended(self, pair: int) -> int:
-        """How many connections have ended of the client whose pair that is, over all workers."""
-        return sum(row[pair + 1] for row in self.rows[FIRST_WORKER_ROW:])
+    def client_ended(self, client_slot: int) -> int:
+        """How many sessions of that client have ended, over all workers. `client_slot` as slot_offset() gives it."""
+        return sum(row[client_slot + 1] for row in self.rows[FIRST_WORKER_ROW:])
 
-    def write_off(self, worker: int) -> int:
-        """A dead worker's connections are closed: count them as ended; how many. Its row must have no other writer now.
+    def count_lost(self, worker: int) -> int:
+        """Count the sessions of a worker that has exited as ended, and return how many. No other thread may write its row.
 
-        One that accepts by itself may have been killed after it had counted a client, and before it began with it.
+        A worker that accepts by itself may have been killed between counting a client and beginning its session.
         """
         row = self.worker(worker)
         begun = max(row[Counter.BEGUN], row[Counter.ACCEPTED])
         lost = int(begun - row[Counter.ENDED])
         row[Counter.ENDED] = begun
         row[Counter.CONNECTS_ENDED] = row[Counter.CONNECTS]
-        row[_CLIENTS + 1 :: 2] = row[_CLIENTS::2]
+        row[_CLIENT_SLOTS + 1 :: 2] = row[_CLIENT_SLOTS::2]
         return lost
 
     def histogram(self, start: int) -> histogram.Counts:
         """The histogram that starts at RELAY, CONNECT or LOOP_LAG, over all workers."""
-        return histogram.add(row[start : start + histogram.SLOTS] for row in self.rows[FIRST_WORKER_ROW:])
+        return histogram.add(row[start : start + histogram.BUCKETS] for row in self.rows[FIRST_WORKER_ROW:])
 
     def longest_ns(self, start: int) -> int:
         """The longest time in that histogram, over all workers."""
-        return max(row[start + histogram.SLOTS] for row in self.rows[FIRST_WORKER_ROW:])
+        return max(row[start + histogram.BUCKETS] for row in self.rows[FIRST_WORKER_ROW:])
 
 
-def note(row: memoryview, start: int, took_ns: int) -> None:
-    """Count a time in one of the histograms of the caller's own row."""
-    row[start + histogram.SLOTS] = max(row[start + histogram.SLOTS], took_ns)
-    row[start + histogram.slot(took_ns)] += 1
+def observe(row: memoryview, start: int, took_ns: int) -> None:
+    """Add a time to a histogram (RELAY, CONNECT or LOOP_LAG) of the caller's own row."""
+    row[start + histogram.BUCKETS] = max(row[start + histogram.BUCKETS], took_ns)
+    row[start + histogram.bucket(took_ns)] += 1
 
 
 def bytes_for(workers: int, client_slots: int) -> int:
-    """How large the memfd is."""
+    """The size of the memfd in bytes."""
     return (FIRST_WORKER_ROW + workers) * _widths(client_slots)[1] * 8
 
 
 def slot_offset(slot: int) -> int:
-    """Where in a worker's row the pair of a client address stands: connections begun, and behind it connections ended."""
-    return _CLIENTS + 2 * slot
+    """Index of a client slot in a worker's row: sessions begun; the next word is sessions ended."""
+    return _CLIENT_SLOTS + 2 * slot
 
 
 def _widths(client_slots: int) -> Tuple[int, int]:
-    """How many words a row uses, and how many it takes: whole pages, so that no cache line has two writers."""
+    """Words that a row uses, and words between rows: whole pages, so that no cache line has two writers."""
     used, page = slot_offset(client_slots), mmap.PAGESIZE // 8
     return used, (used // page + 1) * page

@@ -1,4 +1,4 @@
-"""The ways a connection ends: a word for people, HAProxy's two letters for those who know them."""
+"""Why a session ended, and how its `connection` line names that: `reason`, HAProxy's termination state, the level."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Ending(IntEnum):
-    """Why a connection ended; the number travels in the record."""
+    """Why a session ended. The record has it as this number."""
 
     CLOSED = 0
     CLIENT_RESET = 1
@@ -32,8 +32,8 @@ class Ending(IntEnum):
     BUG_CONNECTING = 20
 
 
-class Words(NamedTuple):
-    """How an ending reads in a `connection` line."""
+class EndingFields(NamedTuple):
+    """The fields of a `connection` line that an ending decides."""
 
     reason: str
     termination_state: str
@@ -42,32 +42,32 @@ class Words(NamedTuple):
 
 # termination_state: HAProxy's configuration manual, 8.5 "Session state at disconnection", first two letters; where the
 # manual leaves it open, what HAProxy 2.6 logs in TCP mode for the same event (tests/root/test_termination_codes.py).
-WORDS = {
-    Ending.CLOSED: Words("closed", "--"),
-    Ending.CLIENT_RESET: Words("client_reset", "CD"),
-    Ending.SERVER_RESET: Words("server_reset", "SD"),
-    # No ACK within --user-timeout or to the keepalive probes: the socket fails, as by a reset (c and s: the proxy's own clock).
-    Ending.CLIENT_TIMEOUT: Words("client_timeout", "CD"),
-    Ending.SERVER_TIMEOUT: Words("server_timeout", "SD"),
-    Ending.CLIENT_IDLE: Words("idle_timeout", "cD"),
-    Ending.SERVER_IDLE: Words("idle_timeout", "sD"),
-    Ending.CLIENT_HALF_CLOSED: Words("half_close_timeout", "cD"),
-    Ending.SERVER_HALF_CLOSED: Words("half_close_timeout", "sD"),
-    Ending.CONNECT_REFUSED: Words("connect_refused", "SC", "warning"),
-    Ending.CONNECT_TIMEOUT: Words("connect_timeout", "sC", "warning"),
-    Ending.CONNECT_FAILED: Words("connect_failed", "SC", "warning"),
-    Ending.CLIENT_LEFT: Words("client_left", "CD"),
-    Ending.NO_DESCRIPTORS: Words("no_descriptors", "RC", "error"),
-    Ending.NO_PORTS: Words("no_ports", "RC", "error"),
-    Ending.DRAIN: Words("drain", "KD", "warning"),
-    Ending.POLICY: Words("policy", "PR", "error"),
-    Ending.BUG: Words("internal_error", "ID", "error"),
-    Ending.DRAIN_CONNECTING: Words("drain", "KC", "warning"),
-    Ending.POLICY_DRIFT: Words("policy_drift", "PD", "error"),
-    Ending.BUG_CONNECTING: Words("internal_error", "IC", "error"),
+ENDING_FIELDS = {
+    Ending.CLOSED: EndingFields("closed", "--"),
+    Ending.CLIENT_RESET: EndingFields("client_reset", "CD"),
+    Ending.SERVER_RESET: EndingFields("server_reset", "SD"),
+    # No ACK within --user-timeout or to keepalive probes: the socket fails as by a reset. c and s are the proxy's own timeouts.
+    Ending.CLIENT_TIMEOUT: EndingFields("client_timeout", "CD"),
+    Ending.SERVER_TIMEOUT: EndingFields("server_timeout", "SD"),
+    Ending.CLIENT_IDLE: EndingFields("idle_timeout", "cD"),
+    Ending.SERVER_IDLE: EndingFields("idle_timeout", "sD"),
+    Ending.CLIENT_HALF_CLOSED: EndingFields("half_close_timeout", "cD"),
+    Ending.SERVER_HALF_CLOSED: EndingFields("half_close_timeout", "sD"),
+    Ending.CONNECT_REFUSED: EndingFields("connect_refused", "SC", "warning"),
+    Ending.CONNECT_TIMEOUT: EndingFields("connect_timeout", "sC", "warning"),
+    Ending.CONNECT_FAILED: EndingFields("connect_failed", "SC", "warning"),
+    Ending.CLIENT_LEFT: EndingFields("client_left", "CD"),
+    Ending.NO_DESCRIPTORS: EndingFields("no_descriptors", "RC", "error"),
+    Ending.NO_PORTS: EndingFields("no_ports", "RC", "error"),
+    Ending.DRAIN: EndingFields("drain", "KD", "warning"),
+    Ending.POLICY: EndingFields("policy", "PR", "error"),
+    Ending.BUG: EndingFields("internal_error", "ID", "error"),
+    Ending.DRAIN_CONNECTING: EndingFields("drain", "KC", "warning"),
+    Ending.POLICY_DRIFT: EndingFields("policy_drift", "PD", "error"),
+    Ending.BUG_CONNECTING: EndingFields("internal_error", "IC", "error"),
 }
 
-# What may end a connection in either phase has a code for each.
+# Endings that can happen in either phase have a termination state for each.
 WHILE_CONNECTING = {
     Ending.DRAIN: Ending.DRAIN_CONNECTING,
     Ending.BUG: Ending.BUG_CONNECTING,

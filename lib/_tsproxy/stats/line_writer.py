@@ -1,8 +1,8 @@
-"""Standard output as a place that may stall, fill up or die: takes whole lines, keeps a bounded backlog, counts the rest.
+"""Writes whole lines to a descriptor that may block, fail or be closed at the other end: a bounded queue, and a count of drops.
 
-Knows a descriptor and lines. Knows nothing of what they say. It never sets O_NONBLOCK: the open file is shared with
-whoever else has it (a shell, a supervisor). For a pipe poll(2) promises room for PIPE_BUF bytes, so a write of no
-more than that does not block.
+Knows a descriptor and lines. Knows nothing of their content. It never sets O_NONBLOCK: that is a flag of the open file
+description, which other processes share (a shell, a supervisor). After POLLOUT on a pipe there is room for PIPE_BUF bytes, so
+a write(2) of at most that does not block.
 """
 
 from __future__ import annotations
@@ -13,92 +13,92 @@ import select
 from collections import deque
 from typing import Callable, Deque
 
-ATOMIC = 4096
+PIPE_BUF = 4096
 _BACKLOG = 4096  # lines; at most 16 MiB
-_RESERVE = 256  # lines beyond those for what is said seldom and must not be crowded out
+_RESERVE = 256  # more lines, for rare events, which `connection` lines must not displace
 _RETRY_S = 1.0
-_DEAD = frozenset({errno.EPIPE, errno.EBADF, errno.ECONNRESET, errno.ENOTCONN, errno.EINVAL})
+_BROKEN = frozenset({errno.EPIPE, errno.EBADF, errno.ECONNRESET, errno.ENOTCONN, errno.EINVAL})
 
 
 class LineWriter:
     """A bounded queue of lines in front of a descriptor."""
 
     def __init__(
-        self, fd: int, clock: Callable[[], float], dropped: Callable[[int], None], log_ratelimited: Callable[[str], None]
+        self, fd: int, clock: Callable[[], float], count_dropped: Callable[[int], None], log_ratelimited: Callable[[str], None]
     ) -> None:
-        """`dropped` gets how many lines were given up, `log_ratelimited` why none can be written for now (a full disk).
+        """`count_dropped` gets how many lines were dropped, `log_ratelimited` why none can be written for now (ENOSPC).
 
-        `clock` is in seconds and never goes back.
+        `clock` is in seconds, and monotonic.
         """
         self.fd = fd
         self._clock = clock
-        self._dropped, self._log_ratelimited = dropped, log_ratelimited
-        self._room = select.poll()
-        self._room.register(fd, select.POLLOUT)
+        self._count_dropped, self._log_ratelimited = count_dropped, log_ratelimited
+        self._poller = select.poll()
+        self._poller.register(fd, select.POLLOUT)
         self._lines: Deque[bytes] = deque()
-        self._cut = b""  # the rest of a write that was taken in part: goes first, or the next line would be glued to it
-        self._dead = False
-        self._not_before = 0.0  # when to try again after a write that failed; 0 since one that did not
+        self._unwritten = b""  # the rest of a partial write(2): goes first, or the next line would be appended to half a line
+        self._is_broken = False
+        self._not_before = 0.0  # when to try again after write(2) failed; 0 after one that succeeded
 
-    def put(self, line: bytes, seldom: bool = False) -> None:
-        """Queue one line; beyond the backlog, or when the reader is gone for good, it is dropped and counted."""
-        if self._dead or len(self._lines) >= _BACKLOG + (_RESERVE if seldom else 0):
-            self._dropped(1)
+    def put(self, line: bytes, use_reserve: bool = False) -> None:
+        """Queue one line. If the queue is full, or write(2) failed with EPIPE or the like, the line is dropped and counted."""
+        if self._is_broken or len(self._lines) >= _BACKLOG + (_RESERVE if use_reserve else 0):
+            self._count_dropped(1)
         else:
             self._lines.append(line)
 
     @property
-    def wants_room(self) -> bool:
-        """Whether waiting for the descriptor to take more makes sense now."""
-        return bool(self._cut or self._lines) and self._clock() >= self._not_before
+    def awaits_pollout(self) -> bool:
+        """Whether to wait for POLLOUT now: there are lines, and no retry is being waited for."""
+        return bool(self._unwritten or self._lines) and self._clock() >= self._not_before
 
     @property
     def is_empty(self) -> bool:
-        """Whether all that was put in is out or given up."""
-        return not self._cut and not self._lines
+        """Whether all lines are written or dropped."""
+        return not self._unwritten and not self._lines
 
     def write(self) -> None:
-        """Write until all is out or there is no more room; never waits for any."""
-        while self.wants_room and self._room.poll(0) and self._write_some():
+        """Write until all is written or the descriptor is not writable. Never blocks."""
+        while self.awaits_pollout and self._poller.poll(0) and self._write_some():
             pass
 
     def _write_some(self) -> bool:
-        """One write of whole lines, PIPE_BUF bytes at most: what poll(2) says there is room for. False if it failed."""
+        """One write(2) of whole lines, at most PIPE_BUF bytes. False if it failed."""
         chunk = self._next_chunk()
         try:
             written = os.write(self.fd, chunk)
         except OSError as error:
-            self._failed(error, chunk)
+            self._write_failed(error, chunk)
             return False
-        self._cut = chunk[written:]
+        self._unwritten = chunk[written:]
         self._not_before = 0.0
         return True
 
     def _next_chunk(self) -> bytes:
-        """Lines taken off the queue to be written in one go."""
-        if self._cut:
-            return self._cut
-        taken = [self._lines.popleft()]
-        size = len(taken[0])
-        while self._lines and size + len(self._lines[0]) <= ATOMIC:
+        """The bytes for one write(2): the rest of a partial one, or lines from the queue."""
+        if self._unwritten:
+            return self._unwritten
+        batch = [self._lines.popleft()]
+        size = len(batch[0])
+        while self._lines and size + len(self._lines[0]) <= PIPE_BUF:
             size += len(self._lines[0])
-            taken.append(self._lines.popleft())
-        return b"".join(taken)
+            batch.append(self._lines.popleft())
+        return b"".join(batch)
 
-    def _failed(self, error: OSError, chunk: bytes) -> None:
-        """A full disk may have room again: keep the chunk. A reader that is gone stays gone: drop all there is."""
-        self._cut = chunk
-        if error.errno in _DEAD:
-            self._dead = True
-            self.give_up()
+    def _write_failed(self, error: OSError, chunk: bytes) -> None:
+        """write(2) failed. After EPIPE and the like drop all lines, for good; else (ENOSPC) keep the chunk and retry later."""
+        self._unwritten = chunk
+        if error.errno in _BROKEN:
+            self._is_broken = True
+            self.discard_queue()
         elif error.errno not in (errno.EAGAIN, errno.EINTR):
             if not self._not_before:
                 why = os.strerror(error.errno or 0)
                 self._log_ratelimited(f"{why}; trying again every {_RETRY_S:g} s; {_BACKLOG:,} lines are kept")
             self._not_before = self._clock() + _RETRY_S
 
-    def give_up(self) -> None:
+    def discard_queue(self) -> None:
         """Drop and count what is queued."""
-        self._dropped(len(self._lines) + self._cut.count(b"\n"))
+        self._count_dropped(len(self._lines) + self._unwritten.count(b"\n"))
         self._lines.clear()
-        self._cut = b""
+        self._unwritten = b""

@@ -1,4 +1,4 @@
-"""The `metrics` line: the shared counters, named in Envoy's style. Only reads; whoever writes the line keeps the interval."""
+"""The fields of the `metrics` line: the shared counters, named in Envoy's style. Reads only. Knows nothing of the interval."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Dict
 from _tsproxy.stats import counters, histogram
 from _tsproxy.stats.counters import Counter, SharedCounters
 
-_PLAIN = {
+_COUNTERS = {
     "downstream_cx_total": Counter.ACCEPTED,
     "downstream_cx_overflow": Counter.OVERFLOW,
     "downstream_cx_denied": Counter.DENIED,
     "downstream_client_cx_overflow": Counter.CLIENT_OVERFLOW,
-    # What was acknowledged before what was received: a look in between must not find more of it.
+    # Read acknowledged bytes before received ones: workers go on counting, and acknowledged must not exceed received.
     "downstream_cx_tx_bytes_total": Counter.ACKNOWLEDGED_DOWNSTREAM,
     "upstream_cx_tx_bytes_total": Counter.ACKNOWLEDGED_UPSTREAM,
     "downstream_cx_rx_bytes_total": Counter.RECEIVED_DOWNSTREAM,
@@ -39,21 +39,21 @@ HISTOGRAMS = {
     "relay_us": (counters.RELAY, histogram.LIMITS_US),
     "loop_lag_us": (counters.LOOP_LAG, histogram.COARSE_US),
 }
-"""Where the counts of each begin in a worker's row, and the limits of its `le` fields."""
+"""Index of each histogram in a worker's row, and the limits of its `le` fields."""
 
 
 def totals(shared_counters: SharedCounters) -> Dict[str, int]:
-    """Each counter since the start, and the two gauges derived from pairs of them."""
+    """Each counter since the start, and the two gauges, which are differences of counters."""
     total = shared_counters.total
-    fields = {name: total(counter) for name, counter in _PLAIN.items()}
+    fields = {name: total(counter) for name, counter in _COUNTERS.items()}
     fields["downstream_cx_active"] = active(shared_counters)
-    ended = total(Counter.CONNECTS_ENDED)  # before what has begun, or a gauge could be negative
+    ended = total(Counter.CONNECTS_ENDED)  # read before CONNECTS, or the gauge could be negative
     fields["upstream_cx_active"] = total(Counter.CONNECTS) - ended
     return fields
 
 
 def active(shared_counters: SharedCounters) -> int:
-    """Client connections now."""
+    """Client connections that are open."""
     ended = shared_counters.total(Counter.ENDED)
     return shared_counters.total(Counter.ACCEPTED) - ended
 
@@ -62,6 +62,6 @@ def latencies(shared_counters: SharedCounters) -> Dict[str, object]:
     """The fields of all histograms."""
     fields: Dict[str, object] = {}
     for name, (start, limits_us) in HISTOGRAMS.items():
-        counts = shared_counters.histogram(start)  # before the longest one, which a worker notes first
+        counts = shared_counters.histogram(start)  # read before the maximum, which a worker writes first
         fields.update(histogram.summary(name, counts, shared_counters.longest_ns(start), limits_us))
     return fields

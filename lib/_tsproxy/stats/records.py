@@ -1,7 +1,7 @@
-"""What a worker tells the reporter, as bytes in a pipe: one frame, one write, never a wait.
+"""Records from workers to the reporter through a pipe: one frame for each record, one write(2) for each frame.
 
-A frame is at most PIPE_BUF (4,096) bytes, so that write(2) puts it in whole or not at all (pipe(7)) and several
-workers may share the pipe. A full pipe means: count and drop.
+A frame has at most PIPE_BUF (4,096) bytes, so that write(2) is atomic (pipe(7)) and several workers can share the pipe. The
+pipe is non-blocking: on EAGAIN the record is dropped and counted.
 """
 
 from __future__ import annotations
@@ -18,24 +18,22 @@ from _tsproxy.linux import uapi
 from _tsproxy.linux.addresses import PACKED_SIZE, is_packed, unpack
 from _tsproxy.linux.needs import needing
 from _tsproxy.stats.counters import Counter
-from _tsproxy.stats.endings import WORDS, Ending
+from _tsproxy.stats.endings import ENDING_FIELDS, Ending
 
-_HEAD = struct.Struct("=HB")  # size of the whole frame, kind
+_HEADER = struct.Struct("=HB")  # size of the whole frame, kind
 _CONNECTION, _NOTICE = 1, 2
 _BODY = struct.Struct(f"=HQq{PACKED_SIZE}sqBBbq{PACKED_SIZE}sqb{PACKED_SIZE}sqqQQQQQ")
 _NOTICE_BODY = struct.Struct("=HqB")
-_MOST = 4096
+_MAX_FRAME = 4096
 _PIPE_BYTES = 1 << 20  # fs.pipe-max-size, what an unprivileged process may ask for
-_PIECE = 1 << 16
+_READ_BYTES = 1 << 16
 _INT = struct.Struct("i")  # what FIONREAD answers (ioctl_tty(2))
-_NOWHERE = bytes(PACKED_SIZE)
+_NO_ADDRESS = bytes(PACKED_SIZE)
 NOTICE_LEVELS = ("debug", "info", "warning", "error")
-
-Fields = Dict[str, object]
 
 
 class ConnectionRecord(NamedTuple):
-    """One closed connection, as the access log has it. Addresses are packed; None where there was nothing to see."""
+    """The access-log entry of one session. Addresses are packed; None: not known."""
 
     worker: int
     connection_id: int
@@ -55,12 +53,12 @@ class ConnectionRecord(NamedTuple):
     rx_bytes: int = 0
     tx_bytes: int = 0  # acknowledged by the client's kernel
     upstream_tx_bytes: int = 0  # acknowledged by the upstream one's
-    discarded_bytes: int = 0  # received, not acknowledged by the other side, and given up
+    discarded_bytes: int = 0  # received, not acknowledged by the other side, and discarded
     unacknowledged_bytes: int = 0  # received, not acknowledged by the other side, and left to the kernel to deliver
 
-    def fields(self) -> Fields:
-        """The fields of its JSON line, in their order, without the witness's word."""
-        client, words = unpack(self.client), WORDS[self.ending]
+    def fields(self) -> Dict[str, object]:
+        """The fields of its JSON line, in order, without `witness`."""
+        client, codes = unpack(self.client), ENDING_FIELDS[self.ending]
         upstream = unpack(self.upstream) if self.upstream else None
         local = unpack(self.upstream_local) if self.upstream_local else None
         return {
@@ -84,8 +82,8 @@ class ConnectionRecord(NamedTuple):
             "upstream_timestamps": self.upstream_timestamps,
             "upstream_rtt_us": self.upstream_rtt_us,
             "upstream_retransmits": self.upstream_retransmits,
-            "reason": words.reason,
-            "termination_state": words.termination_state,
+            "reason": codes.reason,
+            "termination_state": codes.termination_state,
         }
 
 
@@ -99,22 +97,22 @@ class Notice(NamedTuple):
 
 
 Record = Union[ConnectionRecord, Notice]
-_AT = {name: position for position, name in enumerate(ConnectionRecord._fields)}
-_UPSTREAMS = (_AT["upstream"], _AT["upstream_local"])
-_VERDICTS = (_AT["client_timestamps"], _AT["upstream_timestamps"])
-# What may be missing, and the most that it can be: -1 stands for None in a frame.
-_NUMBERS = {
-    **dict.fromkeys(_VERDICTS, 1),
-    _AT["connect_us"]: 2**63 - 1,
-    **{_AT[name]: 2**32 - 1 for name in ("client_syn_tsval", "upstream_rtt_us", "upstream_retransmits")},
+_POSITIONS = {name: position for position, name in enumerate(ConnectionRecord._fields)}
+_OPTIONAL_ADDRESSES = (_POSITIONS["upstream"], _POSITIONS["upstream_local"])
+_BOOLEANS = (_POSITIONS["client_timestamps"], _POSITIONS["upstream_timestamps"])
+# Numbers that may be None, which is -1 in a frame, and their maximum.
+_OPTIONAL_NUMBERS = {
+    **dict.fromkeys(_BOOLEANS, 1),
+    _POSITIONS["connect_us"]: 2**63 - 1,
+    **{_POSITIONS[name]: 2**32 - 1 for name in ("client_syn_tsval", "upstream_rtt_us", "upstream_retransmits")},
 }
 
 
 def _without_none(record: ConnectionRecord) -> List[Any]:
     values: List[Any] = list(record)
-    for position in _UPSTREAMS:
-        values[position] = values[position] or _NOWHERE
-    for position in _NUMBERS:
+    for position in _OPTIONAL_ADDRESSES:
+        values[position] = values[position] or _NO_ADDRESS
+    for position in _OPTIONAL_NUMBERS:
         if values[position] is None:
             values[position] = -1
     return values
@@ -125,26 +123,26 @@ def encode(record: Record) -> bytes:
     if isinstance(record, ConnectionRecord):
         body, kind = _BODY.pack(*_without_none(record)), _CONNECTION
     else:
-        text = record.message.encode("utf-8", "backslashreplace")[: _MOST - _HEAD.size - _NOTICE_BODY.size]
+        text = record.message.encode("utf-8", "backslashreplace")[: _MAX_FRAME - _HEADER.size - _NOTICE_BODY.size]
         body = _NOTICE_BODY.pack(record.worker, record.at_ns, NOTICE_LEVELS.index(record.level)) + text
         kind = _NOTICE
-    return _HEAD.pack(_HEAD.size + len(body), kind) + body
+    return _HEADER.pack(_HEADER.size + len(body), kind) + body
 
 
 def decode(data: bytes) -> Tuple[List[Record], bytes]:
-    """The whole records in `data`, and the bytes of the last, cut one.
+    """The complete records in `data`, and the bytes of an incomplete last one.
 
-    A frame that no worker can have meant is a Notice that says so; behind one of no possible size, all is lost.
+    A malformed frame becomes a Notice that says so. After a frame of an impossible size the rest of `data` is discarded.
     """
     found: List[Record] = []
     start = 0
-    while len(data) - start >= _HEAD.size:
-        size, kind = _HEAD.unpack_from(data, start)
-        if not _HEAD.size <= size <= _MOST:
-            return [*found, _unreadable(kind, data[start + _HEAD.size :])], b""
+    while len(data) - start >= _HEADER.size:
+        size, kind = _HEADER.unpack_from(data, start)
+        if not _HEADER.size <= size <= _MAX_FRAME:
+            return [*found, _malformed(kind, data[start + _HEADER.size :])], b""
         if len(data) - start < size:
             break
-        found.append(_decode_one(kind, data[start + _HEAD.size : start + size]))
+        found.append(_decode_one(kind, data[start + _HEADER.size : start + size]))
         start += size
     return found, data[start:]
 
@@ -153,10 +151,10 @@ def _decode_one(kind: int, body: bytes) -> Record:
     try:
         return _notice(body) if kind == _NOTICE else _connection(kind, body)
     except (IndexError, ValueError, struct.error):
-        return _unreadable(kind, body)
+        return _malformed(kind, body)
 
 
-def _unreadable(kind: int, body: bytes) -> Notice:
+def _malformed(kind: int, body: bytes) -> Notice:
     worker = int.from_bytes(body[:2], sys.byteorder)  # first in either body
     return Notice(worker, time.time_ns(), "error", f"a record can't be read: kind {kind}, {len(body)} bytes: {body[:64].hex()}")
 
@@ -169,61 +167,61 @@ def _notice(body: bytes) -> Notice:
 
 
 def _connection(kind: int, body: bytes) -> ConnectionRecord:
-    """The record in a frame. ValueError for what no worker can have meant: the memory of one that went wrong is anything."""
+    """The record in a frame. ValueError if it is malformed: a worker whose memory is corrupt may write any bytes."""
     values = list(_BODY.unpack(body))
-    for position in _UPSTREAMS:
-        values[position] = None if values[position] == _NOWHERE else values[position]
-    addresses = [values[position] for position in (_AT["client"], *_UPSTREAMS) if values[position] is not None]
+    for position in _OPTIONAL_ADDRESSES:
+        values[position] = None if values[position] == _NO_ADDRESS else values[position]
+    addresses = [values[position] for position in (_POSITIONS["client"], *_OPTIONAL_ADDRESSES) if values[position] is not None]
     if kind != _CONNECTION or not all(map(is_packed, addresses)):
         raise ValueError
-    if values[_AT["closed_at_ns"]] < 0 or values[_AT["duration_us"]] < 0:
+    if values[_POSITIONS["closed_at_ns"]] < 0 or values[_POSITIONS["duration_us"]] < 0:
         raise ValueError
-    for position, most in _NUMBERS.items():
+    for position, maximum in _OPTIONAL_NUMBERS.items():
         if values[position] == -1:
             values[position] = None
-        elif not 0 <= values[position] <= most:
+        elif not 0 <= values[position] <= maximum:
             raise ValueError
-        elif position in _VERDICTS:
+        elif position in _BOOLEANS:
             values[position] = bool(values[position])
-    values[_AT["ending"]] = Ending(values[_AT["ending"]])
+    values[_POSITIONS["ending"]] = Ending(values[_POSITIONS["ending"]])
     return ConnectionRecord(*values)
 
 
 class RecordPipe(NamedTuple):
-    """The pipe's two ends, both non-blocking. Plain numbers, so the writer can be handed to another interpreter."""
+    """The two ends of the pipe, both non-blocking. Plain numbers, so the writer can be passed to another interpreter."""
 
     reader: int
     writer: int
 
     @classmethod
     def create(cls) -> RecordPipe:
-        """A pipe as large as the host gives."""
+        """A new pipe, of 1 MiB if F_SETPIPE_SZ allows it."""
         with needing("pipe2(2)", "for what workers report"):
             pipe = cls(*os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC))
         try:
             fcntl.fcntl(pipe.writer, uapi.F_SETPIPE_SZ, _PIPE_BYTES)
         except OSError:
-            pass  # fs.pipe-user-pages-soft is used up: the default size drops earlier, and the drops are counted
+            pass  # EPERM, beyond fs.pipe-user-pages-soft: with the default size records are dropped, and counted, earlier
         return pipe
 
     def read(self) -> Iterator[bytes]:
-        """What is there now, in pieces. What comes meanwhile is for the next time: busy writers must not keep the reader."""
-        left = _INT.unpack(fcntl.ioctl(self.reader, termios.FIONREAD, bytes(_INT.size)))[0]
-        while left:
-            data = os.read(self.reader, min(left, _PIECE))
-            left -= len(data)
+        """The bytes that FIONREAD reports now, in chunks. Later ones wait for the next call: a busy writer must not keep it."""
+        remaining = _INT.unpack(fcntl.ioctl(self.reader, termios.FIONREAD, bytes(_INT.size)))[0]
+        while remaining:
+            data = os.read(self.reader, min(remaining, _READ_BYTES))
+            remaining -= len(data)
             yield data
 
 
 class RecordWriter:
-    """A worker's end of the pipe: puts a record in, or counts it as dropped in the worker's own row."""
+    """A worker's end of the pipe: writes a record, or counts it as dropped in the worker's own row."""
 
     def __init__(self, fd: int, row: memoryview) -> None:
         self._fd = fd
         self._row = row
 
     def put(self, record: Record) -> None:
-        """Write one record. A full pipe, or one that nobody reads, costs a line and nothing else."""
+        """Write one record. EAGAIN (the pipe is full) and EPIPE (no reader) drop it."""
         try:
             os.write(self._fd, encode(record))
         except (BlockingIOError, BrokenPipeError):

@@ -1,6 +1,6 @@
-"""The one thread that writes standard output: it adds up, encodes and writes, and nobody waits for it.
+"""The reporter thread, the only writer of standard output: reads records, sums counters, encodes lines. Nothing waits for it.
 
-Knows the shared counters, the record pipe and the line writer. Knows nothing of sockets, relays or why a thing happened.
+Knows the shared counters, the record pipe and the line writer. Knows nothing of sockets, sessions or the cause of an event.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ import sys
 import threading
 import time
 from collections import deque
-from typing import Any, Callable, Deque, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, Deque, Optional, Sequence, Tuple
 
 from _tsproxy.cli import program
 from _tsproxy.linux import needs, wakeup
 from _tsproxy.stats import encoder, metrics
 from _tsproxy.stats.counters import REPORTER_ROW, Counter, SharedCounters
-from _tsproxy.stats.endings import WORDS
+from _tsproxy.stats.encoder import Fields
+from _tsproxy.stats.endings import ENDING_FIELDS
 from _tsproxy.stats.line_writer import LineWriter
 from _tsproxy.stats.records import NOTICE_LEVELS, ConnectionRecord, Record, RecordPipe, decode
 
-Fields = Dict[str, Any]
-_PACE_MS = 10.0
-_LONGEST_MS = 60_000.0
-_LINGER_S = 1.0  # how long the last lines may wait for a reader that has stalled
+_POLL_INTERVAL_MS = 10.0
+_MAX_TIMEOUT_MS = 60_000.0
+_CLOSE_TIMEOUT_S = 1.0  # how long the last lines wait for POLLOUT
 
 
 class Reporter:
-    """Writes JSON lines to a descriptor. All methods but run() may be called from any thread of this interpreter."""
+    """Writes JSON lines to a descriptor. Any thread of this interpreter may call all methods but run()."""
 
     def __init__(
         self,
@@ -39,158 +39,158 @@ class Reporter:
         *,
         level: str = "info",
         interval_s: float = 10.0,
-        witness_words: Sequence[str] = ("none",),
+        witness_names: Sequence[str] = ("none",),
     ) -> None:
-        """`witness_words` turns the witness number in a record into its word."""
-        self._counters_of_all, self._pipe, self._interval_s = shared_counters, pipe, interval_s
-        self._witness_words = witness_words
+        """`witness_names` has the `witness` field of a line, by the number in its record."""
+        self._shared_counters, self._pipe, self._interval_s = shared_counters, pipe, interval_s
+        self._witness_names = witness_names
         self._threshold = NOTICE_LEVELS.index(level)
-        self._outlet = LineWriter(fd, time.monotonic, self._count_dropped, _say_aside)
-        self._said: Deque[Tuple[int, str, str, Fields]] = deque()
+        self._line_writer = LineWriter(fd, time.monotonic, self._count_dropped, _log_to_stderr)
+        self._log_queue: Deque[Tuple[int, str, str, Fields]] = deque()
         self._wakeup = wakeup.create()
-        self._closing_until: Optional[float] = None
-        self._rest = b""
+        self._close_deadline: Optional[float] = None
+        self._partial_record = b""
         self._stamps = encoder.Stamps()
         self._rates = Rates(shared_counters)
         self._next_metrics = time.monotonic() + interval_s if interval_s else float("inf")
         self._poller = select.poll()
         self._poller.register(self._wakeup.reader, select.POLLIN)
-        self._records_come = False
+        self._records_arriving = False
         self._thread = threading.Thread(target=self.run, name="reporter", daemon=True)
 
     def start(self) -> None:
-        """Begin writing. Refused if there can't be a thread for it."""
+        """Start the thread. Refused if it can't be started."""
         with needs.needing("poll(2)", "to write the lines"):
-            self._poller.poll(0)  # where a sandbox refuses it, that is told here
+            self._poller.poll(0)  # fails here if a sandbox refuses poll(2)
         needs.start_thread(self._thread, "to write the lines")
 
     def log(self, event: str, level: str = "info", **fields: Any) -> None:
         """Queue one line. Never blocks."""
-        self._said.append((time.time_ns(), level, event, fields))
-        self._wakeup.ring()
+        self._log_queue.append((time.time_ns(), level, event, fields))
+        self._wakeup.wake()
 
     def metrics_now(self) -> None:
-        """Queue a `metrics` line; its figures are those of the moment it is written."""
-        self._said.append((time.time_ns(), "info", "metrics", {}))
-        self._wakeup.ring()
+        """Queue a `metrics` line. The counters are read when the reporter encodes it."""
+        self._log_queue.append((time.time_ns(), "info", "metrics", {}))
+        self._wakeup.wake()
 
     def close(self) -> None:
-        """Write what is queued, wait at most a second for a stalled reader, then give up and count the rest."""
-        self._closing_until = time.monotonic() + _LINGER_S
-        self._wakeup.ring()
-        self._thread.join(2 * _LINGER_S)
+        """Write what is queued, wait at most a second while standard output blocks, then drop and count the rest."""
+        self._close_deadline = time.monotonic() + _CLOSE_TIMEOUT_S
+        self._wakeup.wake()
+        self._thread.join(2 * _CLOSE_TIMEOUT_S)
 
     def run(self) -> None:
-        """The thread: gather, write, wait, until closed and empty."""
+        """The thread: encode, write, wait, until close() was called and all lines are written."""
         while True:
             self._wakeup.collect()
-            # After collect(), which may take the ring of close(); before gathering what was queued before close().
-            closing_until = self._closing_until
-            self._gather()
-            self._outlet.write()
-            if closing_until is not None and (self._outlet.is_empty or time.monotonic() > closing_until):
+            # Read it after collect(), which may clear the wake-up of close(), and before encoding what was queued until then.
+            close_deadline = self._close_deadline
+            self._encode_waiting()
+            self._line_writer.write()
+            if close_deadline is not None and (self._line_writer.is_empty or time.monotonic() > close_deadline):
                 break
-            if closing_until is self._closing_until:
+            if close_deadline is self._close_deadline:
                 self._wait()
-        self._outlet.give_up()
+        self._line_writer.discard_queue()
 
     def _wait(self) -> None:
-        """Sleep until there is something to gather, room to write, or a metrics line is due.
+        """poll(2) until there is something to encode, POLLOUT, or a metrics line is due.
 
-        While records come, they are looked for by the clock: to wake for each one would take the CPU from the relays.
+        While records arrive, the pipe is read every 10 ms instead: a wake-up for each record would take CPU time from workers.
         """
-        waiting = {} if self._records_come else {self._pipe.reader: select.POLLIN}
-        if self._outlet.wants_room:
-            waiting[self._outlet.fd] = select.POLLOUT
+        waiting = {} if self._records_arriving else {self._pipe.reader: select.POLLIN}
+        if self._line_writer.awaits_pollout:
+            waiting[self._line_writer.fd] = select.POLLOUT
         for fd, events in waiting.items():
             self._poller.register(fd, events)
-        self._poller.poll(min(self._patience_ms(), _PACE_MS if self._records_come else _LONGEST_MS))
+        self._poller.poll(min(self._timeout_ms(), _POLL_INTERVAL_MS if self._records_arriving else _MAX_TIMEOUT_MS))
         for fd in waiting:
             self._poller.unregister(fd)
 
-    def _patience_ms(self) -> float:
-        """How long to sleep: to the next metrics line, or a look at a stalled writer."""
+    def _timeout_ms(self) -> float:
+        """Until the next metrics line is due; at most 250 ms while lines are queued."""
         wait = self._next_metrics - time.monotonic()
-        if not self._outlet.is_empty:
+        if not self._line_writer.is_empty:
             wait = min(wait, 0.25)
         return max(0.0, wait) * 1000
 
-    def _gather(self) -> None:
-        """Turn all that is waiting into lines; records first, so that a last `metrics` or `stop` line comes after them."""
-        waiting = len(self._said)
-        self._records_come = False
+    def _encode_waiting(self) -> None:
+        """Encode all that is queued; records first, so that a last `metrics` or `stop` line comes after them."""
+        waiting = len(self._log_queue)
+        self._records_arriving = False
         for data in self._pipe.read():
-            self._records_come = True
-            records, self._rest = decode(self._rest + data)
+            self._records_arriving = True
+            records, self._partial_record = decode(self._partial_record + data)
             for record in records:
-                self._checked(record)
-            self._outlet.write()  # a burst may be more than the line writer keeps
+                self._put_checked(record)
+            self._line_writer.write()  # a burst may be more lines than the line writer queues
         if time.monotonic() >= self._next_metrics:
             self._next_metrics = time.monotonic() + self._interval_s
-            self._metrics(time.time_ns())
+            self._put_metrics(time.time_ns())
         for _ in range(waiting):
-            at_ns, level, event, fields = self._said.popleft()
+            at_ns, level, event, fields = self._log_queue.popleft()
             if event == "metrics":
-                self._metrics(at_ns)
+                self._put_metrics(at_ns)
             else:
-                self._line(at_ns, level, event, fields)
+                self._put_line(at_ns, level, event, fields)
 
-    def _checked(self, record: Record) -> None:
-        """What a worker wrote is input from outside: whatever is wrong with one record costs that one its line, no more."""
+    def _put_checked(self, record: Record) -> None:
+        """A record is untrusted input: one that can't be encoded becomes an `error` line, and the others are written."""
         try:
-            self._record(record)
+            self._put_record(record)
         except Exception as problem:
             message = f"a record can't be told: {problem!r}: {record!r}"
-            self._line(time.time_ns(), "error", "error", {"worker": record.worker, "message": message})
+            self._put_line(time.time_ns(), "error", "error", {"worker": record.worker, "message": message})
 
-    def _record(self, record: Record) -> None:
+    def _put_record(self, record: Record) -> None:
         if isinstance(record, ConnectionRecord):
             fields = record.fields()
-            fields["witness"] = self._witness_words[record.witness]
-            self._line(record.closed_at_ns, WORDS[record.ending].level, "connection", fields)
+            fields["witness"] = self._witness_names[record.witness]
+            self._put_line(record.closed_at_ns, ENDING_FIELDS[record.ending].level, "connection", fields)
         else:
             event = record.level if record.level in ("warning", "error") else "debug"
-            self._line(record.at_ns, record.level, event, {"worker": record.worker, "message": record.message})
+            self._put_line(record.at_ns, record.level, event, {"worker": record.worker, "message": record.message})
 
-    def _metrics(self, at_ns: int) -> None:
+    def _put_metrics(self, at_ns: int) -> None:
         fields = self._rates.fields()
-        fields.update(metrics.latencies(self._counters_of_all))
-        self._line(at_ns, "info", "metrics", fields)
+        fields.update(metrics.latencies(self._shared_counters))
+        self._put_line(at_ns, "info", "metrics", fields)
 
-    def _line(self, at_ns: int, level: str, event: str, fields: Fields) -> None:
+    def _put_line(self, at_ns: int, level: str, event: str, fields: Fields) -> None:
         if NOTICE_LEVELS.index(level) < self._threshold:
             return
         timestamp = self._stamps.rfc3339(at_ns)
         line = encoder.line({"timestamp": timestamp, "level": level, "event": event, "pid": os.getpid(), **fields})
-        self._outlet.put(line, seldom=event != "connection")
+        self._line_writer.put(line, use_reserve=event != "connection")
 
     def _count_dropped(self, lines: int) -> None:
-        self._counters_of_all.rows[REPORTER_ROW][Counter.LINES_DROPPED] += lines
+        self._shared_counters.rows[REPORTER_ROW][Counter.LINES_DROPPED] += lines
 
 
-def _say_aside(problem: str) -> None:
-    """What can't be said on standard output, on standard error, if that takes it now: nobody waits for it."""
+def _log_to_stderr(problem: str) -> None:
+    """Write why standard output failed to standard error, if poll(2) says that it does not block."""
     if sys.stderr is None:
         return
     with contextlib.suppress(OSError):
-        room = select.poll()
-        room.register(sys.stderr, select.POLLOUT)
-        if room.poll(0):
+        poller = select.poll()
+        poller.register(sys.stderr, select.POLLOUT)
+        if poller.poll(0):
             os.write(sys.stderr.fileno(), f"{program.name()}: standard output: {problem}\n".encode())
 
 
 class Rates:
-    """The totals now, and the rates since the last time they were asked for."""
+    """The totals, and the rates since the last call of fields()."""
 
     def __init__(self, shared_counters: SharedCounters, clock: Callable[[], float] = time.monotonic) -> None:
-        self._counters_of_all, self._clock = shared_counters, clock
+        self._shared_counters, self._clock = shared_counters, clock
         self._started = self._last = clock()
         self._start_time = encoder.Stamps().rfc3339(time.time_ns())
         self._totals = metrics.totals(shared_counters)
 
     def fields(self) -> Fields:
-        """The head and the counters of a metrics line."""
-        now, totals, before = self._clock(), metrics.totals(self._counters_of_all), self._totals
+        """The times, totals and rates of a metrics line."""
+        now, totals, before = self._clock(), metrics.totals(self._shared_counters), self._totals
         interval = max(now - self._last, 1e-6)
         fields: Fields = {
             "start_time": self._start_time,

@@ -73,7 +73,7 @@ class ThreadsafeCalls:
     def call_soon(self, call: Call) -> None:
         """In any thread. Never blocks."""
         self._calls.append(call)
-        self._wakeup.ring()
+        self._wakeup.wake()
 
     def _run(self) -> None:
         self._wakeup.collect()

@@ -9,17 +9,17 @@ from __future__ import annotations
 import time
 from typing import Callable, Dict
 
-from _tsproxy.policy.evidence import NAMES, Answer
+from _tsproxy.policy.evidence import FAMILY_NAMES, Answer
 from _tsproxy.policy.inspector import PolicyCheck
 from _tsproxy.policy.levers import Lever
-from _tsproxy.supervisor.monitor import Look
+from _tsproxy.supervisor.monitor import EvidenceUpdate
 
 Log = Callable[[str, str, str], None]  # event, level, message
 _REPEAT_S = 1.0  # while it fails: the answer before may have let one more session connect
 
 
 class Drift:
-    """Call on_look() with each look of the monitors, in one thread."""
+    """Call on_update() with each update of the monitors, in one thread."""
 
     def __init__(self, lever: Lever, log: Log, on_failure: Callable[[], None]) -> None:
         """`on_failure` is called when the policy fails for some family, and every second while it does."""
@@ -35,44 +35,44 @@ class Drift:
         if not failing:
             return ""
         others = Answer.HOLDS in self._answers.values()
-        return f"new connections over {' and '.join(map(NAMES.__getitem__, failing))}" if others else "new connections"
+        return f"new connections over {' and '.join(map(FAMILY_NAMES.__getitem__, failing))}" if others else "new connections"
 
-    def on_look(self, look: Look) -> None:
+    def on_update(self, update: EvidenceUpdate) -> None:
         """Log a change; have sessions that would leak ended."""
-        before, self._answers[look.family] = self._answers.get(look.family, Answer.NEVER), look.answer
-        if look.answer is not before:
-            self._log_left(before, look)
-            self._log_entered(look)
-        if look.answer is Answer.FAILS and time.monotonic() - self._called_at > _REPEAT_S:
+        before, self._answers[update.family] = self._answers.get(update.family, Answer.NEVER), update.answer
+        if update.answer is not before:
+            self._log_left(before, update)
+            self._log_entered(update)
+        if update.answer is Answer.FAILS and time.monotonic() - self._called_at > _REPEAT_S:
             self._called_at = time.monotonic()
             self._on_failure()
 
-    def _log_left(self, before: Answer, look: Look) -> None:
-        name = NAMES[look.family]
+    def _log_left(self, before: Answer, update: EvidenceUpdate) -> None:
+        name = FAMILY_NAMES[update.family]
         if before is Answer.UNSEEN:
             self._log("warning", "info", f"{name} timestamps can be looked at again")
         elif before is Answer.ABSENT:
             self._log("warning", "info", f"{name} is in use again")
-        elif before is Answer.FAILS and look.answer is Answer.HOLDS:
+        elif before is Answer.FAILS and update.answer is Answer.HOLDS:
             where = f" over {name}" if self.refused else ""
-            self._log("timestamps_drift", "info", f"the policy holds again{where}: {look.policy_check.evidence}")
+            self._log("timestamps_drift", "info", f"the policy holds again{where}: {update.policy_check.evidence}")
 
-    def _log_entered(self, look: Look) -> None:
-        name = NAMES[look.family]
-        if look.answer is Answer.FAILS:
-            self._called_at, self.evidence = 0.0, _evidence(look.policy_check, self._lever)
+    def _log_entered(self, update: EvidenceUpdate) -> None:
+        name = FAMILY_NAMES[update.family]
+        if update.answer is Answer.FAILS:
+            self._called_at, self.evidence = 0.0, _evidence(update.policy_check, self._lever)
             self._log("timestamps_drift", "error", f"{self.refused} are refused until it holds again: {self.evidence}")
-        elif look.answer is Answer.UNSEEN:
+        elif update.answer is Answer.UNSEEN:
             meanwhile = "the sysctl's value decides" if self._lever is Lever.SYSCTL else "new connections wait for it"
-            why = look.policy_check.families[look.family].problem
+            why = update.policy_check.families[update.family].problem
             self._log("warning", "warning", f"{name} timestamps can't be looked at now: {why}; meanwhile {meanwhile}")
-        elif look.answer is Answer.ABSENT:
+        elif update.answer is Answer.ABSENT:
             self._log("warning", "warning", f"{name} is left out until it comes: no interface has an address of it")
 
 
 def _evidence(policy_check: PolicyCheck, lever: Lever) -> str:
     other = (
-        f"held by {policy_check.lever.word} now, by {lever.word} at the start"
+        f"held by {policy_check.lever.label} now, by {lever.label} at the start"
         if policy_check.lever not in (None, lever)
         else ""
     )

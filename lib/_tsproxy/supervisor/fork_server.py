@@ -55,7 +55,7 @@ class ForkServer:
         self._answers: Dict[int, int] = {}  # worker's number -> errno of the last request for it, or 0
         self._own_exit_status = self._unreported = self._failure = ""
         with needing("fork(2)", "to start workers as processes"):
-            self._pid = children.fork_deaf()
+            self._pid = children.fork_ignoring_signals()
         if self._pid == 0:
             _run_fork_server(theirs, kept | {*exited, theirs.fileno()}, exited)
         theirs.close()
@@ -185,7 +185,7 @@ class ForkServer:
             exit_status = self._wait()
             self._own_exit_status = self._unreported = self._failure or exit_status
         if exited or is_new:
-            self._exited.ring()
+            self._exited.wake()
 
     def _wait(self) -> str:
         try:
@@ -339,4 +339,4 @@ def _report(control: socket.socket, wakeup: Optional[Wakeup], report: bytes) -> 
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         control.sendmsg([report])
         if wakeup:
-            wakeup.ring()
+            wakeup.wake()

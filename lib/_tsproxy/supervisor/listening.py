@@ -74,7 +74,7 @@ def _inherited(
     config: Config, upstreams: Sequence[Address], sources: Sequence[Address], environment: Mapping[str, str]
 ) -> List[socket.socket]:
     try:
-        found = [systemd.take(handed) for handed in systemd.inherited(environment, os.getpid())]
+        found = [systemd.listener_from(handed) for handed in systemd.inherited(environment, os.getpid())]
     except systemd.BadHandover as problem:
         raise Exit(exits.USAGE, str(problem)) from None
     ours = (*config.listen_options, *(["--reuse-port"] if config.reuse_port else []))
@@ -83,8 +83,8 @@ def _inherited(
     for listener in found:
         if sockets.shares_our_namespace(listener):
             address = from_sockaddr(listener.family, listener.getsockname())
-            _refuse_loop(address, sockets.takes_ipv4(listener), upstreams, sources)
-        sockets.forget_options(listener)
+            _refuse_loop(address, sockets.accepts_ipv4(listener), upstreams, sources)
+        sockets.reset_inherited_options(listener)
         tuning_of(config).apply(listener)
     return found
 

@@ -64,7 +64,7 @@ class Resolver:
         reader, writer = os.pipe2(os.O_CLOEXEC)
         with open(reader, "rb") as answer:
             try:
-                pid = children.fork_deaf()
+                pid = children.fork_ignoring_signals()
                 if pid == 0:
                     self._be_the_child(writer)
             except OSError:  # a limit on tasks, or a sandbox: then the signal has to wait
@@ -89,7 +89,7 @@ class Resolver:
         """Never returns."""
         try:
             with contextlib.suppress(OSError):
-                namespaces.die_with_parent(signal.SIGKILL)
+                namespaces.set_parent_death_signal(signal.SIGKILL)
             self.resolve()
             with open(writer, "wb") as pipe:
                 pickle.dump((self._answers, self._failures), pipe)

@@ -73,7 +73,7 @@ class ThreadRunner:
             self._log(traceback.format_exc())
         finally:
             self.is_alive = False
-            self._args.shared.exited.ring()
+            self._args.shared.exited.wake()
 
     def _work(self) -> None:
         run_worker(self._own_args())
@@ -188,10 +188,10 @@ def have_interpreters() -> bool:
 def _may_fork() -> bool:
     """Whether fork(2) and wait4(2) are allowed. Tried; EAGAIN or ENOMEM now does not mean that they are not."""
     try:
-        pid = children.fork_deaf()
+        pid = children.fork_ignoring_signals()
         if pid == 0:
             os._exit(0)
         os.waitpid(pid, 0)
     except OSError as error:
-        return error.errno in needs.PASSING
+        return error.errno in needs.TRANSIENT
     return True

@@ -31,7 +31,7 @@ from _tsproxy.supervisor import listening, start_line, startup
 from _tsproxy.supervisor.callbacks import CallTimer, OnReadable, ThreadsafeCalls
 from _tsproxy.supervisor.drain import ListenerDrain
 from _tsproxy.supervisor.drift import Drift
-from _tsproxy.supervisor.monitor import Look, PolicyMonitor
+from _tsproxy.supervisor.monitor import EvidenceUpdate, PolicyMonitor
 from _tsproxy.supervisor.signals import TERMINATING, Signals
 from _tsproxy.supervisor.startup import Prepared
 from _tsproxy.supervisor.watchdog import Watchdog
@@ -49,8 +49,8 @@ _STDOUT = 1  # by number: sys.stdout is None when it was closed at the start
 
 def serve(config: Config) -> int:
     """Relay until a signal ends it; the exit code. Exit with its code if it can't start."""
-    inherited.close_all_but(systemd.numbers(os.environ, os.getpid()))
-    inherited.leave_directory()
+    inherited.close_all_but(systemd.inherited_fds(os.environ, os.getpid()))
+    inherited.change_to_root()
     with needing("pipe2(2) or rt_sigaction(2)", "to handle signals"):
         signals = Signals()
     inherited.unblock_signals()
@@ -84,7 +84,7 @@ class Supervisor:
             self._prepared.records,
             level=self._config.log_level,
             interval_s=self._config.metrics_interval_s,
-            witness_words=levers.WITNESS_WORDS,
+            witness_names=levers.WITNESS_NAMES,
         )
 
     def _make_acceptor(self) -> Acceptor:
@@ -119,7 +119,7 @@ class Supervisor:
         self._reporter.start()
         try:
             self._pool.start()
-            if self._prepared.shared.lever in levers.WATCHED:
+            if self._prepared.shared.lever in levers.MONITORED:
                 self._start_monitors()
             self._resolver.follow(self._failed_connects, self._call(self._on_resolver))
         except OSError:
@@ -139,7 +139,7 @@ class Supervisor:
                 prepared.shared.lever,
                 prepared.evidence,
                 asked,
-                on_look=self._call(self._on_look),
+                on_update=self._call(self._on_update),
                 log_ratelimited=log_bug,
             ).start()
 
@@ -263,11 +263,11 @@ class Supervisor:
         if self._pool.accepts and not self._is_ending:
             self._pool.start_accepting(self._resolver.packed)
 
-    def _on_look(self, look: Look) -> None:
+    def _on_update(self, update: EvidenceUpdate) -> None:
         """Have clients that wait for the policy try again; update STATUS if something else is refused now."""
         before = self._drift.refused
-        self._drift.on_look(look)
-        if look.was_asked:
+        self._drift.on_update(update)
+        if update.was_asked:
             self._pool.notify(Command.EVIDENCE)
         if self._drift.refused != before:
             self._watchdog.notify()

@@ -29,7 +29,7 @@ def fields(prepared: Prepared, wakeup: str) -> Dict[str, Any]:
         "upstream_addresses": [str(upstream) for upstream in prepared.resolver.addresses],
         "timestamps": config.timestamps,
         "static_timestamp": config.static_timestamp,
-        "witness": prepared.shared.lever.word,
+        "witness": prepared.shared.lever.label,
         "workers": config.workers,
         "runtime": config.runtime,
         "python": platform.python_version(),

@@ -19,7 +19,7 @@ from _tsproxy.cli.exits import Exit
 from _tsproxy.linux import limits, privileges, systemd, wakeup
 from _tsproxy.linux.addresses import Address
 from _tsproxy.policy import advice
-from _tsproxy.policy.evidence import NAMES, Answer, Evidence
+from _tsproxy.policy.evidence import FAMILY_NAMES, Answer, Evidence
 from _tsproxy.policy.inspector import Inspector, PolicyCheck
 from _tsproxy.policy.levers import Lever, Policy
 from _tsproxy.proxy.clients import slots_for
@@ -76,8 +76,8 @@ def prepare(config: Config, environment: Mapping[str, str], notifier: systemd.No
         policy=inspector.policy,
         lever=policy_check.lever or Lever.NONE,
         evidence_fd=evidence.fd,
-        asked={family: wakeup.create() for family in NAMES},
-        for_rules=bool(inspector.mark_is_known),
+        asked={family: wakeup.create() for family in FAMILY_NAMES},
+        for_rules=bool(inspector.rules_clear_mark),
         counters_fd=counters.fd,
         records_fd=records.writer,
         exited=wakeup.create(),
@@ -92,7 +92,7 @@ def policy_of(config: Config, resolver: Resolver) -> Policy:
 
 
 def _require_policy(config: Config, inspector: Inspector) -> PolicyCheck:
-    policy_check = look_twice(inspector)
+    policy_check = check_twice(inspector)
     if policy_check.lever is not None:
         return policy_check
     if policy_check.families and len(policy_check.of(Answer.ABSENT)) == len(policy_check.families):
@@ -100,10 +100,10 @@ def _require_policy(config: Config, inspector: Inspector) -> PolicyCheck:
     raise Exit(exits.POLICY, advice.unattainable(policy_check, inspector.policy, [str(target) for target in config.targets]))
 
 
-def look_twice(inspector: Inspector) -> PolicyCheck:
+def check_twice(inspector: Inspector) -> PolicyCheck:
     """Inspect; once more where the inspection itself failed, as it may on a busy host."""
-    policy_check = inspector.look()
-    return inspector.look() if policy_check.lever is None and policy_check.of(Answer.UNSEEN) else policy_check
+    policy_check = inspector.check()
+    return inspector.check() if policy_check.lever is None and policy_check.of(Answer.UNSEEN) else policy_check
 
 
 def _runtime(config: Config) -> str:
@@ -133,7 +133,7 @@ def _renounce(account: Optional[pwd.struct_passwd]) -> None:
     """Change to the account. Without one, only set no_new_privs, where Python and the kernel can."""
     if account is None:
         with contextlib.suppress(OSError):
-            privileges.gain_no_more()
+            privileges.set_no_new_privs()
         return
     try:
         privileges.drop(account)

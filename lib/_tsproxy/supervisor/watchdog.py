@@ -32,7 +32,7 @@ class Watchdog:
 
     def start(self) -> None:
         """Ping the workers from now on, or only keep STATUS fresh if the manager has no watchdog for this service."""
-        if self._notifier.is_heard:
+        if self._notifier.has_manager:
             self._timer.arm(0)
 
     def notify(self, **state: object) -> None:

@@ -116,7 +116,7 @@ def _attach_listeners(worker: Worker, args: WorkerArgs, counters: SharedCounters
             dispatch=worker.dispatch,
             log_ratelimited=lambda level, why: context.log_ratelimited(level, f"accept {level}", why),
         )
-        worker.listen(acceptor, [Listener(context.loop, acceptor, sockets.inherit(fd)) for fd in args.listeners])
+        worker.listen(acceptor, [Listener(context.loop, acceptor, sockets.listener_from_fd(fd)) for fd in args.listeners])
 
 
 def settings_of(config: Config) -> SessionSettings:

@@ -128,7 +128,7 @@ class WorkerPool:
                 self._replace(slot)
 
     def _replace(self, slot: WorkerSlot) -> None:
-        exit_status, lost = slot.runner.exit_status, self._counters.write_off(slot.number)
+        exit_status, lost = slot.runner.exit_status, self._counters.count_lost(slot.number)
         self._counters.rows[ACCEPTOR_ROW][Counter.LOST_WITH_WORKER] += lost
         slot.note_exit()
         self._observer.on_worker_exit(WorkerExit(slot.number, exit_status, lost, self._fill(slot)))

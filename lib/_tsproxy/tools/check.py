@@ -20,13 +20,13 @@ from _tsproxy.cli.config import Config
 from _tsproxy.linux import facts, netfilter, sockets, uapi, wakeup
 from _tsproxy.linux.addresses import Address
 from _tsproxy.policy import advice, syn, witness
-from _tsproxy.policy.evidence import NAMES, Answer, Evidence
-from _tsproxy.policy.gates import Gate, gate_for
-from _tsproxy.policy.inspector import LOOK_S, Inspector, PolicyCheck
-from _tsproxy.policy.levers import WATCHED, Lever, Policy
+from _tsproxy.policy.evidence import FAMILY_NAMES, Answer, Evidence
+from _tsproxy.policy.gates import LeverGate, gate_for
+from _tsproxy.policy.inspector import CHECK_TIMEOUT_S, Inspector, PolicyCheck
+from _tsproxy.policy.levers import MONITORED, Lever, Policy
 from _tsproxy.policy.syn import Syn
 from _tsproxy.policy.witness import NoWitness
-from _tsproxy.supervisor.startup import look_twice, policy_of, resolve
+from _tsproxy.supervisor.startup import check_twice, policy_of, resolve
 from _tsproxy.supervisor.worker_args import tuning_of
 from _tsproxy.tools import check_report
 from _tsproxy.tools.check_report import Connection, Report, Row
@@ -36,7 +36,7 @@ _FOLLOW_S = 2.0  # how long the wire is watched after the connections were close
 
 def run(config: Config, as_json: bool) -> int:
     """Print the report, for people or as one JSON object; 0 if the policy would hold, else 78."""
-    report = look(config)
+    report = update(config)
     if as_json:
         sys.stdout.buffer.write(check_report.as_json(report))
     else:
@@ -45,13 +45,13 @@ def run(config: Config, as_json: bool) -> int:
     return exits.DRAINED if report.holds else exits.POLICY
 
 
-def look(config: Config) -> Report:
+def update(config: Config) -> Report:
     """All of it, in order: the host, the levers, the witnesses on loopback, then the targets. Exit 75 if none resolves."""
     resolver = resolve(config)
     policy = policy_of(config, resolver)
     with contextlib.closing(Inspector(policy)) as inspector:
-        policy_check = look_twice(inspector)
-        tried = inspector.tried
+        policy_check = check_twice(inspector)
+        tried = inspector.rehearsed
         rows, syns = _loopback(policy, policy_check)
         attempts = list(_attempts(config, inspector, policy_check, resolver.addresses))
     wires, refusals = _wires(policy, policy_check, attempts)
@@ -60,7 +60,7 @@ def look(config: Config) -> Report:
     return Report(
         config=config,
         lever=None if missing else policy_check.lever,
-        host=facts.all_of_them(),
+        host=facts.read_all(),
         levers=[_sysctl(policy, policy_check, syns), _rules(policy_check, syns, tried)],
         witnesses=[*rows, *wires],
         connections=[attempt.connection for attempt in attempts],
@@ -121,9 +121,9 @@ def _loopback(policy: Policy, policy_check: PolicyCheck) -> Tuple[List[Row], Lis
     rows: List[Row] = []
     syns: List[Syn] = []
     for family in policy.families:
-        name = f"{NAMES[family]} SYN on loopback"
+        name = f"{FAMILY_NAMES[family]} SYN on loopback"
         try:
-            found = policy_check.syns.get(family) or witness.saved(family, time.monotonic() + LOOK_S)
+            found = policy_check.syns.get(family) or witness.capture_syn(family, time.monotonic() + CHECK_TIMEOUT_S)
         except NoWitness as problem:
             rows.append(Row(name, None, "unknown", str(problem)))
         else:
@@ -161,9 +161,9 @@ def _attempts(
             yield _Attempt(Connection(str(address), "not tried", "its SYN would be the leak"), [], "no SYN was sent")
         return
     capture, blind = _capture(inspector.policy, addresses)
-    evidence, asked = Evidence.create(), {family: wakeup.create() for family in NAMES}
+    evidence, asked = Evidence.create(), {family: wakeup.create() for family in FAMILY_NAMES}
     try:
-        gate = gate_for(policy_check.lever, inspector.policy, evidence, asked, for_rules=bool(inspector.mark_is_known))
+        gate = gate_for(policy_check.lever, inspector.policy, evidence, asked, for_rules=bool(inspector.rules_clear_mark))
         tries = [_try(config, gate, address, _fresh(inspector, policy_check.lever, evidence, address)) for address in addresses]
         yield from _with_the_wire(tries, capture, blind)
     finally:
@@ -183,10 +183,10 @@ class _Try(NamedTuple):
 
 def _fresh(inspector: Inspector, lever: Lever, evidence: Evidence, address: Address) -> str:
     """Look anew, as for any connect(); what stands in its way."""
-    if lever not in WATCHED:
+    if lever not in MONITORED:
         return ""
     began = time.monotonic_ns()
-    policy_check = inspector.look((address.family,))
+    policy_check = inspector.check((address.family,))
     answer = policy_check.answer(address.family, lever)
     evidence.publish(address.family, answer, began)
     problem = policy_check.families[address.family].problem if address.family in policy_check.families else policy_check.problem
@@ -205,7 +205,7 @@ def _capture(policy: Policy, addresses: Sequence[Address]) -> Tuple[Optional[Cap
         return None, f"no packet socket here: {error.strerror or error}"
 
 
-def _try(config: Config, gate: Gate, address: Address, obstacle: str) -> _Try:
+def _try(config: Config, gate: LeverGate, address: Address, obstacle: str) -> _Try:
     """Connect as a worker would, and close in order. What stands in the way of one connection is told, not raised."""
     if obstacle or not gate.may_connect(address.family):
         return _Try(Connection(str(address), "not tried", obstacle or "the policy does not hold any more"), address)
@@ -235,10 +235,10 @@ def _source(config: Config, family: int) -> Optional[Address]:
     return next((Address(family, ip, 0) for ip in config.sources if (":" in ip) == (family == socket.AF_INET6)), None)
 
 
-def _outcome(sock: socket.SocketType, to: Address, gate: Gate, patience_s: float, begun: int, number: int) -> Connection:
+def _outcome(sock: socket.SocketType, to: Address, gate: LeverGate, patience_s: float, begun: int, number: int) -> Connection:
     """`number` is what connect(2) answered at once: without a route that is all there is."""
     if number in uapi.RETRY:
-        if not witness.wait(sock, select.POLLOUT, time.monotonic() + patience_s):
+        if not witness.poll(sock, select.POLLOUT, time.monotonic() + patience_s):
             return Connection(str(to), "timed out", f"no answer within {patience_s:g} s")
         number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if number:

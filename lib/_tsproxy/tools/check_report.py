@@ -68,7 +68,7 @@ def as_json(report: Report) -> bytes:
         "timestamps": config.timestamps,
         "static_timestamp": config.static_timestamp,
         "trust_host": config.trust_host,
-        "witness": report.lever.word if report.lever is not None else None,
+        "witness": report.lever.label if report.lever is not None else None,
         "targets": [str(target) for target in config.targets],
         "unresolved": report.unresolved,
         "left_out": report.left_out,

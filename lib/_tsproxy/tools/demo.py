@@ -59,10 +59,10 @@ def run() -> int:
 def _strip() -> Facts:
     """Two namespaces of our own."""
     with _forbidden("no private network namespace"):
-        namespaces.leave_network()
-    namespaces.die_with_parent(signal.SIGTERM)  # only now: a new user namespace may take the setting away
+        namespaces.new_network_namespace()
+    namespaces.set_parent_death_signal(signal.SIGTERM)  # only now: a new user namespace may take the setting away
     with _forbidden("the loopback interface of a new network namespace can't be raised"):
-        namespaces.raise_loopback()
+        namespaces.set_loopback_up()
     with sockets.listener(_LOOPBACK, 16, Tuning()) as listener:
         return trade(listener, "strip", _move_on)
 
@@ -70,15 +70,15 @@ def _strip() -> Facts:
 def _move_on() -> None:
     """From the client's namespace to the exchange's."""
     with _forbidden("no second network namespace"):
-        namespaces.another_network()
-        namespaces.raise_loopback()
+        namespaces.unshare_network()
+        namespaces.set_loopback_up()
     with _forbidden(f"{PATH} of a new network namespace can't be written"), open(PATH, "w", encoding="ascii") as sysctl:
         sysctl.write("0")
 
 
 def _preserve() -> Facts:
     """No namespace: all three live here, and timestamps are only detected."""
-    namespaces.die_with_parent(signal.SIGTERM)
+    namespaces.set_parent_death_signal(signal.SIGTERM)
     if not namespaces.is_up("lo"):
         raise Trouble("the loopback interface is down; to raise it: ip link set lo up")
     with sockets.listener(_LOOPBACK, 16, Tuning()) as listener:
@@ -131,9 +131,9 @@ def _in_a_child(show: Callable[[], Facts]) -> Facts:
     try:
         with os.fdopen(reader, "rb") as pipe:
             said = pipe.read()
-        child.has_ended(_GRACE_S)
+        child.has_exited(_GRACE_S)
     finally:
-        child.end(_GRACE_S)
+        child.terminate(_GRACE_S)
     facts: Facts = json.loads(said) if said else {"trouble": "its child process ended without a word"}
     return facts
 

@@ -75,7 +75,7 @@ def _sysctl() -> Optional[int]:
 
 def _witness_syn() -> List[str]:
     """The options of a SYN made here and now, as a list of words."""
-    return str(witness.saved(socket.AF_INET, time.monotonic() + _PATIENCE_S)).split(",")
+    return str(witness.capture_syn(socket.AF_INET, time.monotonic() + _PATIENCE_S)).split(",")
 
 
 def _relay(
@@ -90,7 +90,7 @@ def _relay(
             round_trips = _orders(clients[1], far)
             facts = {"client": _leg(clients[1]), "upstream": _leg(far)}
         connection = proxy.wait_for("connection", 1 if audit["why"] else 2)
-        proxy.child.tell(signal.SIGTERM)
+        proxy.child.send_signal(signal.SIGTERM)
         lines = {"connection": connection, "metrics": proxy.wait_for("metrics"), "start": proxy.wait_for("start")}
     return {**facts, **lines, "upstream_syn": upstream_syn, "round_trips_ns": _summary(round_trips), "audit": audit}
 
@@ -221,7 +221,7 @@ def _proxy(listener: socket.socket, target: str, mode: str) -> Iterator[_Proxy]:
     try:
         yield _Proxy(child, output[0], errors[0])
     finally:
-        child.end(_GRACE_S)
+        child.terminate(_GRACE_S)
         os.close(output[0])
         os.close(errors[0])
 
@@ -229,7 +229,7 @@ def _proxy(listener: socket.socket, target: str, mode: str) -> Iterator[_Proxy]:
 def _become_tsproxy(listener: int, output: int, errors: int, words: List[str]) -> None:
     """Never returns: becomes tsproxy with the listener handed over as sd_listen_fds(3) says, and dies with its parent."""
     try:
-        namespaces.die_with_parent(signal.SIGKILL)
+        namespaces.set_parent_death_signal(signal.SIGKILL)
         # Out of each other's way first: any of them may have the number that another is to get.
         high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (os.open(os.devnull, os.O_RDONLY), output, errors, listener)]
         for number, fd in enumerate(high):

@@ -14,7 +14,7 @@ from _tsproxy.cli.config import UsageError
 from _tsproxy.cli.exits import Exit
 from _tsproxy.linux import inherited
 from _tsproxy.linux.devnull import open_devnull
-from _tsproxy.linux.needs import PASSING, Refused
+from _tsproxy.linux.needs import TRANSIENT, Refused
 from _tsproxy.linux.printable import printable
 
 _UNWRITTEN = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
@@ -48,7 +48,7 @@ def run(manual: str, words: List[str], docopt: Docopt) -> int:
 
 def _code_and_line(problem: Union[UsageError, Exit, Refused]) -> Tuple[int, str]:
     if isinstance(problem, Refused):
-        return exits.NOT_YET if problem.errno in PASSING else exits.FAILED, str(problem.strerror)
+        return exits.NOT_YET if problem.errno in TRANSIENT else exits.FAILED, str(problem.strerror)
     return problem.code if isinstance(problem, Exit) else exits.USAGE, str(problem)
 
 

@@ -37,7 +37,7 @@ def _after(manual: str, kinds: Sequence[str]) -> Dict[str, List[str]]:
     after: Dict[str, List[str]] = {"": list(parser.commands_of(manual))}
     for usage in parser.usages(manual):
         command, *rest = usage.split()[1:]
-        taken = parser.taken(manual, table, usage)
+        taken = parser.allowed(manual, table, usage)
         options = [name for name in table if name.startswith("--") and name in taken]
         if not command.isalpha():
             after[""] += options
