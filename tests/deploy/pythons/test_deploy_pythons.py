@@ -17,7 +17,8 @@ from progress import Progress
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(1800)]
 PYTHONS = ("python3.14", "python3.15")
-FAST = "cli config encoder histogram inbox posted printable records relay runtime syn zygote".split()
+FAST = """unit/cli unit/config unit/encoder unit/histogram unit/inbox unit/posted_events process/printable unit/records
+    process/relay process/runtime unit/syn process/fork_server""".split()
 # In a mount namespace of its own, where nothing that is written stays.
 ENTER = """
 mount --make-rprivate /
@@ -108,7 +109,7 @@ def test_the_bundle_relays_without_timestamps(
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_the_tests_that_take_little_time_pass(newest: Newest, clean: Namespace, tell: Progress, python: str) -> None:
-    modules = " ".join(f"tests/test_{name}.py" for name in FAST)
+    modules = " ".join("tests/{}/test_{}.py".format(*name.split("/")) for name in FAST)
     script = (
         f"cd /mnt/checkout && PYTHONPATH=/mnt/libraries exec {python} -m pytest -q --durations=10 -p no:cacheprovider {modules}"
     )
