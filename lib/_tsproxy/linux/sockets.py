@@ -312,7 +312,10 @@ def bind_accept4(listener: socket.socket) -> Accept4:
 
 
 def from_fd(fd: int, family: int) -> SocketType:
-    """A non-blocking socket object that owns an accepted descriptor."""
+    """A non-blocking socket object that owns an accepted descriptor.
+
+    AF_INET does for an IPv6 descriptor, too, as long as no address is given to it: recv, send and options don't read it.
+    """
     sock = SocketType(family, socket.SOCK_STREAM, 0, fd)
     sock.setblocking(False)
     return sock

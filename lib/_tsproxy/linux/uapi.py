@@ -55,6 +55,7 @@ ARPHRD_ETHER, ARPHRD_LOOPBACK = 1, 772
 
 # include/net/scm.h: the most descriptors in one message
 SCM_MAX_FD = 253
+PIPE_BUF = 4096  # include/uapi/linux/limits.h: so many bytes are written to a pipe as one, or not at all (pipe(7))
 
 # include/uapi/linux/fcntl.h
 F_SETPIPE_SZ = 1031

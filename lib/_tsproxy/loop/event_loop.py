@@ -12,11 +12,10 @@ import socket
 from time import monotonic_ns
 from typing import Callable, Dict, List, Optional, Protocol
 
-from _tsproxy.loop.poller import HANGUP, READABLE, Poller
+from _tsproxy.loop.poller import HANGUP, MAX_EVENTS, READABLE, Poller
 from _tsproxy.loop.posted import BULK, ENDING, NOW, Posted
 from _tsproxy.loop.timers import Timers
 
-_BATCH = 256  # events an iteration
 _PROBE_NS = 100_000_000
 _MAX_TIMEOUT_S = 86400.0  # epoll_wait(2) takes milliseconds as an int: 24.8 days would be too long
 
@@ -99,7 +98,7 @@ class EventLoop:
         while waiting or not until():
             due = timers.next_ns()
             spins = bool(waiting) or self.now - last_event < self._spin_ns
-            events = wait(0 if spins else self._timeout_s(due), _BATCH)
+            events = wait(0 if spins else self._timeout_s(due), MAX_EVENTS)
             now = self.now = clock()
             if events:
                 last_event = now

@@ -24,7 +24,7 @@ WRITABLE = select.EPOLLOUT
 MORE = select.EPOLLRDHUP | select.EPOLLPRI  # a receive stops before these: FIN, or the mark of urgent data
 BROKEN = select.EPOLLERR | select.EPOLLHUP
 HANGUP = BROKEN | select.EPOLLRDHUP  # EOF, a reset or an error
-_BATCH = 256
+MAX_EVENTS = 256  # an iteration
 READ_EDGES = 4  # instead of READ; not together with WRITE
 _MASKS = {
     0: select.EPOLLET,
@@ -94,7 +94,7 @@ class Poller(selectors.BaseSelector):
     def select(self, timeout: Optional[float] = None) -> List[Tuple[selectors.SelectorKey, int]]:
         """As in `selectors`: (key, READ | WRITE) pairs. EPOLLERR and EPOLLHUP count as all events that are waited for."""
         ready = []
-        for fd, mask in self._epoll.poll(-1 if timeout is None else timeout, _BATCH):
+        for fd, mask in self._epoll.poll(-1 if timeout is None else timeout, MAX_EVENTS):
             key = self._key(fd)
             events = (READ if mask & ~WRITABLE else 0) | (WRITE if mask & ~READABLE else 0)
             ready.append((key, events & key.events))

@@ -9,6 +9,8 @@ import json
 import time
 from typing import Any, Dict
 
+from _tsproxy.linux.uapi import PIPE_BUF
+
 try:
     import orjson
 except ImportError:
@@ -17,7 +19,6 @@ except ImportError:
 Fields = Dict[str, Any]
 
 ENCODER = "orjson" if orjson is not None else "json"
-MAX_LINE = 4096
 _ELLIPSIS = "..."
 _SHORT_TEXT = 2 * len(_ELLIPSIS)  # truncating a text of up to this length would not make it shorter
 
@@ -67,15 +68,15 @@ def line(fields: Fields) -> bytes:
         encoded = _dumps(fields)
     except UnicodeEncodeError:
         encoded = b""
-    return encoded + b"\n" if 0 < len(encoded) < MAX_LINE else _truncated(fields)
+    return encoded + b"\n" if 0 < len(encoded) < PIPE_BUF else _truncated(fields)
 
 
 def _truncated(fields: Fields) -> bytes:
     """The slow path: replace lone surrogates, and truncate until the line fits."""
     fields = {name: _valid_unicode(value) for name, value in fields.items()}
     encoded = _dumps(fields)
-    while len(encoded) >= MAX_LINE:
-        fields = _truncate_longest(fields, len(encoded) - MAX_LINE + 1)
+    while len(encoded) >= PIPE_BUF:
+        fields = _truncate_longest(fields, len(encoded) - PIPE_BUF + 1)
         encoded = _dumps(fields)
     return encoded + b"\n"
 

@@ -13,7 +13,8 @@ import select
 from collections import deque
 from typing import Callable, Deque
 
-PIPE_BUF = 4096
+from _tsproxy.linux.uapi import PIPE_BUF
+
 _BACKLOG = 4096  # lines; at most 16 MiB
 _RESERVE = 256  # more lines, for rare events, which `connection` lines must not displace
 _RETRY_S = 1.0

@@ -24,7 +24,6 @@ _HEADER = struct.Struct("=HB")  # size of the whole frame, kind
 _CONNECTION, _NOTICE = 1, 2
 _BODY = struct.Struct(f"=HQq{PACKED_SIZE}sqBBbq{PACKED_SIZE}sqb{PACKED_SIZE}sqqQQQQQ")
 _NOTICE_BODY = struct.Struct("=HqB")
-_MAX_FRAME = 4096
 _PIPE_BYTES = 1 << 20  # fs.pipe-max-size, what an unprivileged process may ask for
 _READ_BYTES = 1 << 16
 _INT = struct.Struct("i")  # what FIONREAD answers (ioctl_tty(2))
@@ -123,7 +122,7 @@ def encode(record: Record) -> bytes:
     if isinstance(record, ConnectionRecord):
         body, kind = _BODY.pack(*_without_none(record)), _CONNECTION
     else:
-        text = record.message.encode("utf-8", "backslashreplace")[: _MAX_FRAME - _HEADER.size - _NOTICE_BODY.size]
+        text = record.message.encode("utf-8", "backslashreplace")[: uapi.PIPE_BUF - _HEADER.size - _NOTICE_BODY.size]
         body = _NOTICE_BODY.pack(record.worker, record.at_ns, NOTICE_LEVELS.index(record.level)) + text
         kind = _NOTICE
     return _HEADER.pack(_HEADER.size + len(body), kind) + body
@@ -138,7 +137,7 @@ def decode(data: bytes) -> Tuple[List[Record], bytes]:
     start = 0
     while len(data) - start >= _HEADER.size:
         size, kind = _HEADER.unpack_from(data, start)
-        if not _HEADER.size <= size <= _MAX_FRAME:
+        if not _HEADER.size <= size <= uapi.PIPE_BUF:
             return [*found, _malformed(kind, data[start + _HEADER.size :])], b""
         if len(data) - start < size:
             break
