@@ -9,19 +9,20 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import captures
 import pytest
 from captures import WRAPPED, ether, segment
 from common.segments import SYN
-from harness import CHECKOUT, Exchange, echo, receive_exactly, wait_until
+from harness import CHECKOUT, PATIENCE, Exchange, echo, receive_exactly, wait_until
 from namespaces import Namespace
 from pty_session import PtySession
 from unprivileged import BECOME, as_nobody
 from wire import UPSTREAM, join
 
 pytestmark = pytest.mark.root
+FULL = 128 << 20  # bytes: what setsockopt(2) makes of 64 MiB (socket(7)). What comes then is dropped
 
 
 class Live:
@@ -73,6 +74,22 @@ def sending(namespace: Namespace, interface: str = UPSTREAM) -> Iterator[socket.
 
 
 @contextlib.contextmanager
+def seeing(namespace: Namespace, last: bytes) -> Iterator[Callable[[], None]]:
+    """A function that waits until this frame has come: what was sent before it has then been seen by every packet socket."""
+    with namespace:
+        sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+    with sock:
+        sock.bind((UPSTREAM, 3))
+        sock.settimeout(PATIENCE)
+
+        def wait() -> None:
+            while sock.recv(2048) != last:
+                pass
+
+        yield wait
+
+
+@contextlib.contextmanager
 def watching(namespace: Namespace, interface: str, *options: str) -> Iterator[Live]:
     live = Live(namespace, interface, *options)
     try:
@@ -87,9 +104,11 @@ def test_each_wrapping_comes_through_the_kernels_filter_and_what_holds_no_tcp_do
     wrapped = [frame for name, frame in WRAPPED.items() if name != "SNAP"]  # the kernel's filter knows EtherTypes alone
     without = [captures.OTHERS["ARP"][0], captures.OTHERS["UDP"][0], ether(captures.ipv6(17, captures.udp(53, b"x" * 40)))]
     without += [ether(captures.ipv4(17, captures.udp(4789, bytes(40)), fragment=5)), ether(captures.ipv4(1, bytes(40)))]
-    with watching(pair[1], UPSTREAM) as live, sending(pair[0]) as sock:
-        for frame in [*wrapped, *without]:
+    last = captures.OTHERS["ARP"][0] + b"the last one"
+    with watching(pair[1], UPSTREAM) as live, sending(pair[0]) as sock, seeing(pair[1], last) as wait_for_the_last:
+        for frame in [*wrapped, *without, last]:
             sock.send(frame)
+        wait_for_the_last()
         code, flows, end = live.end()
     assert (code, end["verdict"], end["reported_drops"]) == (78, "LEAK", 0)
     assert end["frames"] == end["segments"] == end["segments_with_timestamps"] == len(wrapped)
@@ -135,14 +154,16 @@ def test_on_loopback_each_segment_is_seen_once() -> None:
 
 
 def test_packets_that_the_kernel_dropped_are_reported_and_make_no_flow_clean(pair: Tuple[Namespace, Namespace]) -> None:
-    frame = ether(segment(flags=SYN, payload=bytes(1400)))
+    frame, last = ether(segment(flags=SYN, payload=bytes(1400))), captures.OTHERS["ARP"][0] + b"the last one"
     with watching(pair[1], UPSTREAM) as live, sending(pair[0]) as sock:
         live.process.send_signal(signal.SIGSTOP)
-        before = -1
-        while live.queued > before:  # once it is full, it does not grow any more
-            before = live.queued
-            for _ in range(2000):
+        while live.queued < FULL:
+            for _ in range(1000):
                 sock.send(frame)
+        with seeing(pair[1], last) as wait_for_the_last:
+            for one in (frame, last):
+                sock.send(one)
+            wait_for_the_last()
         live.process.send_signal(signal.SIGCONT)
         code, flows, end = live.end()
     assert (code, flows[0]["verdict"], end["verdict"]) == (65, "UNDECIDED", "UNDECIDED")
