@@ -248,6 +248,14 @@ def test_hosts_that_booted_a_second_apart_are_two() -> None:
     assert numbers(flows) == [1, 2] * 3
 
 
+def test_of_two_clocks_that_are_near_the_nearer_one_is_meant() -> None:
+    rng = random.Random(10)
+    boots = (5000.0, 4999.988, 4999.9935)  # the third is 6.5 ms from the first, and 5.5 ms from the second
+    flows = [sender(1000, 10_000.0 + 5 * place, boot, rng, 400, 120 / 2**place) for place, boot in enumerate(boots)]
+    assert numbers(flows) == [1, 2, 2]
+    assert numbers([flows[0], flows[2]]) == [1, 1]
+
+
 def test_a_constant_has_no_clock_and_a_lone_short_flow_none_that_could_be_told() -> None:
     rng = random.Random(8)
     constant = [(place * 10**9, 7) for place in range(5)]
