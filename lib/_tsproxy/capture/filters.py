@@ -29,50 +29,55 @@ _TAGS = (0x8100, 0x88A8, 0x9100, 0x8847, 0x8848)
 Line = Union[str, Tuple[int, int], Tuple[int, int, str]]  # a label; an instruction and k; the same, and where to if it is so
 
 
+def _any_of(values: Iterable[int], where: str) -> List[Line]:
+    return [(_EQUAL, value, where) for value in values]
+
+
+_ANY_TCP: Sequence[Line] = [
+    (_HALF, _PROTOCOL),
+    (_EQUAL, 0x0800, "ipv4"),
+    (_EQUAL, 0x86DD, "ipv6"),
+    *_any_of(_TAGS, "pass"),
+    (_RETURN, 0),
+    "ipv4",
+    (_BYTE, _NETWORK + 9),
+    *_any_of((_TCP, *_HOLDING), "pass"),
+    (_EQUAL, _UDP, "udp over ipv4"),
+    (_RETURN, 0),
+    "udp over ipv4",
+    (_HALF, _NETWORK + 6),
+    (_ANY_BIT, _OFFSET, "drop"),
+    (_HEADER_LENGTH, _NETWORK),
+    (_HALF_AT_X, _NETWORK + 2),
+    *_any_of(_TUNNELS, "pass"),
+    (_HALF_AT_X, _NETWORK),
+    *_any_of(_TUNNELS, "pass"),
+    (_RETURN, 0),
+    "ipv6",
+    (_BYTE, _NETWORK + 6),
+    *_any_of((_TCP, *_HOLDING, *_EXTENSIONS), "pass"),
+    (_EQUAL, _UDP, "udp over ipv6"),
+    (_EQUAL, _HOP_BY_HOP, "hop-by-hop"),
+    (_RETURN, 0),
+    "hop-by-hop",
+    (_BYTE, _NETWORK + 40),
+    (_EQUAL, _ICMPV6, "drop"),  # multicast listeners report so, on each network
+    (_ALWAYS, 0, "pass"),
+    "udp over ipv6",
+    (_HALF, _NETWORK + 42),
+    *_any_of(_TUNNELS, "pass"),
+    (_HALF, _NETWORK + 40),
+    *_any_of(_TUNNELS, "pass"),
+    "drop",
+    (_RETURN, 0),
+    "pass",
+    (_RETURN, _WHOLE),
+]
+
+
 def tcp() -> Tuple[Instruction, ...]:
     """TCP over IPv4 or IPv6, and what it may be wrapped in: tags, labels, tunnels."""
-    return _assembled(
-        [
-            (_HALF, _PROTOCOL),
-            (_EQUAL, 0x0800, "ipv4"),
-            (_EQUAL, 0x86DD, "ipv6"),
-            *_any_of(_TAGS, "pass"),
-            (_RETURN, 0),
-            "ipv4",
-            (_BYTE, _NETWORK + 9),
-            *_any_of((_TCP, *_HOLDING), "pass"),
-            (_EQUAL, _UDP, "udp over ipv4"),
-            (_RETURN, 0),
-            "udp over ipv4",
-            (_HALF, _NETWORK + 6),
-            (_ANY_BIT, _OFFSET, "drop"),
-            (_HEADER_LENGTH, _NETWORK),
-            (_HALF_AT_X, _NETWORK + 2),
-            *_any_of(_TUNNELS, "pass"),
-            (_HALF_AT_X, _NETWORK),
-            *_any_of(_TUNNELS, "pass"),
-            (_RETURN, 0),
-            "ipv6",
-            (_BYTE, _NETWORK + 6),
-            *_any_of((_TCP, *_HOLDING, *_EXTENSIONS), "pass"),
-            (_EQUAL, _UDP, "udp over ipv6"),
-            (_EQUAL, _HOP_BY_HOP, "hop-by-hop"),
-            (_RETURN, 0),
-            "hop-by-hop",
-            (_BYTE, _NETWORK + 40),
-            (_EQUAL, _ICMPV6, "drop"),  # multicast listeners report so, on each network
-            (_ALWAYS, 0, "pass"),
-            "udp over ipv6",
-            (_HALF, _NETWORK + 42),
-            *_any_of(_TUNNELS, "pass"),
-            (_HALF, _NETWORK + 40),
-            *_any_of(_TUNNELS, "pass"),
-            "drop",
-            (_RETURN, 0),
-            "pass",
-            (_RETURN, _WHOLE),
-        ]
-    )
+    return _assembled(_ANY_TCP)
 
 
 def tcp_to(ports: Collection[int]) -> Tuple[Instruction, ...]:
@@ -102,10 +107,6 @@ def tcp_to(ports: Collection[int]) -> Tuple[Instruction, ...]:
             (_RETURN, _WHOLE),
         ]
     )
-
-
-def _any_of(values: Iterable[int], where: str) -> List[Line]:
-    return [(_EQUAL, value, where) for value in values]
 
 
 def _assembled(lines: Sequence[Line]) -> Tuple[Instruction, ...]:

@@ -13,7 +13,7 @@ from _tsproxy.tools.audit.claims import Agreement
 from _tsproxy.tools.audit.flows import Direction, Flows
 from _tsproxy.tools.audit.observer import Learned
 from _tsproxy.tools.audit.scope import Scope
-from _tsproxy.tools.audit.verdict import LEAK, Judge, Judgement
+from _tsproxy.tools.audit.verdict import Judge, Judgement
 
 
 @dataclass
@@ -36,11 +36,6 @@ class Report:
     def senders(self) -> List[str]:
         """The addresses that sent what was judged, in the order of their first segment."""
         return list(dict.fromkeys(flow.source for flow in self.judged))
-
-    @property
-    def leaking(self) -> List[Direction]:
-        """The flows that let a timestamp out."""
-        return [flow for flow in self.judged if self.judgements[flow].verdict == LEAK]
 
 
 def report(flows: Flows, scope: Scope, files: int, drops: int, problems: List[str]) -> Report:

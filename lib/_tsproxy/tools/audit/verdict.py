@@ -5,7 +5,7 @@ Knows what each verdict takes. Knows nothing of how the segments were read, or o
 
 from __future__ import annotations
 
-from typing import Dict, Iterable, NamedTuple, Set, Tuple
+from typing import Iterable, NamedTuple, Set, Tuple
 
 from _tsproxy.cli import exits
 from _tsproxy.tools.audit.flows import Direction
@@ -78,9 +78,3 @@ def overall(verdicts: Iterable[str]) -> str:
     """The worst; UNDECIDED where there is none."""
     found = set(verdicts)
     return next((one for one in _WORST_FIRST if one in found), UNDECIDED)
-
-
-def counted(verdicts: Iterable[str]) -> Dict[str, int]:
-    """How many there are of each, the worst first."""
-    given = list(verdicts)
-    return {one: given.count(one) for one in _WORST_FIRST if one in given}
