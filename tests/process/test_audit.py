@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import gzip
+import io
 import json
 import re
 import struct
@@ -15,14 +17,23 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 
 import captures
 import pytest
+from _tsproxy.capture import files
+from _tsproxy.capture.records import NoCapture, Notes
 from _tsproxy.cli import parser
 from _tsproxy.cli.config import UsageError
 from _tsproxy.cli.exits import Exit
 from _tsproxy.tools import audit
+from _tsproxy.tools.audit import objects
+from _tsproxy.tools.audit import table as tables
+from _tsproxy.tools.audit.flows import Flows
+from _tsproxy.tools.audit.report import report
+from _tsproxy.tools.audit.scope import Scope
 from captures import BEGUN_NS, CLIENT, CLIENT6, MS, SERVER, SERVER6, Frame, ether, framed, segment
 from common.segments import ACK, RST, SYN
 from docopt import docopt
 from harness import ROOT
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from unprivileged import as_nobody
 
 MANUAL = ast.get_docstring(ast.parse((ROOT / "tsproxy.py").read_text()), clean=False) or ""
@@ -213,6 +224,16 @@ def test_segments_that_the_snap_length_cuts_before_their_options_make_no_flow_cl
     assert found.code == (LEAK_CODE if size >= 57 else NO_VERDICT)
 
 
+@pytest.mark.parametrize("source", [CLIENT, CLIENT6], ids=["IPv4", "IPv6"])
+def test_a_segment_that_is_cut_in_front_of_its_ports_is_of_no_flow(judge: Audit, source: Tuple[str, int]) -> None:
+    frame = at(segment(7, SYN, source, SERVER if source == CLIENT else SERVER6))[0]
+    ports = 34 if source == CLIENT else 54
+    for size in range(ports + 4):
+        found = judge([frame._replace(data=frame.data[:size], length=len(frame.data))])
+        kind = "unparsed_cut_ports" if size >= ports else "unparsed_cut"
+        assert (found.code, found.flows, found.end["unparsed"], found.end[kind]) == (NO_VERDICT, [], 1, 1), size
+
+
 def test_segments_that_are_cut_behind_their_options_are_clean(judge: Audit) -> None:
     found = judge([frame._replace(data=frame.data[:54], length=200) for frame in framed(captures.connection())])
     assert (found.words, found.code) == (["CLEAN", "CLEAN"], CLEAN_CODE)
@@ -246,7 +267,23 @@ def test_a_file_that_is_cut_or_damaged_makes_no_flow_clean(judge: Audit) -> None
         assert set(found.words) == {"UNDECIDED"}
 
 
+@pytest.mark.parametrize("tags", [[], [(0x8100, 5)]], ids=["plain", "tagged"])
+def test_a_taps_trailer_is_no_option(judge: Audit, tags: List[Tuple[int, int]]) -> None:
+    trailer = captures.timestamp(5, 6)
+    padded = [Frame(BEGUN_NS, ether(packet, tags=tags) + trailer) for packet in (SYN_CLEAN, segment())]
+    assert judge(padded).of()["verdict"] == "CLEAN"
+    claims_more = segment()[:32] + b"\x80" + segment()[33:]  # options for which its IP header has no room
+    flow = judge([*padded, Frame(BEGUN_NS, ether(claims_more, tags=tags) + trailer)]).of()
+    assert (flow["segments_with_timestamps"], flow["segments_cut"], flow["verdict"]) == (0, 1, "UNDECIDED")
+
+
 # Flows
+
+
+def test_what_was_sent_before_the_syn_makes_the_flow_undecided_whatever_the_order_of_the_files(judge: Audit) -> None:
+    earlier = [frame._replace(time_ns=frame.time_ns - 60_000 * MS) for frame in at(segment(), segment())]
+    assert judge(framed(captures.connection()), earlier).of()["verdict"] == "UNDECIDED"
+    assert judge(framed(captures.connection())).of()["verdict"] == "CLEAN"
 
 
 def test_a_port_that_is_used_again_begins_another_flow(judge: Audit) -> None:
@@ -290,6 +327,14 @@ def test_samples_span_the_whole_flow_and_their_number_is_bounded() -> None:
     steps = {later[1] - earlier[1] for earlier, later in zip(samples, samples[1:])}
     assert steps == {128}
     assert all(time_ns == tsval * MS for time_ns, tsval in samples)
+
+
+def test_a_flow_that_is_not_judged_keeps_no_samples() -> None:
+    flows = Flows(lambda flow: flow.source == SERVER[0])
+    flows.read(iter([(at_ns, 101, packet, len(packet)) for at_ns, packet in captures.connection(7)]), "x")
+    client, server = flows.directions
+    assert (client.is_judged, client.segments_with_timestamps, client.samples) == (False, 5, [])
+    assert server.is_judged
 
 
 # What is not read is counted by kind
@@ -439,6 +484,43 @@ def test_a_bad_option_is_answered_in_one_line(words: List[str], why: str) -> Non
     with pytest.raises(UsageError) as caught:
         audit.run(parser.read(MANUAL, ["audit", "-", *words], docopt))
     assert str(caught.value).startswith(why)
+
+
+# Any bytes
+
+
+def stamped_pcapng(order: str) -> bytes:
+    """Two senders' clocks, with an interface that tells its resolution and offset."""
+    told = captures.option(order, 9, b"\x09") + captures.option(order, 14, struct.pack(order + "q", 1))
+    packets = captures.connection(7, segments=30) + captures.connection(1 << 31, 40002, segments=30)
+    blocks = [captures.section(order), captures.interface(order, options=told)]
+    blocks += [captures.enhanced(frame, order, 10**9) for frame in framed(packets)]
+    return b"".join([*blocks, captures.statistics(order, ifdrop=0)])
+
+
+WHOLE = [captures.pcap(framed(captures.connection(7, segments=40))), stamped_pcapng("<"), stamped_pcapng(">")]
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.sampled_from(WHOLE), st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), min_size=1, max_size=12))
+@example(WHOLE[1], [(28 + 24 + at, 0x80) for at in range(8)])  # an offset of 10^18 s
+@example(WHOLE[1], [(28 + 20, 0)])  # a resolution of a second: 10^18 of them
+def test_any_changed_bytes_of_a_capture_are_judged_and_shown(whole: bytes, changes: List[Tuple[int, int]]) -> None:
+    changed = bytearray(whole)
+    for place, value in changes:
+        changed[place % len(whole)] = value
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(changed)
+        file.flush()
+        flows, notes = Flows(lambda _: True), Notes()
+        with contextlib.suppress(NoCapture):
+            flows.read(files.frames(file.name, notes), file.name)
+    found = report(flows, Scope(), 1, notes.drops, [notes.problem] if notes.problem else [])
+    shown = tables.table(found, io.StringIO())
+    assert shown.splitlines()[-1].strip()
+    for flow in found.judged:
+        assert json.loads(objects.line(objects.of_flow(flow, found.judgements[flow].verdict, found.clocks.get(flow))))
+    assert json.loads(objects.line(objects.of_end(found)))["verdict"] == found.verdict
 
 
 # Each form of the program

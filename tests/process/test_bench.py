@@ -335,6 +335,13 @@ def test_the_captures_that_audit_is_measured_with_are_read_whole(case: str, tmp_
     assert (end["verdict"], end["unparsed"]) == ("CLEAN" if case == "clean" else "LEAK", 0)
 
 
+def test_fuzz_without_atheris_says_so_in_one_line() -> None:
+    command = [sys.executable, "-I", "-S", str(BENCH / "fuzz.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "pip install atheris" in done.stderr
+
+
 def test_hotpath_without_the_checkout_says_so_in_one_line(tmp_path: Path) -> None:
     shutil.copytree(BENCH, tmp_path / "bench", ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-E", "-S", str(tmp_path / "bench/hotpath.py")]

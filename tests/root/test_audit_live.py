@@ -166,7 +166,7 @@ def test_on_a_terminal_it_says_how_it_goes_and_ctrl_c_gives_the_verdict(pair: Tu
     with PtySession(command) as session, sending(pair[0]) as sock:
         session.wait_for("0 frames, 0 flows; Ctrl-C for the verdict")
         sock.send(ether(segment(5, SYN)))
-        session.wait_for("1 flows; Ctrl-C for the verdict")
+        session.wait_for("1 flow; Ctrl-C for the verdict")
         session.press(b"\x03")
         assert session.wait() == 78
         shown = session.wait_for("LEAK: timestamps left 10.1.0.1")
@@ -179,7 +179,7 @@ def test_an_interface_that_goes_away_makes_no_flow_clean(pair: Tuple[Namespace, 
     with PtySession(command) as session, sending(pair[0]) as sock:
         session.wait_for("Ctrl-C for the verdict")
         sock.send(ether(segment(flags=SYN)))
-        session.wait_for("1 flows; Ctrl-C for the verdict")
+        session.wait_for("1 flow; Ctrl-C for the verdict")
         pair[0].run("ip", "link", "del", UPSTREAM)
         session.press(b"\x03")
         assert session.wait() == 65

@@ -272,6 +272,8 @@ WRAPPED: Dict[str, bytes] = {
     "GRE, bridging": ether(ipv4(47, gre(0x6558, ether(PLAIN)))),
     "NVGRE, tagged": ether(ipv4(47, gre(0x6558, ether(PLAIN, tags=[(0x8100, 9)]), 0x2000))),
     "GRE, MPLS": ether(ipv4(47, gre(0x8847, mpls(PLAIN)))),
+    "WCCP": ether(ipv4(47, gre(0x883E, PLAIN))),
+    "WCCP 2": ether(ipv4(47, gre(0x883E, bytes([0, 1, 2, 3]) + PLAIN))),
     "ERSPAN I": ether(ipv4(47, gre(0x88BE, ether(PLAIN)))),
     "ERSPAN II": ether(ipv4(47, gre(0x88BE, erspan2(ether(PLAIN)), 0x1000))),
     "ERSPAN II, tagged": ether(ipv4(47, gre(0x88BE, erspan2(ether(PLAIN, tags=[(0x8100, 9)])), 0x1000))),

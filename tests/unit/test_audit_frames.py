@@ -101,6 +101,13 @@ def test_a_frame_that_the_snap_length_cuts_is_cut_and_never_taken_for_one_withou
             assert answer in (layers.CUT, layers.CUT_PORTS), size
 
 
+@pytest.mark.parametrize("kept", [34, 36, 38, 50, 54, 56, 60, 64, 66])
+def test_a_packet_that_its_mirror_has_cut_is_cut_though_the_frame_is_whole(kept: int) -> None:
+    inside = captures.erspan2(ether(PLAIN)[:kept])
+    answer, tsval = look(ETHERNET, ether(captures.ipv4(47, captures.gre(0x88BE, inside, 0x1000))))
+    assert (answer, tsval) == (layers.CUT_PORTS, None) if kept < 38 else tsval in (options.CUT, options.UNREADABLE, TSVAL)
+
+
 def test_a_first_fragment_that_ends_in_the_tcp_header_is_cut() -> None:
     assert look(ETHERNET, ether(captures.ipv4(6, PLAIN[20:42], fragment=0x2000))) == (layers.TCP, options.CUT)
     assert look(ETHERNET, ether(captures.ipv4(6, PLAIN[20:44], fragment=0x2000))) == (layers.TCP, options.UNREADABLE)
@@ -223,13 +230,24 @@ def test_drops_are_those_that_the_statistics_or_the_packets_tell_and_none_is_cou
 
 
 def test_blocks_of_any_other_kind_are_passed_over_however_long(tmp_path: Path) -> None:
-    other = captures.block("<", 0x0BAD, struct.pack("<I", 32473) + bytes(3_000_000))
-    journal = captures.block("<", 9, b"MESSAGE=hello\n")
-    blocks = [captures.section(), captures.interface(), other, captures.enhanced(FRAMES[0]), journal]
-    blocks += [captures.block("<", 4, bytes(4)), captures.enhanced(FRAMES[1])]
+    secrets, names = captures.block("<", 10, bytes(3_000_000)), captures.block("<", 4, bytes(4))
+    blocks = [captures.section(), captures.interface(), secrets, captures.enhanced(FRAMES[0]), names]
+    blocks += [captures.block("<", 0x1234, bytes(8)), captures.enhanced(FRAMES[1])]
     found, notes = read(captures.write(tmp_path / "x", blocks))
-    assert [link for _, link, _, _ in found] == [ETHERNET, records.NO_PACKET, ETHERNET]
+    assert [data for _, _, data, _ in found] == [frame.data for frame in FRAMES[:2]]
     assert notes.problem == ""
+
+
+@pytest.mark.parametrize("size", [16, 3_000_000])
+def test_blocks_that_wireshark_numbers_among_the_frames_are_numbered_too(size: int, tmp_path: Path) -> None:
+    journal = captures.block("<", 9, b"MESSAGE=hello\n" + b"x" * size)
+    custom = [captures.block("<", kind, struct.pack("<I", 32473) + bytes(size)) for kind in (0x0BAD, 0x40000BAD)]
+    blocks = [captures.section(), captures.interface(), journal, *custom, captures.enhanced(FRAMES[0])]
+    path = tmp_path / "x"
+    found, _ = read(captures.write(path, blocks))
+    assert [link for _, link, _, _ in found] == [*[records.NO_PACKET] * 3, ETHERNET]
+    if TSHARK and size == 16:
+        assert by_tshark(path) == by_us(path)
 
 
 @pytest.mark.parametrize("kind", ["pcap", "pcapng"])

@@ -146,7 +146,7 @@ def _ip4(frame: Dissector) -> Following:
         return MALFORMED
     if total:
         frame.end_at(frame.at + total)
-    frame.addresses = frame.data[frame.at + 12 : frame.at + 20]
+    frame.addresses = _whole(frame, frame.at + 12, 8)
     frame.at += size
     if offset & _OFFSET:
         return NO_TCP
@@ -161,9 +161,17 @@ def _ip6(frame: Dissector) -> Following:
         return MALFORMED
     if size:
         frame.end_at(frame.at + 40 + size)
-    frame.addresses = frame.data[frame.at + 8 : frame.at + 40]
+    frame.addresses = _whole(frame, frame.at + 8, 32)
     frame.at += 40
     return int(following)
+
+
+def _whole(frame: Dissector, at: int, size: int) -> bytes:
+    """So many bytes, or none: IndexError."""
+    found = frame.data[at : at + size]
+    if len(found) < size:
+        raise IndexError
+    return found
 
 
 def _extension(frame: Dissector) -> Following:
@@ -229,6 +237,13 @@ def _erspan(frame: Dissector) -> Following:
     return ENCAPSULATION if kind else _BRIDGED
 
 
+def _redirected(frame: Dissector) -> Following:
+    """WCCP in GRE: IPv4, with four bytes in front of it in version 2 (draft-wilson-wrec-wccp-v2, section 4.12)."""
+    if frame.data[frame.at] >> 4 != 4:
+        frame.at += 4
+    return _IPV4
+
+
 def _datagram(frame: Dissector) -> Following:
     """UDP: a tunnel is known by either port, as Wireshark does."""
     source, destination, size = _UDP_HEADER(frame.data, frame.at)
@@ -292,6 +307,7 @@ _STEPS: Dict[int, Step] = {
     0x8848: _mpls,
     _BRIDGED: _ethernet,
     _ERSPAN: _erspan,
+    0x883E: _redirected,
     _TCP: _tcp,
     _UDP: _datagram,
     4: _ip4,

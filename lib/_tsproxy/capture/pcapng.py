@@ -19,8 +19,8 @@ _RESOLUTION, _OFFSET = 9, 14  # if_tsresol, if_tsoffset
 _INTERFACE_DROPS, _SYSTEM_DROPS = 5, 7  # isb_ifdrop, isb_osdrop
 _PACKET_DROPS = 4  # epb_dropcount
 _UNKNOWN = 0xFFFF  # drops of an old packet block
-# systemd's journal and sysdig's events: no packets, but Wireshark numbers them among the frames
-_NUMBERED = frozenset({0x009, 0x204, 0x208, 0x216, 0x221, 0x222, 0x223})
+# systemd's journal, sysdig's events, custom blocks: no packets, but Wireshark numbers them among the frames (tshark 4.0)
+_NUMBERED = frozenset({0x009, 0x204, 0x208, 0x216, 0x221, 0x222, 0x223, 0x0BAD, 0x40000BAD})
 
 
 class _Interface(NamedTuple):
@@ -33,7 +33,8 @@ class _Interface(NamedTuple):
 
     def time_ns(self, high: int, low: int) -> int:
         """ns since 1970 of a time in the interface's own units."""
-        return min((high << 32 | low) * 1_000_000_000 // self.per_second + self.offset_ns, LATEST)
+        time_ns = (high << 32 | low) * 1_000_000_000 // self.per_second + self.offset_ns
+        return max(-LATEST, min(time_ns, LATEST))
 
 
 def frames(stream: Stream, data: bytes, notes: Notes) -> Frames:

@@ -19,7 +19,7 @@ NO_PACKET = -1  # a record that Wireshark numbers among the frames, e.g. a line 
 NO_INTERFACE = -2  # a frame of an interface that the capture does not describe
 
 LONGEST = 1 << 18  # tcpdump's and Wireshark's greatest snap length; a longer one is no frame but damage
-LATEST = (1 << 63) - 1
+LATEST = (1 << 63) - 1  # ns since 1970: in the year 2262, as long as no file is damaged
 
 
 class NoCapture(Exception):

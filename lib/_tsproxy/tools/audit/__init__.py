@@ -21,6 +21,7 @@ from _tsproxy.tools.audit.lines import Lines
 from _tsproxy.tools.audit.live import Watch
 from _tsproxy.tools.audit.report import Report, report
 from _tsproxy.tools.audit.scope import Scope, scope
+from _tsproxy.tools.audit.table import counted
 
 
 class Order(NamedTuple):
@@ -83,7 +84,7 @@ def _refuse_places(order: Order) -> None:
 
 def _watch(order: Order, interface: str, flows: Flows) -> Notes:
     notes = Notes()
-    progress = lambda: f"{flows.frames:,} frames, {len(flows.directions):,} flows"  # noqa: E731
+    progress = lambda: f"{counted(flows.frames, 'frame')}, {counted(len(flows.directions), 'flow')}"  # noqa: E731
     flows.read(Watch(interface, order.seconds, progress).frames(notes), interface)
     return notes
 

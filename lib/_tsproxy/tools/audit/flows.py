@@ -98,6 +98,11 @@ class Direction:
         """From the first segment to the last one."""
         return self.last_ns - self.first_ns
 
+    def leave_unjudged(self) -> None:
+        """Its segments are counted, and none of its TSvals is kept."""
+        self.is_judged = False
+        self._next_sample = 0  # the next one is never counted down to
+
     def begins_anew(self, time_ns: int, sequence: int) -> bool:
         """Whether a SYN with that sequence number is another connection's, between the same addresses and ports."""
         if self._initial_sequence is None:
@@ -230,7 +235,8 @@ class Flows:
         sequence = int.from_bytes(data[at + 4 : at + 8], "big")
         if direction is None or (flags & _SYN and direction.begins_anew(time_ns, sequence)):
             direction = Direction(flow, time_ns)
-            direction.is_judged = self._is_judged(direction)
+            if not self._is_judged(direction):
+                direction.leave_unjudged()
             self._current[flow] = direction
             self.directions.append(direction)
         if flags & _SYN:

@@ -16,7 +16,7 @@ from _tsproxy.tools import terminal
 from _tsproxy.tools.audit.clock import Clock, groups, measure
 from _tsproxy.tools.audit.flows import Direction
 
-_MOST_CLOCKS = 12
+_MOST_CLOCKS = 6
 _MOST_ADDRESSES = 3
 _DAY_S = 86_400
 
@@ -70,7 +70,7 @@ def learn(flows: Iterable[Direction]) -> Dict[Direction, Learned]:
 
 
 def words(learned: Mapping[Direction, Learned]) -> List[str]:
-    """A few lines for each clock, at most 80 columns wide; none if nothing was learned."""
+    """A few lines for each clock, those with the most flows first, at most 80 columns wide; none if nothing was learned."""
     by_number: Dict[int, List[Direction]] = {}
     for flow, what in learned.items():
         if what.clock_group:
@@ -78,16 +78,18 @@ def words(learned: Mapping[Direction, Learned]) -> List[str]:
     if not by_number:
         return []
     lines = ["What an observer learns from these timestamps"]
-    for number, flows in list(by_number.items())[:_MOST_CLOCKS]:
-        lines += _of_clock(number, flows, learned)
-    if len(by_number) > _MOST_CLOCKS:
-        lines.append(f"  and {len(by_number) - _MOST_CLOCKS} more clocks")
-    return [*lines, *_CAVEAT]
+    numbers = sorted(by_number, key=lambda number: (-len(by_number[number]), number))
+    for number in numbers[:_MOST_CLOCKS]:
+        lines += _of_clock(number, by_number[number], learned)
+    if len(numbers) > _MOST_CLOCKS:
+        lines.append(f"  and {len(numbers) - _MOST_CLOCKS} more clocks")
+    return [*lines, *(f"  {line}" for line in terminal.wrapped(_CAVEAT, terminal.WIDTH - 2))]
 
 
 _CAVEAT = (
-    "  Rates and skews are those of two clocks, the sender's and the capture's. A",
-    "  sender that NTP disciplines shows hardly any skew, and a skew names no host.",
+    "Rates and skews are those of two clocks, the sender's and the capture's. A sender that NTP disciplines shows hardly any"
+    " skew, and a skew names no host. An uptime is told only where one offset is used towards two hosts: otherwise it may be"
+    " random, as Linux has it."
 )
 
 
@@ -105,7 +107,8 @@ def _of_clock(number: int, flows: Sequence[Direction], learned: Mapping[Directio
     yield from _row("rate", f"{_interval(best)} Hz (95 %), over {_duration(best.span_s)}")
     if skew(best):
         yield from _row("skew", skew(best))
-    yield from _row("uptime", _uptime(best, flows))
+    if len({flow.destination for flow in flows}) > 1:
+        yield from _row("uptime", _uptime(best, flows))
 
 
 def _row(name: str, text: str) -> Iterator[str]:
@@ -141,9 +144,7 @@ def _interval(clock: Clock) -> str:
 
 
 def _uptime(clock: Clock, flows: Sequence[Direction]) -> str:
-    """Only where one offset is used towards two hosts: Linux draws one for each pair of hosts, or for each connection."""
-    if len({flow.destination for flow in flows}) < 2:
-        return "not told: its offset may be random (Linux draws one)"
+    """For an offset that is used towards two hosts: Linux draws one for each pair of hosts, or for each connection."""
     last_ns = max(flow.last_ns for flow in flows)
     ticks = (clock.value + clock.hz * (last_ns - clock.at_ns) / 1e9) % (1 << 32)
     turn = _duration((1 << 32) / clock.hz)

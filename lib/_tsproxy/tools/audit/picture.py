@@ -108,6 +108,7 @@ def svg(report: Report) -> str:
 def _head(report: Report, height: int) -> Iterator[str]:
     yield f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" viewBox="0 0 {_WIDTH} {height}"'
     yield " font-family=\"system-ui, 'Segoe UI', 'DejaVu Sans', Helvetica, Arial, sans-serif\" font-size=\"13\">"
+    yield f"<title>{report.verdict}: TSval against time</title>"
     dark = f"@media (prefers-color-scheme: dark) {{\n{_colours(report, 1)}\n}}"
     yield f"<style>\n{_colours(report, 0)}\n{_SHAPES}\n{dark}\n</style>"
     yield f'<rect class="ground" width="{_WIDTH}" height="{height}"/>'
@@ -211,12 +212,14 @@ def _lane(lane: _Lane, scale: _Scale, top: float, points: int) -> Iterator[str]:
         return lower - _INSET - share * (_LANE - 2 * _INSET)
 
     yield from _marks(low, high, upper, lower)
+    yield f'<g class="{lane.colour}">'
     if lane.clock:
         ends = [(scale.x(ns), y(_line(lane.clock, ns))) for ns in (scale.first_ns, scale.last_ns)]
-        yield f'<path class="clock {lane.colour}" d="{_path(ends)}"/>'
+        yield f'<path class="clock" d="{_path(ends)}"/>'
     for flow, pairs in values.items():
         path = _path([(scale.x(ns), y(value)) for ns, value in pairs], mark=6)
-        yield f'<path class="flow {lane.colour}" d="{path}"><title>{escape(_name(flow))}</title></path>'
+        yield f'<path class="flow" d="{path}"><title>{escape(_name(flow))}</title></path>'
+    yield "</g>"
 
 
 def _marks(low: float, high: float, upper: float, lower: float) -> Iterator[str]:
