@@ -407,7 +407,7 @@ class Host:
             self.net.run("ip", "route", "add", "default", "via", "10.1.0.2")
             self.net.run("ip", "-6", "route", "add", "default", "via", "fd01::2")
             self._own_mounts()
-            wait_until(lambda: not self.run("ip", "-6", "address", "show", "tentative"), "link-local addresses are settled")
+            self.settle()
             undo.pop_all()
 
     def _own_mounts(self) -> None:
@@ -433,8 +433,13 @@ class Host:
     def inside(self, *command: str) -> str:
         return self.run("ip", "netns", "exec", "tsproxy", *command)
 
+    def settle(self, *where: str) -> None:
+        """Duplicate address detection takes a second; until then ip(8) says `tentative`."""
+        wait_until(lambda: not self.run(*where, "ip", "-6", "address", "show", "tentative"), "addresses are settled")
+
     def state(self) -> List[str]:
         """All that the script may change, without what counts or ages."""
+        self.settle()
         looks = [
             "ip -o link",
             "ip -o address",
@@ -463,6 +468,7 @@ def set_up(host: Host, *options: str, **settings: str) -> None:
     """Run the script twice: the second time must change nothing."""
     first = host.script(options=options, **settings)
     assert (first.returncode, first.stderr) == (0, ""), first.stderr
+    host.settle("ip", "netns", "exec", "tsproxy")
     before = host.state(), host.inside("sh", "-c", "ip -o address; ip route; ip -6 route")
     second = host.script("up", options=options, **settings)
     assert (second.returncode, second.stdout, second.stderr) == (0, first.stdout, "")
