@@ -18,7 +18,7 @@ from _tsproxy.loop.poller import READ, Poller
 from _tsproxy.proxy.context import SessionSettings, WorkerContext
 from _tsproxy.proxy.direction import make_directions
 from _tsproxy.stats.counters import Counter, SharedCounters
-from _tsproxy.stats.histogram import slot
+from _tsproxy.stats.histogram import bucket
 from _tsproxy.stats.records import RecordWriter
 
 from common.sandbox import TIMESTAMPS
@@ -32,8 +32,8 @@ PIECES = {
     "counter in shared memory": "counters[received] += 64",
     "clock: monotonic_ns": "monotonic_ns()",
     "clock: perf_counter_ns": "perf_counter_ns()",
-    "histogram slot, linear part": "slot(20_000)",
-    "histogram slot, beyond 1 ms": "slot(5_000_000)",
+    "histogram bucket, linear part": "bucket(20_000)",
+    "histogram bucket, beyond 1 ms": "bucket(5_000_000)",
     "receive with nothing there": "receive_nothing()",
     "TCP_INFO: timestamps negotiated?": "has_timestamps(tcp)",
     "TCP_INFO: with rtt, retransmits": "tcp_info(tcp)",
@@ -157,7 +157,7 @@ def pieces(route: Route) -> Iterator[Dict[str, Any]]:
             "received": int(Counter.RECEIVED_DOWNSTREAM),
             "monotonic_ns": monotonic_ns,
             "perf_counter_ns": time.perf_counter_ns,
-            "slot": slot,
+            "bucket": bucket,
             "receive_nothing": receive_nothing,
             "has_timestamps": sockets.has_timestamps,
             "tcp_info": sockets.tcp_info,
