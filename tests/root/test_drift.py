@@ -151,14 +151,12 @@ def test_a_trusted_host_is_believed_but_each_connection_is_still_checked(make_wi
     far = wire.far_end(4)
     proxy = wire.start(far, 4, "--trust-host")
     assert proxy.line("start")["witness"] == "trusted"
-    client = wire.connect(proxy)
-    server = far.accept()
-    for end in (client, server):
-        with pytest.raises(ConnectionResetError):
-            end.recv(1)
+    with wire.client:
+        proxy.expect_reset()
+    with pytest.raises(ConnectionResetError):
+        far.accept().recv(1)
     line = proxy.line("connection")
     assert (line["reason"], line["upstream_timestamps"], line["witness"]) == ("policy", True, "trusted")
-    client.close()
 
 
 def test_a_trusted_host_where_something_outside_strips_relays(make_wire: Any) -> None:
