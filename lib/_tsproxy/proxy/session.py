@@ -154,11 +154,15 @@ class Session:
     @property
     def _is_complete(self) -> bool:
         """Whether both sides' FINs were passed on, each behind all bytes before it."""
-        return self._phase is RELAYING and all(direction.flow is SHUT for direction in self._directions)
+        if self._phase is not RELAYING:
+            return False
+        up, down = self._directions  # no generator: this is asked often in a session's life
+        return up.flow is SHUT and down.flow is SHUT
 
     @property
     def _is_half_closed(self) -> bool:
-        return any(direction.flow is not OPEN for direction in self._directions)
+        up, down = self._directions
+        return up.flow is not OPEN or down.flow is not OPEN
 
     # Acknowledged by the peers
 
@@ -177,7 +181,10 @@ class Session:
             self.end(Ending.CLOSED, peers)
 
     def _awaits_acknowledgement(self, peers: Peers) -> bool:
-        return any(way.unacknowledged and (peer.outstanding or peer.closed) for way, peer in zip(self._directions, peers))
+        for direction, peer in zip(self._directions, peers):
+            if direction.unacknowledged and (peer.outstanding or peer.closed):
+                return True
+        return False
 
     def count_acknowledged(self) -> None:
         """See LiveSession. Costs a comparison if all is acknowledged."""
@@ -186,10 +193,13 @@ class Session:
 
     def _look_at_peers(self) -> Peers:
         """Read TCP_INFO of each direction's sink, and count acknowledged bytes; () while connecting."""
-        peers = tuple([sockets.tcp_info(direction.sink) for direction in self._directions])
-        for direction, peer in zip(self._directions, peers):
-            direction.count_acknowledged(peer.acknowledged)
-        return peers
+        if not self._directions:
+            return ()
+        up, down = self._directions
+        upstream, client = sockets.tcp_info(up.sink), sockets.tcp_info(down.sink)
+        up.count_acknowledged(upstream.acknowledged)
+        down.count_acknowledged(client.acknowledged)
+        return upstream, client
 
     def check_peers(self, now_ns: int) -> None:
         """See LiveSession. After both peers have acknowledged all, they are not checked until there is traffic again."""
@@ -316,8 +326,11 @@ class Session:
 
     def _left_to_kernel(self, peers: Peers) -> int:
         """Bytes that the kernel goes on to deliver after close(2)."""
-        ways = zip(self._directions, peers)
-        return sum([way.unacknowledged for way, peer in ways if peer.outstanding and not peer.closed])
+        left = 0
+        for direction, peer in zip(self._directions, peers):
+            if peer.outstanding and not peer.closed:
+                left += direction.unacknowledged
+        return left
 
     def _close_sockets(self, cut: bool) -> None:
         context = self._context
