@@ -41,7 +41,7 @@ _Common = Tuple[
 ]
 _CUTTING = frozenset({Ending.POLICY, Ending.BUG})  # always reset: bytes must not be sent, or may be incomplete
 _GRAINS_NS = 256 * TICK_NS  # an idle timeout may fire 1/256 of its length late, or one tick
-_BY_POLICY = {Ending.POLICY: Counter.POLICY_REFUSED, Ending.POLICY_DRIFT: Counter.POLICY_ENDED}
+_ENDING_COUNTERS = {Ending.POLICY: Counter.POLICY_REFUSED, Ending.POLICY_DRIFT: Counter.POLICY_ENDED}
 
 
 class Session:
@@ -344,8 +344,8 @@ class Session:
 
     def _count_end(self, ending: Ending) -> None:
         context = self._context
-        if ending in _BY_POLICY:
-            context.count(_BY_POLICY[ending])
+        if ending in _ENDING_COUNTERS:
+            context.count(_ENDING_COUNTERS[ending])
         context.count(Counter.CONNECTS_ENDED, int(bool(self._directions)))
         context.count_client(self._message.client_slot, ended=True)
         context.count(Counter.ENDED)
