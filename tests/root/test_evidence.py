@@ -215,8 +215,8 @@ ALLOWED = {Answer.HOLDS: True, Answer.FAILS: False, Answer.ABSENT: False, Answer
 def test_a_connection_whose_syn_left_twice_is_not_proved() -> None:
     evidence, asked = Evidence.create(), {family: wakeup.create() for family in BOTH}
     clean = Namespace(tcp_timestamps="0")
-    with contextlib.closing(clean), clean, Exchange(echo).listener as listener, socket.socket() as client:
-        client.connect(listener.getsockname())
+    with contextlib.closing(clean), clean, contextlib.closing(Exchange(echo)) as far, socket.socket() as client:
+        client.connect((far.host, far.port))
         for lever in (Lever.SYSCTL, Lever.NFTABLES):
             gate = gates.gate_for(lever, STRIP, evidence, asked)
             assert gate.may_relay(client, TcpInfo(False, 0, 0, 1, False, False))
