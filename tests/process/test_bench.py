@@ -123,6 +123,7 @@ def test_every_compared_figure_stands_beside_direct_and_the_best_peer(name: str,
     assert any(line["is_tsproxy"] for line in figures)
 
 
+@pytest.mark.slow
 def test_latency_percentiles_rise_and_nothing_is_lost(runs: Runs) -> None:
     values = {(line["case"], line["relay"], line["figure"]): line["value"] for line in runs("latency").figures}
     assert {case for case, _, _ in values} == {"closed-1", "open-1", "closed-3", "open-3"}
@@ -132,12 +133,14 @@ def test_latency_percentiles_rise_and_nothing_is_lost(runs: Runs) -> None:
         assert values.get((case, relay, "unanswered"), 0) == 0
 
 
+@pytest.mark.slow
 def test_fairness_tells_what_those_beside_the_orders_got(runs: Runs) -> None:
     figures = {(line["case"], line["figure"]) for line in runs("fairness").figures if line["relay"] == "tsproxy"}
     percentiles = {"p50_us", "p99_us", "p99_9_us", "max_us"}
     assert figures == {("slow-1", name) for name in percentiles} | {("both-1", name) for name in (*percentiles, *OTHERS)}
 
 
+@pytest.mark.slow
 def test_fairness_takes_orders_at_a_fixed_rate_too() -> None:
     words = [*SMALL["fairness"], "--only=quiet,direct,tsproxy", "--rate=200", "--rounds=1", "--workers=1,2", "--json"]
     values = {(line["case"], line["relay"], line["figure"]) for line in json_of(bench("fairness", *words))[1:]}
@@ -175,6 +178,7 @@ def test_the_picture_is_well_formed_and_names_every_relay(name: str, runs: Runs)
     assert {"polyline", "line"} <= drawn or "rect" in drawn
 
 
+@pytest.mark.slow
 def test_a_runtime_that_the_version_lacks_is_named_so(runs: Runs) -> None:
     ran = runs("workers")
     seen = {line["relay"] for line in ran.figures}
@@ -186,6 +190,7 @@ def test_a_runtime_that_the_version_lacks_is_named_so(runs: Runs) -> None:
         assert any(text.split() == [runtime, "not", "in", "this", "version"] for text in ran.table.splitlines())
 
 
+@pytest.mark.slow
 def test_a_runtime_that_is_taken_for_another_is_not_in_this_version(tmp_path: Path) -> None:
     always_threads = tmp_path / "always-threads"
     always_threads.write_text(
@@ -200,6 +205,7 @@ def test_a_runtime_that_is_taken_for_another_is_not_in_this_version(tmp_path: Pa
     assert (absent["event"], absent["relay"], absent["detail"]) == ("absent", "processes", "it takes threads instead")
 
 
+@pytest.mark.slow
 def test_pieces_are_the_relays_alone_and_leave_the_peers_out(tmp_path: Path) -> None:
     asked = tmp_path / "asked"
     program = tmp_path / "tsproxy"
@@ -264,6 +270,7 @@ def test_versus_without_a_compiler_says_so_in_one_line(tmp_path: Path) -> None:
         pytest.skip("LOUD: no C compiler, cc, here: bench/versus.py is NOT tested")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("versus" not in SMALL, reason="LOUD: no C compiler, cc, here: bench/versus.py is NOT tested")
 def test_versus_shows_the_best_round_and_takes_other_relays_and_workers() -> None:
     other = f"twice={sys.executable} {ROOT / 'tsproxy.py'} -p {{port}} -t {{target}} --timestamps=preserve --workers=1"
@@ -310,6 +317,7 @@ def test_a_tsproxy_that_does_not_start_is_told_once_and_ends_with_1() -> None:
     assert "direct" in done.stdout
 
 
+@pytest.mark.slow
 def test_audit_is_measured_beside_tshark_where_there_is_one(tmp_path: Path) -> None:
     words = ["--rounds=2", "--segments=200"]
     setup, *figures = json_of(bench("audit", *words, "--only=vxlan", "--json"))
@@ -325,6 +333,7 @@ def test_audit_is_measured_beside_tshark_where_there_is_one(tmp_path: Path) -> N
     assert all(f"{case}: audit" in table.stdout for case in ("stamped", "clean", "vxlan"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["stamped", "clean", "vxlan"])
 def test_the_captures_that_audit_is_measured_with_are_read_whole(case: str, tmp_path: Path) -> None:
     import audit
