@@ -78,13 +78,7 @@ def rate(stage: session.Stage, relay: relays.Running) -> load.Sample:
 def resident(idle: int, relay: relays.Running) -> load.Sample:
     """Memory before and with the connections."""
     assert relay.pid
-    for sock in load.idle(relay.port, 1):
-        sock.close()  # what the first connection costs is paid once
-    before = usage.resident_kib(relay.pid)
-    held = load.idle(relay.port, idle)
-    after = usage.resident_kib(relay.pid)
-    for sock in held:
-        sock.close()
+    before, after = load.beside_idle(relay.port, idle, partial(usage.resident_kib, relay.pid))
     return {"kib_per_connection": max(0, after - before) / idle, "rss_mib": before / 1024}
 
 

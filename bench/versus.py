@@ -80,13 +80,7 @@ def burst(stage: session.Stage, tools: Compiled, relay: relays.Running) -> load.
 def memory(stage: session.Stage, tools: Compiled, relay: relays.Running) -> load.Sample:
     """Before and with the connections."""
     assert relay.pid
-    for sock in load.idle(relay.port, 1):
-        sock.close()  # what the first connection costs is paid once
-    before = usage.proportional_kib(relay.pid)
-    held = load.idle(relay.port, IDLE)
-    after = usage.proportional_kib(relay.pid)
-    for sock in held:
-        sock.close()
+    before, after = load.beside_idle(relay.port, IDLE, partial(usage.proportional_kib, relay.pid))
     return {"kib_per_connection": max(0, after - before) / IDLE, "pss_mib": before / 1024}
 
 

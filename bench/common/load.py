@@ -12,7 +12,7 @@ import socket
 import struct
 from array import array
 from time import monotonic_ns
-from typing import Any, Dict, List, MutableSequence, NamedTuple, NoReturn, Sequence
+from typing import Any, Callable, Dict, List, MutableSequence, NamedTuple, NoReturn, Sequence, Tuple
 
 from common.trouble import Failed
 
@@ -185,6 +185,18 @@ def connects(port: int, seconds: float) -> Sample:
                 raise Failed(f"connection {done + 1} got no answer")
         done += 1
     return {"connections_per_s": done * 1e9 / (monotonic_ns() - began)}
+
+
+def beside_idle(port: int, count: int, measure: Callable[[], int]) -> Tuple[int, int]:
+    """What `measure` gives before, and beside, that many idle connections. What the first one costs was paid earlier."""
+    for sock in idle(port, 1):
+        sock.close()
+    before = measure()
+    held = idle(port, count)
+    after = measure()
+    for sock in held:
+        sock.close()
+    return before, after
 
 
 def idle(port: int, count: int) -> List[socket.socket]:

@@ -124,11 +124,6 @@ class Docker:
 
 
 @pytest.fixture(scope="module")
-def tell(request: pytest.FixtureRequest) -> Progress:
-    return Progress(request.config)
-
-
-@pytest.fixture(scope="module")
 def docker(bundle: Path, tell: Progress) -> Iterator[Docker]:
     """Running as printed."""
     with contextlib.ExitStack() as stack:

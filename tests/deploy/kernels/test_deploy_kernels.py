@@ -65,8 +65,7 @@ def payload(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("suite", SUITES)
-def test_a_kernel_of_debian_keeps_what_tsproxy_rests_on(suite: str, payload: Path, request: pytest.FixtureRequest) -> None:
-    tell = Progress(request.config)
+def test_a_kernel_of_debian_keeps_what_tsproxy_rests_on(suite: str, payload: Path, tell: Progress) -> None:
     roots.require("qemu-system-x86_64", "mke2fs", "cpio", "busybox", "setpriv", "dpkg", "apt-get")
     root, kernel = roots.made(roots.EMULATED, tell), Apt(suite, tell).kernel()
     said: List[str] = []

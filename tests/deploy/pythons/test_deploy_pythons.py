@@ -64,11 +64,6 @@ class Newest:
 
 
 @pytest.fixture(scope="module")
-def tell(request: pytest.FixtureRequest) -> Progress:
-    return Progress(request.config)
-
-
-@pytest.fixture(scope="module")
 def newest(bundle: Path, tell: Progress) -> Iterator[Newest]:
     roots.require("setpriv", "unshare", "ip")
     with contextlib.closing(Newest(tell, bundle)) as one:

@@ -158,11 +158,6 @@ class Service:
 
 
 @pytest.fixture(scope="module")
-def tell(request: pytest.FixtureRequest) -> Progress:
-    return Progress(request.config)
-
-
-@pytest.fixture(scope="module")
 def service(bundle: Path, tell: Progress) -> Iterator[Service]:
     """Installed and serving."""
     with contextlib.ExitStack() as stack:
