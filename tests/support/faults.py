@@ -221,11 +221,7 @@ class Stand:
 
 def conserved(proxy: Proxy, without_line: int = 0) -> Line:
     """Each connection has its line, and what was received was acknowledged or counted as lost. The metrics' line."""
-
-    def has_all_lines(metrics: Line) -> bool:
-        return bool(proxy.count("connection") + without_line == metrics["downstream_cx_total"])
-
-    metrics = proxy.wait_metrics(has_all_lines, "each connection has its line")
+    metrics = has_all_lines(proxy, without_line)
     received = metrics["downstream_cx_rx_bytes_total"] + metrics["upstream_cx_rx_bytes_total"]
     sent = metrics["downstream_cx_tx_bytes_total"] + metrics["upstream_cx_tx_bytes_total"]
     lines = [line for line in proxy.lines if line["event"] == "connection"]
@@ -236,8 +232,18 @@ def conserved(proxy: Proxy, without_line: int = 0) -> Line:
     return metrics
 
 
+def has_all_lines(proxy: Proxy, without_line: int = 0) -> Line:
+    """Wait until each connection that was accepted has its line: the counters are ahead of them. The metrics' line."""
+    return proxy.wait_metrics(
+        lambda metrics: bool(proxy.count("connection") + without_line == metrics["downstream_cx_total"]),
+        "each connection has its line",
+    )
+
+
 def ends(proxy: Proxy) -> Ends:
-    """How often each (reason, termination_state) but the good one has come."""
+    """How often each (reason, termination_state) but the good one has come, once all connections have ended."""
+    if proxy.process.poll() is None:
+        has_all_lines(proxy)
     lines = [line for line in proxy.lines if line["event"] == "connection" and line["reason"] != "closed"]
     return collections.Counter((line["reason"], line["termination_state"]) for line in lines)
 

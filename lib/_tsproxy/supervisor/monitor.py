@@ -81,7 +81,7 @@ class PolicyMonitor:
     def _timeout_ms(self, began: int) -> float:
         """How long until the next check if no worker asks."""
         in_use = self._evidence.needed_since(self._family, time.monotonic_ns() - round(_IN_USE_S * 1e9))
-        due = began + round((_IN_USE_INTERVAL_S if in_use or self._unseen_since else INTERVAL_S) * 1e9)
+        due = began + round((_IN_USE_INTERVAL_S if in_use or 0 < self._unseen_s <= _UNSEEN_S else INTERVAL_S) * 1e9)
         return max(0.0, (due - time.monotonic_ns()) / 1e6)
 
     def _check_and_publish(self, began: int, was_asked: bool) -> None:
@@ -115,4 +115,9 @@ class PolicyMonitor:
             self._unseen_since = None
             return answer
         self._unseen_since = self._unseen_since or time.monotonic()
-        return answer if time.monotonic() - self._unseen_since > _UNSEEN_S else self._last_answer
+        return answer if self._unseen_s > _UNSEEN_S else self._last_answer
+
+    @property
+    def _unseen_s(self) -> float:
+        """For how long checks have failed; 0: the last one did not."""
+        return time.monotonic() - self._unseen_since if self._unseen_since else 0.0
