@@ -144,9 +144,10 @@ class Session:
         if self._is_complete:
             self._end_if_acknowledged()
         if self._phase is RELAYING:
-            loop = self._context.loop
-            for direction in self._directions:
-                loop.watch(direction.fd, direction.interest, direction.reader)
+            watch = self._context.loop.watch
+            up, down = self._directions
+            watch(up.fd, up.interest, up.splicer or up)
+            watch(down.fd, down.interest, down.splicer or down)
             self._set_timer()
 
     @property
@@ -179,10 +180,9 @@ class Session:
             self.end(Ending.CLOSED, peers)
 
     def _awaits_acknowledgement(self, peers: Peers) -> bool:
-        for direction, peer in zip(self._directions, peers):
-            if direction.unacknowledged and (peer.outstanding or peer.closed):
-                return True
-        return False
+        (up, down), (upstream, client) = self._directions, peers
+        waits_for_upstream = (upstream.outstanding or upstream.closed) and up.unacknowledged
+        return bool(waits_for_upstream or ((client.outstanding or client.closed) and down.unacknowledged))
 
     def visit_each_second(self) -> None:
         """See LiveSession. Costs some comparisons if all is acknowledged."""
@@ -201,8 +201,10 @@ class Session:
             return ()
         up, down = self._directions
         upstream, client = sockets.tcp_info(up.sink), sockets.tcp_info(down.sink)
-        up.count_acknowledged(upstream.acknowledged)
-        down.count_acknowledged(client.acknowledged)
+        if up.unacknowledged:
+            up.count_acknowledged(upstream.acknowledged)
+        if down.unacknowledged:
+            down.count_acknowledged(client.acknowledged)
         return upstream, client
 
     def check_peers(self, now_ns: int) -> None:
@@ -228,8 +230,8 @@ class Session:
     @property
     def _silence_ns(self) -> int:
         """The idle timeout that applies now; 0: none."""
-        idle = self._context.settings.idle_timeout_ns
-        half_closed = self._context.settings.half_close_timeout_ns
+        settings = self._context.settings
+        idle, half_closed = settings.idle_timeout_ns, settings.half_close_timeout_ns
         if not half_closed or not self._is_half_closed:
             return idle
         return min(idle, half_closed) if idle else half_closed
