@@ -65,11 +65,13 @@ class Message(NamedTuple):
         return _MESSAGE.pack(*head) + self.upstreams
 
     @classmethod
-    def decode(cls, data: bytes) -> Message:
-        """The message in a slot of the ring."""
+    def decode(cls, data: bytes, passed_fd: Optional[int] = None) -> Message:
+        """The message in a slot of the ring, or in a packet, whose descriptor is the one that was passed with it."""
         command, fd, connection_id, accepted_ns, length, client_slot, client = _MESSAGE.unpack_from(data)
         upstreams = data[_MESSAGE.size : _MESSAGE.size + length]
-        return cls(_COMMANDS[command], fd, connection_id, accepted_ns, client, upstreams, client_slot)
+        return cls(
+            _COMMANDS[command], fd if passed_fd is None else passed_fd, connection_id, accepted_ns, client, upstreams, client_slot
+        )
 
 
 class Consumer(Protocol):
@@ -227,4 +229,4 @@ class ChannelConsumer:
         if not data:
             return Message(Command.KILL)
         self._row[Counter.CONSUMED] += 1
-        return Message.decode(data)._replace(fd=_RIGHT.unpack(ancillary[0][2])[0] if ancillary else -1)
+        return Message.decode(data, _RIGHT.unpack(ancillary[0][2])[0] if ancillary else -1)
