@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 import pytest
 from _tsproxy.linux import children as host_children
 from handover import hand_over, listeners
-from harness import CHECKOUT, ROOT, SUPPORT, Exchange, Proxy, children, receive_exactly, wait_until
+from harness import CHECKOUT, ROOT, SUPPORT, Exchange, Proxy, children, receive_exactly, statuses, target, wait_until
 from name_server import Named
 from namespaces import require_root
 from program import RUNTIMES, python_for
@@ -34,12 +34,6 @@ def serves(proxy: Proxy) -> None:
 def relaying(command: List[str], to: Exchange, *options: str, **popen: Any) -> Any:
     """A proxy that is started by other words than the usual ones."""
     return contextlib.closing(Proxy([*command, "-t", to.target, "-p0", "--timestamps=preserve", *options], **popen))
-
-
-def statuses(proxy: Proxy) -> List[Dict[str, str]]:
-    """/proc/PID/task/TID/status of each thread of each process that came from it."""
-    tasks = [task for pid in proxy.family() for task in Path(f"/proc/{pid}/task").iterdir()]
-    return [dict(line.split(":\t", 1) for line in (task / "status").read_text().splitlines()) for task in tasks]
 
 
 # Signals
@@ -236,13 +230,7 @@ def inode(fd: int) -> str:
 
 def held(proxy: Proxy) -> Dict[int, List[str]]:
     """What each of its processes has open."""
-    found: Dict[int, List[str]] = {}
-    for pid in proxy.family():
-        found[pid] = []
-        for fd in Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                found[pid].append(os.readlink(fd))
-    return found
+    return {pid: [target(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()] for pid in proxy.family()}
 
 
 @pytest.fixture

@@ -18,10 +18,23 @@ from pathlib import Path
 from typing import Any, FrozenSet, Iterator, List, Sequence
 
 import pytest
-from harness import CHECKOUT, PATIENCE, ROOT, SUPPORT, Exchange, Proxy, echo, leave_out, receive_all, receive_exactly, reset
+from harness import (
+    CHECKOUT,
+    PATIENCE,
+    ROOT,
+    SUPPORT,
+    Exchange,
+    Proxy,
+    echo,
+    leave_out,
+    receive_all,
+    receive_exactly,
+    reset,
+    statuses,
+)
 from namespaces import Namespace, require_root
 from program import PYTHON, python_for
-from unprivileged import for_everybody, statuses
+from unprivileged import for_everybody
 
 LAUNCHER = str(SUPPORT / "seccomp_launcher.py")
 TEXT = (ROOT / "SECURITY.md").read_text()

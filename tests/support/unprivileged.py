@@ -7,10 +7,9 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Dict, Iterator, List
+from typing import Iterator, List
 
 import pytest
-from harness import Proxy
 from namespaces import require_root
 from program import PYTHON
 
@@ -51,10 +50,3 @@ def for_everybody(python: str, bundle: Path) -> Iterator[List[str]]:
         inside = f"{place}/python/bin/{Path(python).resolve().name}"
         words = ["unshare", "--mount", "sh", "-c", _BOUND, "sh", str(home), f"{place}/python"]
         yield [*words, inside, "-I", "-S", f"{place}/{bundle.name}"]
-
-
-def statuses(proxy: Proxy) -> List[Dict[str, str]]:
-    """/proc/PID/task/TID/status of each thread of each process that came from it."""
-    tasks = [task for pid in proxy.family() for task in Path(f"/proc/{pid}/task").iterdir()]
-    texts = [(task / "status").read_text() for task in tasks]
-    return [{name: value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())} for text in texts]
