@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 import pytest
 from _tsproxy.linux import children as host_children
 from handover import hand_over, listeners
-from harness import CHECKOUT, ROOT, SUPPORT, Exchange, Proxy, children, receive_exactly, statuses, target, wait_until
+from harness import CHECKOUT, ROOT, SUPPORT, Exchange, Proxy, children, free_port, receive_exactly, statuses, target, wait_until
 from name_server import Named
 from namespaces import require_root
 from program import RUNTIMES, python_for
@@ -356,8 +356,7 @@ def test_a_limit_on_processes_that_is_too_low_is_said(bundle: Path, kind: str) -
 
 
 def test_standard_descriptors_that_are_closed_do_not_become_a_connection(echoing: Exchange) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     words = [
         "sh",
         "-c",

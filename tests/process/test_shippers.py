@@ -22,7 +22,7 @@ import shippers
 import yaml
 from _tsproxy.tools import generate
 from _tsproxy.tools.generate import fields, templates
-from harness import CHECKOUT, PATIENCE, Exchange, Line, Proxy, children, receive_exactly, reset, wait_until
+from harness import CHECKOUT, PATIENCE, Exchange, Line, Proxy, children, free_port, receive_exactly, reset, wait_until
 from namespaces import Namespace
 from shippers import Shipper, environment, find, generated
 
@@ -282,7 +282,7 @@ FEEDS = pytest.mark.parametrize("feed", [by_file, by_pipe])
 
 def refused() -> Exchange:
     """An exchange that is gone."""
-    far = Exchange()
+    far = Exchange(port=free_port())
     far.close()
     return far
 

@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from harness import Exchange, Proxy, receive_exactly, wait_until
+from harness import Exchange, Proxy, free_port, receive_exactly, wait_until
 
 
 def relay_some(address: Any, count: int) -> None:
@@ -21,10 +21,8 @@ def relay_some(address: Any, count: int) -> None:
 
 
 def free_address() -> Any:
-    """An address that was free a moment ago: with a dead stdout nobody can tell which port was picked."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()
+    """With a dead stdout nobody can tell which port was picked."""
+    return "127.0.0.1", free_port()
 
 
 def answers(address: Any) -> bool:
@@ -109,10 +107,8 @@ def test_the_connection_log_can_be_switched_off(start: Any, echoing: Exchange) -
 
 
 def test_the_log_level_chooses_the_lines(start: Any) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as gone:
-        refusing = f"127.0.0.1:{gone.getsockname()[1]}"
     address = free_address()
-    proxy = start(refusing, f"-p{address[1]}", "--log-level=warning")
+    proxy = start(f"127.0.0.1:{free_port()}", f"-p{address[1]}", "--log-level=warning")
     wait_until(lambda: answers(address))
     assert proxy.line("connection")["reason"] == "connect_refused"
     assert proxy.stop() == 0

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import queue
+import random
 import signal
 import socket
 import subprocess
@@ -329,6 +330,19 @@ def receive_exactly(sock: socket.socket, count: int) -> bytes:
         parts.append(part)
         count -= len(part)
     return b"".join(parts)
+
+
+def free_port() -> int:
+    """A port that nobody has now, for a listener of later on, or for a target that refuses.
+
+    It is none that the kernel chooses by itself (ip_local_port_range): of those, a neighbour's next socket may get the one
+    that was free a moment ago.
+    """
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        with socket.socket(socket.AF_INET6) as probe, contextlib.suppress(OSError):
+            probe.bind(("::", random.SystemRandom().randrange(first // 2, first) if first > 4096 else 0))
+            return int(probe.getsockname()[1])
 
 
 def pythons() -> Iterator[Tuple[str, str]]:
