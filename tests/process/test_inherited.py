@@ -20,7 +20,7 @@ from harness import CHECKOUT, ROOT, SUPPORT, Exchange, Proxy, children, free_por
 from name_server import Named
 from namespaces import require_root
 from program import RUNTIMES, python_for
-from unprivileged import as_nobody
+from unprivileged import as_nobody, nobody_else
 
 ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
@@ -132,7 +132,7 @@ def test_a_sigterm_during_the_first_look_up_ends_it_at_once_with_0(named: Named,
     proxy = named.start()
     wait_until(lambda: named.names.asked, "the name is looked up")
     os.kill(inside_of(proxy) if first else proxy.process.pid, signal.SIGTERM)
-    assert proxy.process.wait(10) == 0
+    assert proxy.wait() == 0
     assert "ended by a signal while the targets' names were looked up" in proxy.stderr()
     assert not proxy.lines
 
@@ -347,7 +347,7 @@ def test_a_limit_on_files_that_is_too_low_for_the_counters_is_said() -> None:
 @pytest.mark.root
 @pytest.mark.parametrize("kind", ["threads", "processes"])
 def test_a_limit_on_processes_that_is_too_low_is_said(bundle: Path, kind: str) -> None:
-    with as_nobody(bundle) as command:
+    with as_nobody(bundle, nobody_else()) as command:
         words = ["prlimit", "--nproc=1:1", *command, "-t127.0.0.1:9", "-p0", "--timestamps=preserve", f"--runtime={kind}"]
         done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=30)
     assert (done.returncode, done.stdout) == (75, "")

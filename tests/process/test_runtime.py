@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,7 +20,7 @@ from _tsproxy.supervisor.runners import ThreadRunner
 from _tsproxy.supervisor.worker_args import WorkerArgs, WorkerShared
 from harness import Exchange, Proxy, children, leave_out, pause, receive_exactly, target, wait_until
 from program import PYTHON, workers_of
-from unprivileged import BECOME, as_nobody
+from unprivileged import as_nobody, become, nobody_else
 
 
 def ask(proxy: Proxy, what: bytes = b"order") -> None:
@@ -288,17 +289,13 @@ def test_workers_keep_to_their_cpus(start: Any, echoing: Exchange) -> None:
     assert done.returncode == 0
 
 
-# Tasks that can't be had (RLIMIT_NPROC counts those of a user, so each test has one of its own)
-
-
-USER = f"--reuid={70_000 + os.getpid() % 10_000}"
+# Tasks that can't be had
 
 
 @pytest.fixture
 def alone(bundle: Path) -> Iterator[Any]:
     """Start the proxy as a user that nobody else is: alone(exchange, options, prefix=...) -> Proxy."""
-    with as_nobody(bundle) as words:
-        command = [USER if word.startswith("--reuid") else word for word in words]
+    with as_nobody(bundle, nobody_else()) as command:
         running: List[Proxy] = []
 
         def begin(far: Exchange, *options: str, prefix: Sequence[str] = ()) -> Proxy:
@@ -322,10 +319,8 @@ def tasks_up_to(pid: int, most: int) -> Iterator[None]:
 
 
 def _set_tasks(pid: int, soft: str) -> None:
-    subprocess.run(
-        [*(USER if word.startswith("--reuid") else word for word in BECOME), "prlimit", f"--pid={pid}", f"--nproc={soft}:"],
-        check=True,
-    )
+    (user,) = re.findall(r"^Uid:\t(\d+)", Path(f"/proc/{pid}/status").read_text(), re.M)
+    subprocess.run([*become(int(user)), "prlimit", f"--pid={pid}", f"--nproc={soft}:"], check=True)
 
 
 @pytest.mark.root
