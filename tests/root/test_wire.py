@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Callable, Iterator, List, Set, Tuple
 
 import pytest
-from harness import Exchange, Proxy, receive_exactly, reset, wait_until
+from harness import PATIENCE, Exchange, Proxy, receive_exactly, reset, wait_until
 from rules import REWRITE, TSVAL, generated
 from wire import ACK, DOWNSTREAM, RST, UPSTREAM, Packet, Sniffer, Wire, kinds, netstat, settled, tcpdump
 
@@ -81,14 +81,14 @@ def live(wire: Wire, proxy: Proxy, far: Exchange, sniffer: Sniffer) -> None:
 
 def starve(client: socket.socket, server: socket.socket, sniffer: Sniffer, target: Tuple[str, int]) -> None:
     """The exchange does not read: its window closes, and the proxy's kernel probes it."""
-    client.settimeout(0.5)
+    client.setblocking(False)
     sent = 0
-    with contextlib.suppress(socket.timeout):
-        while True:
-            sent += client.send(bytes(MIB))
-    client.settimeout(20)
 
     def probed() -> bool:
+        nonlocal sent
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                sent += client.send(bytes(MIB))
         packets = list(sniffer.packets)
         closed = next((n for n, p in enumerate(packets) if p.source == target and not p.window and p.flags == ACK), None)
         return (
@@ -102,6 +102,7 @@ def starve(client: socket.socket, server: socket.socket, sniffer: Sniffer, targe
         )
 
     wait_until(probed, "a zero-window probe", 30)
+    client.settimeout(PATIENCE)
     assert len(receive_exactly(server, sent)) == sent
 
 

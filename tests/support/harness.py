@@ -372,6 +372,19 @@ def fill(sock: socket.socket) -> int:
     return sent
 
 
+def choke(proxy: Proxy, sock: socket.socket) -> int:
+    """Send until the proxy has paused reading and nothing more fits; how much went. One stall alone may be the machine's."""
+    sent = [0]
+
+    def is_choked() -> bool:
+        sent.append(fill(sock))
+        metrics = proxy.metrics()
+        return not sent[-1] and any(value for name, value in metrics.items() if name.endswith("paused_reading_total"))
+
+    wait_until(is_choked, "the proxy has paused reading")
+    return sum(sent)
+
+
 def target(fd: Path) -> str:
     """What a descriptor of another process is; "" if it has just been closed."""
     with contextlib.suppress(FileNotFoundError):
