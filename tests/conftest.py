@@ -91,8 +91,8 @@ def nothing_left_behind() -> Iterator[None]:
     yield
     if _open_descriptors() > fds:
         gc.collect()  # a socket in a cycle is closed here, with a ResourceWarning. On each test it would cost 80 ms of CPU
-    wait_until(lambda: threading.active_count() <= threads, "the test's threads end", 5)
-    wait_until(lambda: _open_descriptors() <= fds, "the test's descriptors are closed", 5)
+    wait_until(lambda: threading.active_count() <= threads, "the test's threads end")
+    wait_until(lambda: _open_descriptors() <= fds, "the test's descriptors are closed")
 
 
 def _open_descriptors() -> int:

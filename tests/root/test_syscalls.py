@@ -111,9 +111,10 @@ def live(proxy: Proxy, far: Exchange, space: Namespace, confine: Any = lambda: N
             client.sendall(b"x")
             assert client.recv(1) == b"x"
             proxy.process.send_signal(signal.SIGTERM)
-            proxy.line("drain")
-            client.sendall(b"y")
-            assert client.recv(1) == b"y"
+            while not proxy.count("drain"):  # never silent for as long as --idle-timeout
+                client.sendall(b"y")
+                assert client.recv(1) == b"y"
+                proxy.metrics()
     assert proxy.wait() == 0, proxy.stderr()
     far.close()
 
@@ -162,7 +163,7 @@ def kinds() -> Iterator[Any]:
             yield pytest.param(kind, version, id=f"{kind}-{version}", marks=marks)
 
 
-OPTIONS = ["--timestamps=strip", "-p0", "--workers=2", "--metrics-interval=0.2", "--idle-timeout=1", "--reuse-port"]
+OPTIONS = ["--timestamps=strip", "-p0", "--workers=2", "--metrics-interval=0.2", "--idle-timeout=2", "--reuse-port"]
 OPTIONS += ["--max-connections-per-client=500", "--cpus=0"] if os.cpu_count() == 1 else ["--max-connections-per-client=500"]
 
 
