@@ -44,7 +44,9 @@ class Live:
 
     def end(self, number: int = signal.SIGINT) -> Tuple[int, List[Dict[str, Any]], Dict[str, Any]]:
         self.process.send_signal(number)
-        out, err = self.process.communicate(timeout=20)
+        out, err = self.process.communicate(
+            timeout=3 * PATIENCE
+        )  # what is queued, some 50,000 frames in one test, is read first
         assert err == "", err
         *flows, end = map(json.loads, out.splitlines())
         return self.process.returncode, flows, end
