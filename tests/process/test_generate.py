@@ -434,8 +434,17 @@ class Host:
         return self.run("ip", "netns", "exec", "tsproxy", *command)
 
     def settle(self, *where: str) -> None:
-        """Duplicate address detection takes a second; until then ip(8) says `tentative`."""
-        wait_until(lambda: not self.run(*where, "ip", "-6", "address", "show", "tentative"), "addresses are settled")
+        """Duplicate address detection takes a second; until then ip(8) says `tentative`.
+
+        An interface whose carrier the kernel has not noticed yet, which may take a second, too, has its addresses to come.
+        """
+
+        def settled() -> bool:
+            links = self.run(*where, "ip", "-o", "link", "show", "up").splitlines()
+            up = all(" state UP " in link for link in links if "LOOPBACK" not in link)
+            return up and not self.run(*where, "ip", "-6", "address", "show", "tentative")
+
+        wait_until(settled, "addresses are settled")
 
     def state(self) -> List[str]:
         """All that the script may change, without what counts or ages."""
