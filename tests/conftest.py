@@ -18,6 +18,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import namespaces
 import pytest
+from fake_clock import FakeClock
 from faults import make_stand
 from harness import CHECKOUT, Exchange, Proxy, echo, wait_until
 from hypothesis import settings
@@ -165,6 +166,11 @@ def begin(request: pytest.FixtureRequest, bundle: Path) -> Iterator[Any]:
 
 def _under(start: Any, runtime: str, far: Exchange, *options: str, **popen: Any) -> Proxy:
     return start(far, f"--runtime={runtime}", *options, **popen)
+
+
+@pytest.fixture
+def clock(tmp_path: Path) -> FakeClock:
+    return FakeClock(tmp_path)
 
 
 @pytest.fixture
