@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from _tsproxy.linux import uapi
 from harness import Exchange, Proxy, free_port, receive_exactly, wait_until
 
 
@@ -45,9 +47,10 @@ def relays_and_drains(proxy: Proxy, address: Any, said: str = "") -> None:
 def test_a_stalled_reader_costs_lines_and_nothing_else(start: Any, echoing: Exchange) -> None:
     """The pipe is stalled under load; relaying goes on; afterwards each line has come or was counted as dropped."""
     reader, writer = os.pipe()
+    fcntl.fcntl(writer, uapi.F_SETPIPE_SZ, 4096)
     proxy = start(echoing, stdout=writer)
     os.close(writer)
-    total = 7000  # at 500 bytes a line, more than the 64 KiB of the pipe and the backlog of 4,096 lines
+    total = 4500  # more than the pipe and the backlog of 4,096 lines hold
     with os.fdopen(reader, "rb") as stream:
         first = json.loads(stream.readline())
         relay_some((first["listen_address"], first["listen_port"]), total)
