@@ -293,6 +293,8 @@ class Exchange:
         with contextlib.suppress(OSError):
             self.listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
         self.listener.close()
+        for accepting in self._threads[:1]:
+            accepting.join(PATIENCE)  # whom it has accepted last is known then, and sees the end like all others
         for client in self._open:
             with contextlib.suppress(OSError):
                 client.shutdown(socket.SHUT_RDWR)
