@@ -15,6 +15,7 @@ from typing import Callable, Iterator, List, Set, Tuple
 
 import pytest
 from harness import PATIENCE, Exchange, Proxy, receive_exactly, reset, wait_until
+from program import on_time
 from rules import REWRITE, TSVAL, generated
 from wire import ACK, DOWNSTREAM, RST, UPSTREAM, Packet, Sniffer, Wire, kinds, netstat, settled, tcpdump
 
@@ -134,7 +135,7 @@ ALL_KINDS: Set[str] = {"SYN", "SYN again", "data", "ACK", "probe", "FIN", "RST"}
 def test_strip_lets_no_timestamp_out_in_any_packet_of_a_life(stripping: Wire, family: int, tmp_path: Path) -> None:
     wire = stripping
     far = wire.far_end(family)
-    proxy = wire.start(far, family, "--keepalive=1", "--connect-timeout=20")
+    proxy = wire.start(far, family, "--keepalive=1", "--connect-timeout=20", wrap=on_time())
     with listening(wire) as (upstream, downstream), tcpdump(wire.exchange, UPSTREAM, tmp_path / "pcap") as words:
         live(wire, proxy, far, upstream)
         packets, theirs = upstream.stop(), downstream.stop()
@@ -161,7 +162,7 @@ def test_rewrite_gives_each_packet_the_constant_and_nothing_else(
     wire = make_wire(split=False)
     wire.rules(generated(*REWRITE))
     far = wire.far_end(family)
-    proxy = wire.start(far, family, "--keepalive=1", "--connect-timeout=20", *REWRITE)
+    proxy = wire.start(far, family, "--keepalive=1", "--connect-timeout=20", *REWRITE, wrap=on_time())
     assert proxy.line("start")["witness"] == "nftables"
     with listening(wire) as (upstream, _), tcpdump(wire.exchange, UPSTREAM, tmp_path / "pcap") as words:
         live(wire, proxy, far, upstream)
