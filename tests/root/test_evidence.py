@@ -24,7 +24,7 @@ from _tsproxy.policy.levers import Lever, Policy
 from harness import CHECKOUT, ROOT, Exchange, Line, Proxy, echo, receive_exactly, wait_until
 from name_server import Names, asking_here
 from namespaces import Namespace
-from rules import REWRITE, TSVAL, generated
+from rules import REWRITE, TSVAL, generated, looked_at
 from unprivileged import BECOME
 from wire import UPSTREAM, Sniffer, Wire
 
@@ -143,7 +143,7 @@ def test_every_packet_by_iptables_holds_as_well(namespace: Namespace) -> None:
     for command in ("iptables", "ip6tables"):
         namespace.run(command, *strip)
     with namespace, contextlib.closing(Inspector(STRIP)) as inspector:
-        assert inspector.check().lever is Lever.NFTABLES
+        assert looked_at(inspector).lever is Lever.NFTABLES
 
 
 def test_rules_of_an_older_tsproxy_are_refused_with_what_to_load_instead(namespace: Namespace) -> None:
@@ -155,7 +155,7 @@ def test_rules_of_an_older_tsproxy_are_refused_with_what_to_load_instead(namespa
     assert "tsproxy.py generate nftables -t 127.0.0.1:9 | nft -f -" in done.stderr
     namespace.run("nft", "-f", "-", input=generated())
     with namespace, contextlib.closing(Inspector(STRIP)) as inspector:
-        assert inspector.check().lever is Lever.NFTABLES
+        assert looked_at(inspector).lever is Lever.NFTABLES
 
 
 @pytest.mark.parametrize("family", BOTH)
