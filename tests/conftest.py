@@ -18,6 +18,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import namespaces
 import pytest
+from fake_clock import FakeClock
 from faults import make_stand
 from harness import CHECKOUT, Exchange, Proxy, echo, wait_until
 from hypothesis import settings
@@ -91,8 +92,8 @@ def nothing_left_behind() -> Iterator[None]:
     yield
     if _open_descriptors() > fds:
         gc.collect()  # a socket in a cycle is closed here, with a ResourceWarning. On each test it would cost 80 ms of CPU
-    wait_until(lambda: threading.active_count() <= threads, "the test's threads end", 5)
-    wait_until(lambda: _open_descriptors() <= fds, "the test's descriptors are closed", 5)
+    wait_until(lambda: threading.active_count() <= threads, "the test's threads end")
+    wait_until(lambda: _open_descriptors() <= fds, "the test's descriptors are closed")
 
 
 def _open_descriptors() -> int:
@@ -165,6 +166,11 @@ def begin(request: pytest.FixtureRequest, bundle: Path) -> Iterator[Any]:
 
 def _under(start: Any, runtime: str, far: Exchange, *options: str, **popen: Any) -> Proxy:
     return start(far, f"--runtime={runtime}", *options, **popen)
+
+
+@pytest.fixture
+def clock(tmp_path: Path) -> FakeClock:
+    return FakeClock(tmp_path)
 
 
 @pytest.fixture

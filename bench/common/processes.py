@@ -10,11 +10,14 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, Callable, FrozenSet, Iterator, Optional, Sequence
 
 from common.layout import pinned
 from common.trouble import Failed
+
+_TURN_S = 1.0
 
 
 class Task:
@@ -38,7 +41,7 @@ class Task:
         """What the function returned. Failed if it raised, or took longer than that."""
         data = b""
         while True:
-            if not select.select([self._reader], [], [], patience_s)[0]:
+            if not self._await(patience_s):
                 raise Failed(f"no answer within {patience_s:g} s")
             piece = os.read(self._reader, 1 << 16)
             if not piece:
@@ -48,6 +51,14 @@ class Task:
         if "error" in answer:
             raise Failed(answer["error"])
         return answer["result"]
+
+    def _await(self, patience_s: float) -> bool:
+        """In turns: of a signal that comes just before select(2) Python hears when that returns."""
+        end = time.monotonic() + patience_s
+        while not select.select([self._reader], [], [], max(0.0, min(_TURN_S, end - time.monotonic())))[0]:
+            if time.monotonic() >= end:
+                return False
+        return True
 
     def end(self) -> None:
         """Kill it if it still runs; one that began a session, with all that is in there."""

@@ -7,7 +7,7 @@ import socket
 from typing import Any, Iterator, List
 
 import pytest
-from harness import CHECKOUT, Exchange, Proxy, echo, receive_all, receive_exactly, reset, wait_until
+from harness import CHECKOUT, Exchange, Proxy, echo, free_port, receive_all, receive_exactly, reset, wait_until
 from namespaces import Namespace
 
 WHO_ACCEPTS = pytest.mark.parametrize("workers", ["--workers=1", "--workers=2"])  # the only worker itself, or the main thread
@@ -40,12 +40,6 @@ def inside(void: Namespace) -> Iterator[Any]:
         proxy.close()
 
 
-def refusing() -> str:
-    """A target whose port nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as gone:
-        return f"127.0.0.1:{gone.getsockname()[1]}"
-
-
 def exchange_with(void: Namespace, client: socket.socket) -> None:
     client.sendall(b"ping")
     assert receive_exactly(client, 4) == b"ping"
@@ -55,8 +49,9 @@ def exchange_with(void: Namespace, client: socket.socket) -> None:
 def test_targets_are_tried_in_order_and_the_first_that_answers_serves(void: Namespace, inside: Any) -> None:
     with void:
         far = Exchange(echo)
-        refuses = refusing()
-    proxy = inside("-t", refuses, "-t", SILENT, "-t", far.target, "--connect-timeout=0.2", "--log-level=debug")
+    proxy = inside(
+        "-t", f"127.0.0.1:{free_port()}", "-t", SILENT, "-t", far.target, "--connect-timeout=0.2", "--log-level=debug"
+    )
     with void, proxy.connect() as client:
         exchange_with(void, client)
     line = proxy.line("connection")

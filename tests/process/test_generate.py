@@ -35,6 +35,7 @@ from harness import CHECKOUT, ROOT, Exchange, Proxy, echo, examples, leave_out, 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from namespaces import Namespace, require_root
+from rules import looked_at
 from wire import UPSTREAM, Sniffer, Wire, join
 
 MANUAL = ast.get_docstring(ast.parse((ROOT / "tsproxy.py").read_text()), clean=False) or ""
@@ -297,11 +298,11 @@ def test_the_witness_finds_the_rules_for_both_families(namespace: Namespace, pol
     policy = policy._replace(families=(socket.AF_INET, socket.AF_INET6))
     load(namespace, *(REWRITE if policy.mode == "rewrite" else ()))
     with namespace, contextlib.closing(Inspector(policy)) as inspector:
-        policy_check = inspector.check()
+        policy_check = looked_at(inspector)
         assert policy_check.lever is Lever.NFTABLES, policy_check
         assert [syn.tsval for syn in policy_check.syns.values()] == [policy.tsval or None] * 2
         namespace.run("nft", "delete", "table", "inet", "tsproxy")
-        assert inspector.check().lever is None
+        assert looked_at(inspector).lever is None
 
 
 @contextlib.contextmanager
@@ -434,8 +435,17 @@ class Host:
         return self.run("ip", "netns", "exec", "tsproxy", *command)
 
     def settle(self, *where: str) -> None:
-        """Duplicate address detection takes a second; until then ip(8) says `tentative`."""
-        wait_until(lambda: not self.run(*where, "ip", "-6", "address", "show", "tentative"), "addresses are settled")
+        """Duplicate address detection takes a second; until then ip(8) says `tentative`.
+
+        An interface whose carrier the kernel has not noticed yet, which may take a second, too, has its addresses to come.
+        """
+
+        def settled() -> bool:
+            links = self.run(*where, "ip", "-o", "link", "show", "up").splitlines()
+            up = all(" state UP " in link for link in links if "LOOPBACK" not in link)
+            return up and not self.run(*where, "ip", "-6", "address", "show", "tentative")
+
+        wait_until(settled, "addresses are settled")
 
     def state(self) -> List[str]:
         """All that the script may change, without what counts or ages."""

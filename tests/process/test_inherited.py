@@ -16,11 +16,11 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 import pytest
 from _tsproxy.linux import children as host_children
 from handover import hand_over, listeners
-from harness import CHECKOUT, ROOT, SUPPORT, Exchange, Proxy, children, receive_exactly, wait_until
+from harness import CHECKOUT, ROOT, SUPPORT, Exchange, Proxy, children, free_port, receive_exactly, statuses, target, wait_until
 from name_server import Named
 from namespaces import require_root
 from program import RUNTIMES, python_for
-from unprivileged import as_nobody
+from unprivileged import as_nobody, nobody_else
 
 ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
@@ -34,12 +34,6 @@ def serves(proxy: Proxy) -> None:
 def relaying(command: List[str], to: Exchange, *options: str, **popen: Any) -> Any:
     """A proxy that is started by other words than the usual ones."""
     return contextlib.closing(Proxy([*command, "-t", to.target, "-p0", "--timestamps=preserve", *options], **popen))
-
-
-def statuses(proxy: Proxy) -> List[Dict[str, str]]:
-    """/proc/PID/task/TID/status of each thread of each process that came from it."""
-    tasks = [task for pid in proxy.family() for task in Path(f"/proc/{pid}/task").iterdir()]
-    return [dict(line.split(":\t", 1) for line in (task / "status").read_text().splitlines()) for task in tasks]
 
 
 # Signals
@@ -138,7 +132,7 @@ def test_a_sigterm_during_the_first_look_up_ends_it_at_once_with_0(named: Named,
     proxy = named.start()
     wait_until(lambda: named.names.asked, "the name is looked up")
     os.kill(inside_of(proxy) if first else proxy.process.pid, signal.SIGTERM)
-    assert proxy.process.wait(10) == 0
+    assert proxy.wait() == 0
     assert "ended by a signal while the targets' names were looked up" in proxy.stderr()
     assert not proxy.lines
 
@@ -236,13 +230,7 @@ def inode(fd: int) -> str:
 
 def held(proxy: Proxy) -> Dict[int, List[str]]:
     """What each of its processes has open."""
-    found: Dict[int, List[str]] = {}
-    for pid in proxy.family():
-        found[pid] = []
-        for fd in Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                found[pid].append(os.readlink(fd))
-    return found
+    return {pid: [target(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()] for pid in proxy.family()}
 
 
 @pytest.fixture
@@ -359,7 +347,7 @@ def test_a_limit_on_files_that_is_too_low_for_the_counters_is_said() -> None:
 @pytest.mark.root
 @pytest.mark.parametrize("kind", ["threads", "processes"])
 def test_a_limit_on_processes_that_is_too_low_is_said(bundle: Path, kind: str) -> None:
-    with as_nobody(bundle) as command:
+    with as_nobody(bundle, nobody_else()) as command:
         words = ["prlimit", "--nproc=1:1", *command, "-t127.0.0.1:9", "-p0", "--timestamps=preserve", f"--runtime={kind}"]
         done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=30)
     assert (done.returncode, done.stdout) == (75, "")
@@ -368,8 +356,7 @@ def test_a_limit_on_processes_that_is_too_low_is_said(bundle: Path, kind: str) -
 
 
 def test_standard_descriptors_that_are_closed_do_not_become_a_connection(echoing: Exchange) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     words = [
         "sh",
         "-c",

@@ -14,17 +14,10 @@ from typing import Any, Iterator, List, Sequence
 import pytest
 from _tsproxy.linux import sockets, uapi
 from handover import HAND_OVER, hand_over, listeners
-from harness import CHECKOUT, Exchange, Proxy, receive_exactly, wait_until
+from harness import CHECKOUT, Exchange, Proxy, free_port, receive_exactly, wait_until
 from namespaces import Namespace, require_root
 
 PRESERVE = "--timestamps=preserve"
-
-
-def free_port() -> int:
-    with socket.socket(socket.AF_INET6) as probe:
-        probe.bind(("::", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def relays(client: socket.socket) -> None:

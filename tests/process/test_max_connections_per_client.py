@@ -9,7 +9,7 @@ import socket
 from typing import Any, List
 
 import pytest
-from harness import Exchange, Proxy, first_free, pause, receive_exactly, reset
+from harness import Exchange, Proxy, first_free, free_port, pause, receive_exactly, reset
 from program import workers_of
 
 
@@ -48,7 +48,7 @@ def test_each_address_has_its_share_and_gets_it_back(begin: Any, echoing: Exchan
 
 
 def test_connections_that_never_reach_the_exchange_give_their_place_back(begin: Any) -> None:
-    far = Exchange()
+    far = Exchange(port=free_port())
     far.close()  # it refuses from now on
     proxy = begin(far, "--workers=2", "--max-connections-per-client=1")
     for ended in range(1, 6):

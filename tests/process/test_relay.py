@@ -8,7 +8,7 @@ import threading
 from typing import Any
 
 import pytest
-from harness import Exchange, receive_all, receive_exactly, reset, wait_until
+from harness import Exchange, free_port, receive_all, receive_exactly, reset, wait_until
 
 LINE_FIELDS = {
     "start": "version listen_address listen_port targets timestamps witness workers runtime python json_encoder knobs limits",
@@ -100,9 +100,7 @@ def test_a_reset_is_passed_on_as_a_reset(start_form: Any, exchange: Exchange, wh
 
 
 def test_a_refused_connect_resets_the_client(start_form: Any) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as gone:
-        target = f"127.0.0.1:{gone.getsockname()[1]}"
-    proxy = start_form(target)
+    proxy = start_form(f"127.0.0.1:{free_port()}")
     proxy.expect_reset()
     line = proxy.line("connection")
     assert (line["reason"], line["termination_state"]) == ("connect_refused", "SC")

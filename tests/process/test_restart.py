@@ -278,26 +278,25 @@ def clients_of(listener: socket.socket) -> List[socket.socket]:
     return found
 
 
-def come(stack: contextlib.ExitStack, listener: socket.socket, count: int = 30) -> None:
-    for _ in range(count):
-        stack.enter_context(socket.create_connection(listener.getsockname()[:2], 10))
+def come(stack: contextlib.ExitStack, listener: socket.socket, count: int = 30) -> List[int]:
+    """The ports of so many clients, which are connected."""
+    clients = [stack.enter_context(socket.create_connection(listener.getsockname()[:2], 10)) for _ in range(count)]
+    return [client.getsockname()[1] for client in clients]
 
 
 def counted(stack: contextlib.ExitStack, group: List[socket.socket], count: int = 30) -> List[int]:
-    """So many clients come: how many come to each."""
-    come(stack, group[0], count)
-    found: List[List[socket.socket]] = [[] for _ in group]
+    """So many clients come: how many of them come to each. (One of before may be late.)"""
+    ports, found = set(come(stack, group[0], count)), [0 for _ in group]
 
     def all_there() -> bool:
-        for taken, listener in zip(found, group):
-            taken += clients_of(listener)
-        return sum(map(len, found)) == count
+        for place, listener in enumerate(group):
+            for client in clients_of(listener):
+                found[place] += client.getpeername()[1] in ports
+                client.close()
+        return sum(found) == count
 
     wait_until(all_there, "every client has come to somebody")
-    for taken in found:
-        for client in taken:
-            client.close()
-    return [len(taken) for taken in found]
+    return found
 
 
 def test_a_member_knows_how_many_there_are_and_whether_it_is_the_newest(group: Any) -> None:

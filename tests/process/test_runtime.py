@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,9 +18,9 @@ from _tsproxy.stats.counters import SharedCounters
 from _tsproxy.stats.records import Notice, RecordPipe, decode
 from _tsproxy.supervisor.runners import ThreadRunner
 from _tsproxy.supervisor.worker_args import WorkerArgs, WorkerShared
-from harness import Exchange, Proxy, children, leave_out, pause, receive_exactly, wait_until
+from harness import Exchange, Proxy, children, leave_out, pause, receive_exactly, target, wait_until
 from program import PYTHON, workers_of
-from unprivileged import BECOME, as_nobody
+from unprivileged import as_nobody, become, nobody_else
 
 
 def ask(proxy: Proxy, what: bytes = b"order") -> None:
@@ -33,20 +34,17 @@ def test_all_workers_serve_and_the_start_line_names_the_runtime(begin: Any, echo
     assert proxy.line("start")["runtime"] in request.node.name
     for _ in range(30):
         ask(proxy)
-    wait_until(lambda: proxy.metrics()["downstream_cx_active"] == 0)
+    metrics = proxy.wait_lines()
     assert {line["worker"] for line in proxy.lines if line["event"] == "connection"} == {0, 1, 2}
-    assert proxy.metrics()["downstream_cx_rx_bytes_total"] == 150
+    assert metrics["downstream_cx_rx_bytes_total"] == 150
     assert proxy.stop() == 0
     assert proxy.stderr() == ""
 
 
 def loops(proxy: Proxy) -> int:
     """How many event loops (epoll(7)) there are in all its processes."""
-    found = 0
-    for fd in [fd for pid in proxy.family() for fd in Path(f"/proc/{pid}/fd").iterdir()]:
-        with contextlib.suppress(FileNotFoundError):  # a connection's, closed meanwhile
-            found += os.readlink(fd) == "anon_inode:[eventpoll]"
-    return found
+    fds = [fd for pid in proxy.family() for fd in Path(f"/proc/{pid}/fd").iterdir()]
+    return sum(target(fd) == "anon_inode:[eventpoll]" for fd in fds)
 
 
 def test_the_start_line_comes_when_the_workers_are_there(begin: Any, echoing: Exchange) -> None:
@@ -187,7 +185,7 @@ def inode_of_listener(proxy: Proxy) -> str:
 
 
 def inodes(pid: int) -> Set[str]:
-    return {os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()}
+    return {target(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()}
 
 
 def test_clients_that_came_while_the_only_worker_was_stuck_are_served_in_the_drain(start: Any, echoing: Exchange) -> None:
@@ -291,17 +289,13 @@ def test_workers_keep_to_their_cpus(start: Any, echoing: Exchange) -> None:
     assert done.returncode == 0
 
 
-# Tasks that can't be had (RLIMIT_NPROC counts those of a user, so each test has one of its own)
-
-
-USER = f"--reuid={70_000 + os.getpid() % 10_000}"
+# Tasks that can't be had
 
 
 @pytest.fixture
 def alone(bundle: Path) -> Iterator[Any]:
     """Start the proxy as a user that nobody else is: alone(exchange, options, prefix=...) -> Proxy."""
-    with as_nobody(bundle) as words:
-        command = [USER if word.startswith("--reuid") else word for word in words]
+    with as_nobody(bundle, nobody_else()) as command:
         running: List[Proxy] = []
 
         def begin(far: Exchange, *options: str, prefix: Sequence[str] = ()) -> Proxy:
@@ -325,10 +319,8 @@ def tasks_up_to(pid: int, most: int) -> Iterator[None]:
 
 
 def _set_tasks(pid: int, soft: str) -> None:
-    subprocess.run(
-        [*(USER if word.startswith("--reuid") else word for word in BECOME), "prlimit", f"--pid={pid}", f"--nproc={soft}:"],
-        check=True,
-    )
+    (user,) = re.findall(r"^Uid:\t(\d+)", Path(f"/proc/{pid}/status").read_text(), re.M)
+    subprocess.run([*become(int(user)), "prlimit", f"--pid={pid}", f"--nproc={soft}:"], check=True)
 
 
 @pytest.mark.root

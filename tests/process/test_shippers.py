@@ -10,7 +10,6 @@ import re
 import shutil
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ import shippers
 import yaml
 from _tsproxy.tools import generate
 from _tsproxy.tools.generate import fields, templates
-from harness import CHECKOUT, PATIENCE, Exchange, Line, Proxy, children, receive_exactly, reset, wait_until
+from harness import CHECKOUT, PATIENCE, Exchange, Line, Proxy, children, free_port, receive_exactly, reset, wait_until
 from namespaces import Namespace
 from shippers import Shipper, environment, find, generated
 
@@ -282,7 +281,7 @@ FEEDS = pytest.mark.parametrize("feed", [by_file, by_pipe])
 
 def refused() -> Exchange:
     """An exchange that is gone."""
-    far = Exchange()
+    far = Exchange(port=free_port())
     far.close()
     return far
 
@@ -332,14 +331,10 @@ def test_a_line_that_is_no_json_comes_out_too(shipper: Shipper) -> None:
     }
 
 
-def round_trips(client: socket.socket, count: int) -> List[float]:
-    took = []
+def round_trips(client: socket.socket, count: int) -> None:
     for _ in range(count):
-        began = time.perf_counter()
         client.sendall(b"o" * 64)
         assert len(receive_exactly(client, 64)) == 64
-        took.append(time.perf_counter() - began)
-    return took
 
 
 @pytest.mark.slow
@@ -349,13 +344,11 @@ def test_a_shipper_that_stands_still_costs_lines_that_are_counted_and_no_time(
     proxy = ship(by_pipe, echoing, "--workers=1")
     with socket.create_connection(proxy.address, PATIENCE) as client:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        before = round_trips(client, 1000)
         shipper.wait_for(1)
         shipper.signal(signal.SIGSTOP)
         held = 4096 + 2048  # lines: the backlog's room, that of two pipes (64 KiB each) and of a socket, and then some
         proxy.relay(held)
-        during = round_trips(client, 1000)
-        assert statistics.median(during) < 3 * statistics.median(before) + 0.001
+        round_trips(client, 1000)  # whatever would wait for the shipper would wait here for ever
         shipper.signal(signal.SIGCONT)
     os.kill(proxy.pid, signal.SIGUSR1)  # its line comes behind all that have waited
     wait_until(lambda: any(line["event"] == "metrics" for line in proxy.lines()), "the backlog is written", 3 * PATIENCE)

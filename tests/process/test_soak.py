@@ -34,12 +34,12 @@ def test_a_minute_of_everything_leaves_nothing_behind() -> None:
     code, result, said = soak("--seconds=60", seconds=190)
     assert code == 0, said
     assert result["violations"] == 0
-    assert result["connections"] > 1000
+    assert result["connections"] > 100  # far below what it comes to: how much it is in a minute is for bench/
     kinds = ["orders", "upload", "download", "both ways", "short", "half-closed", "slow reader", "drip-fed reader"]
     for kind in [*kinds, "silent visit"]:
         assert result[f"{kind} connections"] > 0, kind
     assert {"closed", "client_reset", "server_reset"} <= set(result["reasons"])
-    assert result["verified_bytes"] > 100_000_000
+    assert result["verified_bytes"] > 10_000_000
 
 
 @pytest.mark.slow
@@ -48,7 +48,7 @@ def test_each_runtime_gets_through_a_moment_of_it(kind: str, bundle: Path) -> No
     python = python_for(kind)
     code, result, said = soak("--seconds=5", f"--runtime={kind}", f"--python={python}", f"--tsproxy={bundle}")
     assert code == 0, said
-    assert result["connections"] > 50
+    assert result["connections"] > 10
 
 
 def faulty(directory: Path, patch: str) -> str:

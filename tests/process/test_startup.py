@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Iterator, List, Sequence
 
 import pytest
-from harness import CHECKOUT, Exchange, children, first_free, receive_exactly
+from harness import CHECKOUT, Exchange, children, first_free, free_port, receive_exactly
 from unprivileged import as_nobody
 
 
@@ -55,9 +55,7 @@ def test_a_target_that_can_not_be_resolved_is_named() -> None:
 
 @pytest.mark.parametrize("bind", ["127.0.0.1", "0.0.0.0"])
 def test_a_target_that_is_tsproxy_itself_is_refused(bind: str) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     done = refuse("-t", f"127.0.0.1:{port}", "--timestamps=preserve", f"-p{port}", "-b", bind)
     assert done.returncode == 2
     assert "tsproxy's own" in one_line(done)

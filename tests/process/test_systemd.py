@@ -21,7 +21,7 @@ from _tsproxy.supervisor.watchdog import Watchdog
 from _tsproxy.supervisor.worker_pool import WorkerPool
 from _tsproxy.supervisor.worker_slot import WorkerSlot
 from handover import hand_over, listeners
-from harness import CHECKOUT, Exchange, Proxy, children, echo, pause, receive_exactly, wait_until
+from harness import CHECKOUT, Exchange, Proxy, children, echo, free_port, pause, receive_exactly, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 from namespaces import Namespace, require_root
@@ -282,9 +282,7 @@ def test_a_manager_that_is_gone_does_not_matter(start: Any, echoing: Exchange, m
 
 def test_a_real_activator_hands_its_listener_over(echoing: Exchange) -> None:
     """systemd-socket-activate, where it is installed: the same protocol from another hand."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = probe.getsockname()
+    address = ("127.0.0.1", free_port())
     activator = ["systemd-socket-activate", "-l", f"127.0.0.1:{address[1]}", "-E", "PATH", "--fdname=orders"]
     if subprocess.run(["which", activator[0]], capture_output=True, check=False).returncode:
         pytest.skip("LOUD: systemd-socket-activate is not installed")

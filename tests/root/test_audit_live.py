@@ -15,7 +15,8 @@ import captures
 import pytest
 from captures import WRAPPED, ether, segment
 from common.segments import SYN
-from harness import CHECKOUT, PATIENCE, Exchange, echo, receive_exactly, wait_until
+from fake_clock import FakeClock
+from harness import CHECKOUT, PATIENCE, Exchange, echo, pause, receive_exactly, wait_until
 from namespaces import Namespace
 from pty_session import PtySession
 from unprivileged import BECOME, as_nobody
@@ -28,9 +29,9 @@ FULL = 128 << 20  # bytes: what setsockopt(2) makes of 64 MiB (socket(7)). What 
 class Live:
     """`audit --interface=NAME --json` in a namespace; it watches once this is made."""
 
-    def __init__(self, namespace: Namespace, interface: str, *options: str) -> None:
+    def __init__(self, namespace: Namespace, interface: str, *options: str, **popen: Any) -> None:
         command = [*namespace.enter, *CHECKOUT, "audit", f"--interface={interface}", "--json", *options]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen)
         with namespace:
             self._index = socket.if_nametoindex(interface)
         wait_until(lambda: self.queued is not None, "it watches the interface")
@@ -44,7 +45,9 @@ class Live:
 
     def end(self, number: int = signal.SIGINT) -> Tuple[int, List[Dict[str, Any]], Dict[str, Any]]:
         self.process.send_signal(number)
-        out, err = self.process.communicate(timeout=20)
+        out, err = self.process.communicate(
+            timeout=3 * PATIENCE
+        )  # what is queued, some 50,000 frames in one test, is read first
         assert err == "", err
         *flows, end = map(json.loads, out.splitlines())
         return self.process.returncode, flows, end
@@ -90,8 +93,8 @@ def seeing(namespace: Namespace, last: bytes) -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
-def watching(namespace: Namespace, interface: str, *options: str) -> Iterator[Live]:
-    live = Live(namespace, interface, *options)
+def watching(namespace: Namespace, interface: str, *options: str, **popen: Any) -> Iterator[Live]:
+    live = Live(namespace, interface, *options, **popen)
     try:
         yield live
     finally:
@@ -169,6 +172,24 @@ def test_packets_that_the_kernel_dropped_are_reported_and_make_no_flow_clean(pai
     assert (code, flows[0]["verdict"], end["verdict"]) == (65, "UNDECIDED", "UNDECIDED")
     assert end["reported_drops"] > 0
     assert end["frames"] == flows[0]["segments"] > 1000
+
+
+def test_frames_that_are_queued_at_the_end_are_read_whatever_time_it_is(
+    pair: Tuple[Namespace, Namespace], clock: FakeClock
+) -> None:
+    """The kernel's times are ahead after a step back; and of the first frames, for which it keeps none yet, they are those of
+    recvmsg(2) (net_enable_timestamp() has a work item do it)."""
+    clock.step(-3600)
+    frame, last = ether(segment(flags=SYN)), captures.OTHERS["ARP"][0] + b"the last one"
+    with watching(pair[1], UPSTREAM, env=clock.environment) as live, sending(pair[0]) as sock:
+        pause(live.process.pid)
+        with seeing(pair[1], last) as wait_for_the_last:
+            for one in [frame] * 50 + [last]:
+                sock.send(one)
+            wait_for_the_last()
+        live.process.send_signal(signal.SIGINT)
+        code, _, end = live.end(signal.SIGCONT)
+    assert (code, end["frames"], end["reported_drops"]) == (0, 50, 0)
 
 
 def test_seconds_end_the_watch() -> None:

@@ -69,7 +69,10 @@ def test_a_slow_reader_that_gives_up_costs_what_was_under_way(stand: Stand) -> N
     proxy = stand.start()
     with stand.unharmed(proxy, **POOL):
         clients = stand.crowd(proxy, b"p")
-        proxy.wait_metrics(lambda line: line["upstream_flow_control_paused_reading_total"] >= CROWD)
+        proxy.wait_metrics(
+            lambda line: line["upstream_flow_control_paused_reading_total"] >= CROWD == line["upstream_cx_active"]
+        )
+        sleeps(proxy)  # each of them is paused: one may have been twice, and another not yet
         for client in clients:
             reset(client)
     assert ends(proxy) == {("client_reset", "CD"): CROWD}

@@ -6,15 +6,15 @@ import contextlib
 import datetime
 import os
 import resource
-import shutil
 import signal
 import subprocess
 from pathlib import Path
-from typing import Dict, Iterator
+from typing import Iterator
 
 import pytest
+from fake_clock import FakeClock
 from faults import CROWD, EACH, RESET, Stand, conserved, ends, fate_of, lowest_free, make_stand, sleeps, storm
-from harness import Line, Proxy, children, leave_out, pause, receive_exactly, wait_until
+from harness import Line, Proxy, children, pause, receive_exactly, wait_until
 
 pytestmark = pytest.mark.root
 
@@ -110,43 +110,13 @@ def test_a_client_whose_descriptor_finds_no_room_in_the_worker_has_a_line(forked
 # The clock
 
 
-class FakeClock:
-    """CLOCK_REALTIME of one process and its workers, by libfaketime; CLOCK_MONOTONIC, which no step can move, stays.
-
-    The real clock is not stepped: all of this machine would feel it, and no time namespace has one of its own
-    (time_namespaces(7)). What the kernel itself does with it is so not tested; TCP uses the monotonic one.
-    """
-
-    def __init__(self, place: Path) -> None:
-        self._file = place / "shift"
-        self.step(0)
-
-    def step(self, seconds: int) -> None:
-        """So far off the real time from now on."""
-        new = self._file.with_suffix(".new")
-        new.write_text(f"{seconds:+d}s\n")
-        new.rename(self._file)
-
-    @property
-    def environment(self) -> Dict[str, str]:
-        library = subprocess.run(
-            ["faketime", "-f", "+0s", "sh", "-c", "echo $LD_PRELOAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        quiet = {"FAKETIME_NO_CACHE": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1", "FAKETIME_DISABLE_SHM": "1"}
-        return {**os.environ, "LD_PRELOAD": library, "FAKETIME_TIMESTAMP_FILE": str(self._file), **quiet}
-
-
-@pytest.fixture
-def clock(tmp_path: Path) -> FakeClock:
-    if not shutil.which("faketime"):
-        leave_out("no faketime(1), so a clock that steps is NOT tested here")
-    return FakeClock(tmp_path)
-
-
 def hour_of(line: Line) -> float:
     """A line's time as hours off the real time."""
     stamp = datetime.datetime.strptime(line["timestamp"], "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=datetime.timezone.utc)
     return round((stamp - datetime.datetime.now(datetime.timezone.utc)).total_seconds() / 3600, 1)
+
+
+HOUR_S = 3600  # less than any step, more than this takes
 
 
 @pytest.mark.parametrize("stand", EACH[1:], indirect=True)
@@ -159,7 +129,7 @@ def test_a_clock_that_steps_moves_the_lines_times_and_nothing_else(stand: Stand,
             assert hour_of(proxy.metrics()) == 0
             stepped = {}
             for hours in (26, -26):
-                clock.step(hours * 3600)
+                clock.step(hours * HOUR_S)
                 client.sendall(b"after")
                 assert receive_exactly(client, 5) == b"after"
                 stepped[hours] = proxy.metrics()
@@ -169,12 +139,12 @@ def test_a_clock_that_steps_moves_the_lines_times_and_nothing_else(stand: Stand,
             assert [fate_of(client) for client in stand.crowd(proxy)] == [RESET] * CROWD
     for hours, metrics in stepped.items():
         assert hour_of(metrics) == hours
-        assert 0 < metrics["interval_s"] <= metrics["uptime_s"] < 60
+        assert 0 < metrics["interval_s"] <= metrics["uptime_s"] < HOUR_S
     assert (hour_of(held_on), held_on["reason"]) == (-26, "closed")
-    assert 0 < held_on["duration_us"] < 60_000_000
+    assert 0 < held_on["duration_us"] < HOUR_S * 1e6
     assert ends(proxy) == {("connect_timeout", "sC"): CROWD}, "after its second, neither at once nor never"
     assert proxy.stop() == 0
-    assert 0 < proxy.line("stop")["uptime_s"] < 60
+    assert 0 < proxy.line("stop")["uptime_s"] < HOUR_S
 
 
 @pytest.fixture

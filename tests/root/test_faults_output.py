@@ -16,7 +16,7 @@ from typing import Iterator, List
 
 import pytest
 from faults import Stand, held, make_stand, sleeps
-from harness import Line, Proxy, wait_until
+from harness import PATIENCE, Line, Proxy, wait_until
 
 pytestmark = pytest.mark.root
 
@@ -68,7 +68,7 @@ def test_a_reader_that_stalls_costs_nothing_and_gets_all_lines_when_it_reads_aga
         serves_and_sleeps(stand, proxy)
         proxy.process.send_signal(signal.SIGTERM)
         lines = lines_of(b"".join(iter(lambda: os.read(reader, 65536), b"")))
-        assert proxy.process.wait(10) == 0
+        assert proxy.process.wait(PATIENCE) == 0
     assert sum(line["event"] == "connection" for line in lines) == ASKED + 8
     assert [line["event"] for line in lines[-2:]] == ["metrics", "stop"]
     assert lines[-2]["log_lines_dropped_total"] == 0
@@ -78,7 +78,7 @@ def test_a_reader_that_never_reads_again_does_not_hold_the_end_up(stand: Stand) 
     with into_a_small_pipe(stand) as (proxy, _):
         serves_and_sleeps(stand, proxy)
         proxy.process.send_signal(signal.SIGTERM)
-        assert proxy.process.wait(5) == 0
+        assert proxy.process.wait(PATIENCE) == 0
         assert proxy.stderr() == ""
 
 

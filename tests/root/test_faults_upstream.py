@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Iterator
 
 import pytest
-from faults import ANSWER, CROWD, EACH, RESET, Stand, are_kept_at_rest, ends, fate_of, make_stand, sleeps
+from faults import ANSWER, CROWD, EACH, RESET, ROUNDS, Stand, are_kept_at_rest, ends, fate_of, make_stand, sleeps
 from harness import Exchange, receive_exactly, wait_until
 
 pytestmark = pytest.mark.root
@@ -64,7 +64,7 @@ def test_an_upstream_that_goes_silent_costs_nothing_until_the_idle_timeout_ends_
     proxy = stand.start("--idle-timeout=1")
     with stand.unharmed(proxy):
         clients = stand.crowd(proxy, b"s" + b"unanswered")
-        proxy.wait_metrics(lambda line: line["upstream_cx_active"] == CROWD)
+        proxy.wait_metrics(lambda line: line["downstream_cx_rx_bytes_total"] == 6 * ROUNDS + 11 * CROWD)
         sleeps(proxy)
         assert [fate_of(client) for client in clients] == [RESET] * CROWD
     assert ends(proxy) == {("idle_timeout", "cD"): CROWD}
@@ -77,7 +77,7 @@ def test_an_upstream_that_goes_silent_keeps_its_clients_if_there_is_no_idle_time
     proxy = stand.start()
     with stand.unharmed(proxy):
         clients = stand.crowd(proxy, b"s")
-        proxy.wait_metrics(lambda line: line["downstream_cx_rx_bytes_total"] == 6 * 8 + CROWD)
+        proxy.wait_metrics(lambda line: line["downstream_cx_rx_bytes_total"] == 6 * ROUNDS + CROWD)
         are_kept_at_rest(proxy, clients)
     assert ends(proxy) == {}
 

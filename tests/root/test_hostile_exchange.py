@@ -23,7 +23,7 @@ from common.segments import ACK, FIN, PSH, RST, SYN, URG, Segment, icmp_error, m
 from far_end import Flow, Peer, forget_connections
 from harness import ROOT, Proxy, reset, wait_until
 from namespaces import require_root
-from program import slow_but
+from program import on_time, slow_but
 from rules import REWRITE, TSVAL, generated
 from wire import Wire
 
@@ -43,7 +43,7 @@ def named(stands: List[Tuple[str, int]]) -> Dict[str, Any]:
 class Stage:
     """A wire with one lever, a raw far end, and proxies that connect to it."""
 
-    hasty: Proxy  # it gives a connect up after a second
+    hasty: Proxy  # it gives a connect up after two seconds
 
     def __init__(self, lever: str, family: int, *options: str) -> None:
         self.lever, self.family, self.options = lever, family, options
@@ -70,7 +70,7 @@ class Stage:
         return {CONSTANT: REWRITE, OF_USER: ("--user=nobody",)}.get(self.lever, ())
 
     def start(self, *options: str) -> Proxy:
-        proxy = self.wire.start(self.peer, self.family, *self.mode, *self.options, *options)
+        proxy = self.wire.start(self.peer, self.family, *self.mode, *self.options, *options, wrap=on_time())
         proxy.line("start")
         return proxy
 
@@ -94,11 +94,10 @@ class Stage:
 
     def served(self, proxy: Any = None) -> Tuple[socket.socket, Flow]:
         """The same, established by a good handshake, and with a byte relayed."""
-        client, flow = self.connect(proxy)
-        flow.send(SYN | ACK, mss() + good(flow))
-        flow.expect(ACK)
+        before = len(self.peer.seen)
+        client = self.client(proxy)
         client.sendall(b"x")
-        flow.expect(ACK, lambda segment: segment.size == 1)
+        flow = self.peer.meet(before, lambda flow: flow.send(SYN | ACK, mss() + good(flow)), ACK, size=1)
         flow.send(ACK, good(flow))
         return client, flow
 
@@ -120,7 +119,7 @@ class Stage:
 def shared(request: pytest.FixtureRequest) -> Iterator[Stage]:
     """One for each lever and family; the tests leave it as they found it."""
     with contextlib.closing(Stage(*request.param)) as stage:
-        stage.hasty = stage.start("--connect-timeout=1")
+        stage.hasty = stage.start("--connect-timeout=2")
         yield stage
 
 
@@ -302,10 +301,9 @@ def _(stage: Stage) -> None:
 
 def opened_from_both_sides(stage: Stage, proxy: Any = None) -> Tuple[socket.socket, Flow]:
     """A simultaneous open (RFC 9293, section 3.5), of which the last ACK is still to come."""
-    client, flow = stage.connect(proxy)
-    flow.send(SYN, mss() + _NO_ECHO(flow))
-    flow.expect(SYN | ACK)
-    return client, flow
+    before = len(stage.peer.seen)
+    client = stage.client(proxy)
+    return client, stage.peer.meet(before, lambda flow: flow.send(SYN, mss() + _NO_ECHO(flow)), SYN | ACK)
 
 
 @case("a simultaneous open is finished")
@@ -551,11 +549,11 @@ def test_closed_connections_show_no_clock_when(make_stage: Callable[..., Stage],
 @pytest.mark.parametrize(("lever", "family"), **named([*EACH, (OF_USER, 4), (OF_USER, 6)]))
 def test_a_killed_proxy_leaves_orphans_that_show_no_clock(make_stage: Callable[..., Stage], lever: str, family: int) -> None:
     stage = make_stage(lever, family)
-    silent, opening = stage.connect(), opened_from_both_sides(stage)
     served = [stage.served() for _ in range(2)]
     client, half = served[0]
     half.send(FIN | ACK, good(half))
     assert client.recv(1) == b""
+    opening, silent = opened_from_both_sides(stage), stage.connect()  # last: nobody answers them, so others follow in 0.9 s
     for pid in stage.proxy.family():
         with contextlib.suppress(ProcessLookupError):  # it may have gone with its parent
             os.kill(pid, signal.SIGKILL)
@@ -636,6 +634,15 @@ def test_no_syn_with_a_timestamp_leaves_once_the_rules_are_gone_and_the_evidence
 # By chance
 
 
+@pytest.fixture
+def python(tmp_path: Path) -> str:
+    """A Python whose scripts are on time."""
+    script = tmp_path / "python"
+    script.write_text(f'#!/bin/sh\nexec {" ".join(on_time())} {sys.executable} "$@"\n')
+    script.chmod(0o755)
+    return str(script)
+
+
 def hostile(*words: str) -> subprocess.CompletedProcess[str]:
     require_root()
     command = [sys.executable, str(ROOT / "bench/hostile.py"), *words]
@@ -643,8 +650,8 @@ def hostile(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("lever", slow_but(["rewrite"], ["sysctl", "strip", "rewrite"]))
-def test_a_fuzzed_exchange_gets_no_timestamp(lever: str) -> None:
-    done = hostile(f"--lever={lever}", "--seconds=3")
+def test_a_fuzzed_exchange_gets_no_timestamp(lever: str, python: str) -> None:
+    done = hostile(f"--lever={lever}", "--seconds=3", f"--python={python}")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert (result["violations"], result["capture_drops"]) == (0, 0)
@@ -652,8 +659,8 @@ def test_a_fuzzed_exchange_gets_no_timestamp(lever: str) -> None:
     assert result["relayed"] > 0
 
 
-def test_a_local_flood_of_all_that_listens_is_no_drift() -> None:
-    done = hostile("--lever=strip", "--family=4", "--seconds=3", "--flood")
+def test_a_local_flood_of_all_that_listens_is_no_drift(python: str) -> None:
+    done = hostile("--lever=strip", "--family=4", "--seconds=3", "--flood", f"--python={python}")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["floods"] > 0
 

@@ -6,12 +6,12 @@ import contextlib
 import subprocess
 from pathlib import Path
 from pipes import push_through
-from typing import Iterator
+from typing import Iterator, Sequence
 
 import pytest
 from _tsproxy.proxy.pipes import SIZE
 from harness import Exchange, Proxy
-from unprivileged import BECOME, as_nobody
+from unprivileged import BECOME, as_nobody, become, nobody_else
 
 _HOARD = f"""
 import fcntl, os, sys
@@ -29,7 +29,8 @@ sys.stdin.read()
 @pytest.mark.root
 def test_a_user_whose_pipe_quota_is_used_up_copies(bundle: Path, exchange: Exchange) -> None:
     """The quota is the user's (fs.pipe-user-pages-soft), so that another program of the same user can use it up."""
-    with as_nobody(bundle) as command, hoarder(command[len(BECOME)]):
+    user = nobody_else()
+    with as_nobody(bundle, user) as command, hoarder([*become(user), command[len(BECOME)]]):
         proxy = Proxy(command, "-t", exchange.target, "-p0", "--workers=1", "--timestamps=preserve", "--metrics-interval=0")
         try:
             assert len(set(push_through(proxy, exchange))) == 1
@@ -39,9 +40,8 @@ def test_a_user_whose_pipe_quota_is_used_up_copies(bundle: Path, exchange: Excha
 
 
 @contextlib.contextmanager
-def hoarder(python: str) -> Iterator[None]:
-    command = [*BECOME, python, "-I", "-S", "-c", _HOARD]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+def hoarder(python: Sequence[str]) -> Iterator[None]:
+    with subprocess.Popen([*python, "-I", "-S", "-c", _HOARD], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout
         assert int(process.stdout.readline()) > 1
         yield

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Iterator, List
 
 import pytest
-from harness import CHECKOUT, ROOT, Exchange, Proxy, receive_exactly, wait_until
+from harness import CHECKOUT, ROOT, Exchange, Proxy, receive_exactly, statuses, wait_until
 from namespaces import Namespace, require_root
 from program import EACH_RUNTIME, python_for, starter
-from unprivileged import for_everybody, statuses
+from unprivileged import for_everybody
 
 NOBODY = pwd.getpwnam("nobody")
 

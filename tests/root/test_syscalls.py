@@ -18,10 +18,23 @@ from pathlib import Path
 from typing import Any, FrozenSet, Iterator, List, Sequence
 
 import pytest
-from harness import CHECKOUT, PATIENCE, ROOT, SUPPORT, Exchange, Proxy, echo, leave_out, receive_all, receive_exactly, reset
+from harness import (
+    CHECKOUT,
+    PATIENCE,
+    ROOT,
+    SUPPORT,
+    Exchange,
+    Proxy,
+    echo,
+    leave_out,
+    receive_all,
+    receive_exactly,
+    reset,
+    statuses,
+)
 from namespaces import Namespace, require_root
 from program import PYTHON, python_for
-from unprivileged import for_everybody, statuses
+from unprivileged import for_everybody
 
 LAUNCHER = str(SUPPORT / "seccomp_launcher.py")
 TEXT = (ROOT / "SECURITY.md").read_text()
@@ -98,9 +111,10 @@ def live(proxy: Proxy, far: Exchange, space: Namespace, confine: Any = lambda: N
             client.sendall(b"x")
             assert client.recv(1) == b"x"
             proxy.process.send_signal(signal.SIGTERM)
-            proxy.line("drain")
-            client.sendall(b"y")
-            assert client.recv(1) == b"y"
+            while not proxy.count("drain"):  # never silent for as long as --idle-timeout
+                client.sendall(b"y")
+                assert client.recv(1) == b"y"
+                proxy.metrics()
     assert proxy.wait() == 0, proxy.stderr()
     far.close()
 
@@ -149,7 +163,7 @@ def kinds() -> Iterator[Any]:
             yield pytest.param(kind, version, id=f"{kind}-{version}", marks=marks)
 
 
-OPTIONS = ["--timestamps=strip", "-p0", "--workers=2", "--metrics-interval=0.2", "--idle-timeout=1", "--reuse-port"]
+OPTIONS = ["--timestamps=strip", "-p0", "--workers=2", "--metrics-interval=0.2", "--idle-timeout=2", "--reuse-port"]
 OPTIONS += ["--max-connections-per-client=500", "--cpus=0"] if os.cpu_count() == 1 else ["--max-connections-per-client=500"]
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Callable, Iterator, List, Set, Tuple
 
 import pytest
-from harness import Exchange, Proxy, receive_exactly, reset, wait_until
+from harness import PATIENCE, Exchange, Proxy, receive_exactly, reset, wait_until
+from program import on_time
 from rules import REWRITE, TSVAL, generated
 from wire import ACK, DOWNSTREAM, RST, UPSTREAM, Packet, Sniffer, Wire, kinds, netstat, settled, tcpdump
 
@@ -81,14 +82,14 @@ def live(wire: Wire, proxy: Proxy, far: Exchange, sniffer: Sniffer) -> None:
 
 def starve(client: socket.socket, server: socket.socket, sniffer: Sniffer, target: Tuple[str, int]) -> None:
     """The exchange does not read: its window closes, and the proxy's kernel probes it."""
-    client.settimeout(0.5)
+    client.setblocking(False)
     sent = 0
-    with contextlib.suppress(socket.timeout):
-        while True:
-            sent += client.send(bytes(MIB))
-    client.settimeout(20)
 
     def probed() -> bool:
+        nonlocal sent
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                sent += client.send(bytes(MIB))
         packets = list(sniffer.packets)
         closed = next((n for n, p in enumerate(packets) if p.source == target and not p.window and p.flags == ACK), None)
         return (
@@ -102,6 +103,7 @@ def starve(client: socket.socket, server: socket.socket, sniffer: Sniffer, targe
         )
 
     wait_until(probed, "a zero-window probe", 30)
+    client.settimeout(PATIENCE)
     assert len(receive_exactly(server, sent)) == sent
 
 
@@ -133,7 +135,7 @@ ALL_KINDS: Set[str] = {"SYN", "SYN again", "data", "ACK", "probe", "FIN", "RST"}
 def test_strip_lets_no_timestamp_out_in_any_packet_of_a_life(stripping: Wire, family: int, tmp_path: Path) -> None:
     wire = stripping
     far = wire.far_end(family)
-    proxy = wire.start(far, family, "--keepalive=1", "--connect-timeout=20")
+    proxy = wire.start(far, family, "--keepalive=1", "--connect-timeout=20", wrap=on_time())
     with listening(wire) as (upstream, downstream), tcpdump(wire.exchange, UPSTREAM, tmp_path / "pcap") as words:
         live(wire, proxy, far, upstream)
         packets, theirs = upstream.stop(), downstream.stop()
@@ -160,7 +162,7 @@ def test_rewrite_gives_each_packet_the_constant_and_nothing_else(
     wire = make_wire(split=False)
     wire.rules(generated(*REWRITE))
     far = wire.far_end(family)
-    proxy = wire.start(far, family, "--keepalive=1", "--connect-timeout=20", *REWRITE)
+    proxy = wire.start(far, family, "--keepalive=1", "--connect-timeout=20", *REWRITE, wrap=on_time())
     assert proxy.line("start")["witness"] == "nftables"
     with listening(wire) as (upstream, _), tcpdump(wire.exchange, UPSTREAM, tmp_path / "pcap") as words:
         live(wire, proxy, far, upstream)

@@ -17,7 +17,7 @@ import select
 import socket
 import struct
 import threading
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Set
+from typing import Callable, Dict, List, NamedTuple, Optional, Set
 
 from common.segments import ACK, FIN, RST, SYN, End, Segment, packed, parsed
 from common.tap import Tap, mac_of
@@ -70,13 +70,32 @@ class Peer:
 
     def accept(self, since: int = 0) -> Flow:
         """The next connection whose SYN has come, not before that index of `seen`."""
-        segment = wait_until(lambda: next(self._new(since), None), "a SYN of a new connection")
-        self._taken.add(segment.source)
-        return Flow(self, segment)
+        flow: Flow = wait_until(lambda: self.accepted(since), "a SYN of a new connection")
+        return flow
 
-    def _new(self, since: int) -> Iterator[Segment]:
-        """SYNs of connections that accept() has not returned yet."""
-        return (s for s in self.since(since) if s.flags & (SYN | ACK) == SYN and s.source not in self._taken)
+    def accepted(self, since: int) -> Optional[Flow]:
+        """The same, if it has come already."""
+        for segment in self.since(since):
+            if segment.flags & (SYN | ACK) == SYN and segment.source not in self._taken:
+                self._taken.add(segment.source)
+                return Flow(self, segment)
+        return None
+
+    def meet(self, since: int, answer: Callable[[Flow], object], flags: int, size: int = 0) -> Flow:
+        """Answer each SYN that comes; the first connection of which a segment of that kind comes then.
+
+        tsproxy waits 0.9 s for an answer, and sends the next SYN from another port: an answer that came later is void.
+        """
+        flows: List[Flow] = []
+
+        def met() -> Optional[Flow]:
+            while flow := self.accepted(since):
+                flows.append(flow)
+                answer(flow)
+            return next((flow for flow in flows if flow.has_come([flags], lambda segment: segment.size == size)), None)
+
+        found: Flow = wait_until(met, "an answer that was in time")
+        return found
 
     def _is_mine(self, segment: Segment) -> bool:
         return segment.target == (self.host, self.port)
@@ -164,10 +183,11 @@ class Flow:
     def expect_any(self, flags: List[int], which: Callable[[Segment], bool] = lambda _: True) -> Segment:
         """The next one with any of these flags."""
         wanted = f"a segment with flags {flags} from {self.theirs}; it sent: {[str(segment) for segment in self._came[-5:]]}"
-        found: Segment = wait_until(lambda: self._next(flags, which), wanted)
+        found: Segment = wait_until(lambda: self.has_come(flags, which), wanted)
         return found
 
-    def _next(self, flags: List[int], which: Callable[[Segment], bool]) -> Optional[Segment]:
+    def has_come(self, flags: List[int], which: Callable[[Segment], bool] = lambda _: True) -> Optional[Segment]:
+        """The same, if it has come already."""
         for index, segment in enumerate(self._came[self._read :], self._read + 1):
             if segment.target == self.ours and segment.flags & (SYN | ACK | FIN | RST) in flags and which(segment):
                 self._read = index

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import queue
+import random
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NoReturn, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NoReturn, Optional, Sequence, Tuple
 
 import pytest
 from hypothesis import settings
@@ -132,6 +133,16 @@ class Proxy:
             raise AssertionError(f"{late}; {found[-1:]}; lines: {self.lines[-5:]}") from None
         return found[-1]
 
+    def wait_lines(self, without_line: int = 0) -> Line:
+        """Wait until each accepted connection has its line: the counters are ahead of the lines. The `metrics` line then.
+
+        `without_line`: how many have none, since who would have written it is gone.
+        """
+        return self.wait_metrics(
+            lambda line: bool(self.count("connection") + without_line == line["downstream_cx_total"]),
+            "each connection has its line",
+        )
+
     def connect(self, timeout: float = PATIENCE, **options: Any) -> socket.socket:
         client = socket.create_connection(self.address, timeout, **options)
         with contextlib.suppress(OSError):  # it may have been reset already: the test's own calls shall see that
@@ -201,16 +212,32 @@ class Proxy:
 
 
 def children(pid: int) -> List[int]:
-    """The processes that a process has started and not yet reaped."""
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    """The processes that a process has started and not yet reaped; none of one that is gone."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def of_threads(pids: Iterable[int], name: str) -> List[str]:
+    """The text of /proc/PID/task/TID/NAME of each thread, but for those that end meanwhile (ENOENT, or ESRCH by read(2))."""
+    texts = []
+    for task in [task for pid in pids for task in Path(f"/proc/{pid}/task").iterdir()]:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            texts.append((task / name).read_text())
+    return texts
+
+
+def statuses(proxy: Proxy) -> List[Dict[str, str]]:
+    """/proc/PID/task/TID/status of each thread of each process that came from it."""
+    texts = of_threads(proxy.family(), "status")
+    return [{name: value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())} for text in texts]
 
 
 def pause(pid: int) -> None:
     """SIGSTOP, and wait: another thread of the process may run on for a moment after kill(2) has returned."""
 
     def is_stopped() -> bool:
-        stats = [task.read_text() for task in Path(f"/proc/{pid}/task").glob("*/stat")]
-        return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
+        return all(stat.rpartition(")")[2].split()[0] == "T" for stat in of_threads([pid], "stat"))
 
     os.kill(pid, signal.SIGSTOP)
     wait_until(is_stopped, f"process {pid} is stopped")
@@ -266,6 +293,8 @@ class Exchange:
         with contextlib.suppress(OSError):
             self.listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
         self.listener.close()
+        for accepting in self._threads[:1]:
+            accepting.join(PATIENCE)  # whom it has accepted last is known then, and sees the end like all others
         for client in self._open:
             with contextlib.suppress(OSError):
                 client.shutdown(socket.SHUT_RDWR)
@@ -305,6 +334,19 @@ def receive_exactly(sock: socket.socket, count: int) -> bytes:
     return b"".join(parts)
 
 
+def free_port() -> int:
+    """A port that nobody has now, for a listener of later on, or for a target that refuses.
+
+    It is none that the kernel chooses by itself (ip_local_port_range): of those, a neighbour's next socket may get the one
+    that was free a moment ago.
+    """
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        with socket.socket(socket.AF_INET6) as probe, contextlib.suppress(OSError):
+            probe.bind(("::", random.SystemRandom().randrange(first // 2, first) if first > 4096 else 0))
+            return int(probe.getsockname()[1])
+
+
 def pythons() -> Iterator[Tuple[str, str]]:
     """(version, path) of each CPython from 3.9 on that this machine has, the running one included."""
     places = [Path.home() / ".pyenv/versions", Path("/opt/python")]
@@ -330,6 +372,19 @@ def fill(sock: socket.socket) -> int:
             sent += sock.send(bytes(1 << 16))
     sock.settimeout(20)
     return sent
+
+
+def choke(proxy: Proxy, sock: socket.socket) -> int:
+    """Send until the proxy has paused reading and nothing more fits; how much went. One stall alone may be the machine's."""
+    sent = [0]
+
+    def is_choked() -> bool:
+        sent.append(fill(sock))
+        metrics = proxy.metrics()
+        return not sent[-1] and any(value for name, value in metrics.items() if name.endswith("paused_reading_total"))
+
+    wait_until(is_choked, "the proxy has paused reading")
+    return sum(sent)
 
 
 def target(fd: Path) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 from pathlib import Path
 from typing import List
 
-from harness import Exchange, Proxy, receive_exactly, wait_until
+from harness import Exchange, Proxy, receive_exactly, target, wait_until
 
 MIB = 1 << 20
 
@@ -32,10 +31,4 @@ def push_through(proxy: Proxy, exchange: Exchange, mebibytes: int = 8) -> List[i
 
 def pipes_of(proxy: Proxy) -> int:
     """Open ends of pipes."""
-    return sum(is_pipe(link) for pid in proxy.family() for link in Path(f"/proc/{pid}/fd").iterdir())
-
-
-def is_pipe(link: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):  # closed since it was listed
-        return os.readlink(link).startswith("pipe:")
-    return False
+    return sum(target(fd).startswith("pipe:") for pid in proxy.family() for fd in Path(f"/proc/{pid}/fd").iterdir())

@@ -1,31 +1,46 @@
-"""The program as user 65534 runs it, without a capability: the bundle under -I -S on a Python that this user may start."""
+"""The program as another user runs it, without a capability: the bundle under -I -S on a Python that this user may start."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Dict, Iterator, List
+from typing import Iterator, List
 
 import pytest
-from harness import Proxy
 from namespaces import require_root
 from program import PYTHON
 
-BECOME = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--bounding-set=-all"]
+NOBODY = 65534
+_numbers = itertools.count(100_000 + os.getpid() % 10_000 * 100)
+
+
+def become(uid: int = NOBODY) -> List[str]:
+    """The words before a command that this user shall run."""
+    return ["setpriv", f"--reuid={uid}", "--regid=65534", "--clear-groups", "--bounding-set=-all"]
+
+
+def nobody_else() -> int:
+    """A user that no other test is: tasks (RLIMIT_NPROC) and pages of pipes are counted for each user of a host."""
+    return next(_numbers)
+
+
+BECOME = become()
 _AGAIN = "import subprocess, sys; subprocess.run([sys.executable, '-c', ''], check=True)"
 
 
 @contextlib.contextmanager
-def as_nobody(bundle: Path) -> Iterator[List[str]]:
+def as_nobody(bundle: Path, uid: int = NOBODY) -> Iterator[List[str]]:
     """The words that start a copy of the bundle that everybody may read."""
     require_root()
     with tempfile.TemporaryDirectory() as readable:
         Path(readable).chmod(0o755)
         shutil.copy(bundle, readable)
-        yield [*BECOME, _python(), "-I", "-S", str(Path(readable) / bundle.name)]
+        yield [*become(uid), _python(), "-I", "-S", str(Path(readable) / bundle.name)]
 
 
 def _python() -> str:
@@ -51,10 +66,3 @@ def for_everybody(python: str, bundle: Path) -> Iterator[List[str]]:
         inside = f"{place}/python/bin/{Path(python).resolve().name}"
         words = ["unshare", "--mount", "sh", "-c", _BOUND, "sh", str(home), f"{place}/python"]
         yield [*words, inside, "-I", "-S", f"{place}/{bundle.name}"]
-
-
-def statuses(proxy: Proxy) -> List[Dict[str, str]]:
-    """/proc/PID/task/TID/status of each thread of each process that came from it."""
-    tasks = [task for pid in proxy.family() for task in Path(f"/proc/{pid}/task").iterdir()]
-    texts = [(task / "status").read_text() for task in tasks]
-    return [{name: value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())} for text in texts]

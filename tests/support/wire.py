@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from common.tap import mac_of
 from harness import PATIENCE, ROOT, Exchange, Proxy, wait_until
@@ -207,26 +207,28 @@ class Wire:
         self._stack.callback(far.close)
         return far
 
-    def start(self, far: Exchange, family: int, *options: str) -> Proxy:
-        """The proxy in the clean namespace; where the wire is split, with a listener from the host's, by LISTEN_FDS."""
+    def start(self, far: Exchange, family: int, *options: str, wrap: Sequence[str] = ()) -> Proxy:
+        """The proxy in the clean namespace; where the wire is split, with a listener from the host's, by LISTEN_FDS.
+
+        `wrap` are words to start it with.
+        """
         words = ["-t", far.target, "--metrics-interval=0", *options]
-        command = [*self.clean.enter, sys.executable, str(ROOT / "tsproxy.py")]
+        command = [*self.clean.enter, *wrap, sys.executable, str(ROOT / "tsproxy.py")]
         address = (self.listen_address(family), 0)
         if self.host is self.clean:
             proxy = Proxy(command, *words, "-p0", "-b", address[0])
         else:
-            proxy = self._start_inherited(words, address)
+            proxy = self._start_inherited([*command, *words], address)
         self._stack.callback(proxy.close)
         return proxy
 
-    def _start_inherited(self, words: List[str], address: Tuple[str, int]) -> Proxy:
+    def _start_inherited(self, command: List[str], address: Tuple[str, int]) -> Proxy:
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         with self.host:
             listener = socket.create_server(address, family=family)
         fd = listener.fileno()
-        command = [sys.executable, "-c", _HAND_OVER, str(fd), *self.clean.enter, sys.executable, str(ROOT / "tsproxy.py")]
         with listener:
-            return Proxy(command, *words, pass_fds=(fd,))
+            return Proxy([sys.executable, "-c", _HAND_OVER, str(fd), *command], pass_fds=(fd,))
 
     def connect(self, proxy: Proxy) -> socket.socket:
         with self.client:

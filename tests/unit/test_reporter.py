@@ -71,6 +71,11 @@ class Desk:
         wait_until(lambda: self.events().count("metrics") > before, "a metrics line")
         return [line for line in self.lines() if line["event"] == "metrics"][before]
 
+    def close(self) -> None:
+        """Close the reporter, and wait for the end of its thread: on a busy machine it takes longer than close() waits."""
+        self.reporter.close()
+        wait_until(lambda: not self.reporter._thread.is_alive(), "the end of the reporter")
+
     def dropped(self) -> int:
         return self.shared_counters.total(Counter.LINES_DROPPED)
 
@@ -84,7 +89,7 @@ def desk_with(fd: Optional[int] = None, prepare: Callable[[Desk], None] = lambda
     try:
         yield desk
     finally:
-        desk.reporter.close()
+        desk.close()
         desk.reporter._wakeup.close()
         fds = [desk.shared_counters.fd, *desk.pipe, *([desk.fd] if fd is None else [])]
         desk.writers.clear()
@@ -121,7 +126,7 @@ WHATEVER = st.lists(st.binary(max_size=200) | ANY_BODY | ANY_NOTICE, max_size=4)
 def test_a_record_with_a_witness_of_no_word_costs_its_line_alone(desk: Desk) -> None:
     for number, witness in enumerate((1, 200, 0)):
         desk.writers[0].put(CLOSED._replace(connection_id=number, witness=witness))
-    desk.reporter.close()
+    desk.close()
     assert [(line["event"], line.get("connection_id")) for line in desk.lines()] == [
         ("connection", 0),
         ("error", None),
@@ -159,7 +164,7 @@ def test_records_come_before_the_last_metrics_and_stop_comes_last(desk: Desk) ->
         desk.writers[number % 2].put(CLOSED._replace(connection_id=number))
     desk.reporter.metrics_now()
     desk.reporter.log("stop")
-    desk.reporter.close()
+    desk.close()
     lines = desk.lines()
     assert [line["event"] for line in lines] == ["connection"] * 1000 + ["metrics", "stop"]
     assert [line["connection_id"] for line in lines[:1000]] == list(range(1000))
@@ -181,7 +186,7 @@ def test_nothing_is_said_before_what_was_recorded_before_it(steps: List[str]) ->
                 desk.writers[0].put(CLOSED._replace(connection_id=number))
             else:
                 desk.writers[1].put(Notice(1, 0, "error", str(number)))
-        desk.reporter.close()
+        desk.close()
         lines = desk.lines()
     said = [line["number"] for line in lines if line["event"] == "said"]
     recorded = [line["connection_id"] if line["event"] == "connection" else int(line["message"]) for line in recorded_of(lines)]
@@ -208,7 +213,7 @@ def test_what_many_threads_say_is_all_there_in_the_order_of_each(desk: Desk) -> 
         thread.start()
     for thread in threads:
         thread.join()
-    desk.reporter.close()
+    desk.close()
     for who in range(5):
         assert [line["number"] for line in desk.lines() if line["who"] == who] == list(range(200))
 
@@ -216,7 +221,7 @@ def test_what_many_threads_say_is_all_there_in_the_order_of_each(desk: Desk) -> 
 def test_what_was_recorded_just_before_the_end_is_written_though_nothing_is_said(desk: Desk) -> None:
     for _ in range(500):
         desk.writers[0].put(CLOSED)
-    desk.reporter.close()
+    desk.close()
     assert desk.events() == ["connection"] * 500
 
 
@@ -258,7 +263,7 @@ def test_a_ring_of_close_that_is_taken_with_an_earlier_one_is_not_lost() -> None
 def test_each_line_begins_with_when_how_bad_what_and_who(desk: Desk) -> None:
     before = time.time()
     desk.reporter.log("drain", "warning", active_connections=3)
-    desk.reporter.close()
+    desk.close()
     (line,) = desk.lines()
     assert list(line) == [*HEAD, "active_connections"]
     assert (line["level"], line["event"], line["pid"]) == ("warning", "drain", os.getpid())
@@ -268,7 +273,7 @@ def test_each_line_begins_with_when_how_bad_what_and_who(desk: Desk) -> None:
 
 def test_a_connection_line_has_its_fields_and_no_other(desk: Desk) -> None:
     desk.writers[1].put(CLOSED._replace(worker=1))
-    desk.reporter.close()
+    desk.close()
     (line,) = desk.lines()
     assert sorted(line) == sorted([*HEAD, *CONNECTION_FIELDS])
     assert list(line)[:4] == HEAD
@@ -281,7 +286,7 @@ def test_a_connection_line_has_its_fields_and_no_other(desk: Desk) -> None:
 @pytest.mark.parametrize("ending", list(Ending))
 def test_how_bad_an_ending_is_shows_as_the_level_of_its_line(desk: Desk, ending: Ending) -> None:
     desk.writers[0].put(CLOSED._replace(ending=ending, upstream=None, witness=0))
-    desk.reporter.close()
+    desk.close()
     (line,) = desk.lines()
     assert (line["reason"], line["termination_state"], line["level"]) == ENDING_FIELDS[ending]
     assert (line["upstream_address"], line["upstream_port"], line["witness"]) == (None, None, "none")
@@ -290,7 +295,7 @@ def test_how_bad_an_ending_is_shows_as_the_level_of_its_line(desk: Desk, ending:
 @pytest.mark.parametrize("level", ["warning", "error"])
 def test_a_workers_notice_is_a_line_of_its_level(desk: Desk, level: str) -> None:
     desk.writers[1].put(Notice(1, 0, level, "Traceback\n  \udcff" + "x" * 9000))
-    desk.reporter.close()
+    desk.close()
     (line,) = desk.lines()
     assert list(line) == [*HEAD, "worker", "message"]
     assert (line["level"], line["event"], line["worker"]) == (level, level, 1)
@@ -306,7 +311,7 @@ def test_lines_below_the_level_are_left_out_and_not_counted_as_dropped(threshold
             desk.writers[0].put(Notice(0, 0, level, level))
             desk.reporter.log("said", level)
         desk.reporter.metrics_now()
-        desk.reporter.close()
+        desk.close()
         seen = [(line["event"], line["level"]) for line in desk.lines()]
         assert [level for event, level in seen if event == "said"] == list(allowed)
         assert len([event for event, _ in seen if event in NOTICE_LEVELS]) == len(allowed)
@@ -390,7 +395,7 @@ def test_an_interval_of_zero_is_no_metrics_but_those_asked_for(desk: Desk) -> No
     wait_until(lambda: desk.events() == ["one"], "the line")
     desk.metrics()
     desk.reporter.log("two")
-    desk.reporter.close()
+    desk.close()
     assert desk.events() == ["one", "metrics", "two"]
 
 
@@ -416,7 +421,7 @@ def test_a_burst_is_written_and_not_dropped_where_there_is_always_room() -> None
         for thread in threads:
             thread.join()
         desk.reporter.log("stop")
-        desk.reporter.close()
+        desk.close()
         assert desk.shared_counters.rows[REPORTER_ROW][Counter.LINES_DROPPED] == 0
         assert len(desk.lines()) + desk.dropped() == 4 * 5000 + 1
         assert desk.events()[-1] == "stop"
@@ -428,7 +433,7 @@ def test_a_stalled_reader_holds_nobody_up_and_each_line_is_counted() -> None:
             for number in range(6000):
                 desk.reporter.log("said", number=number)
             wait_until(desk.dropped, "the first dropped line")
-            desk.reporter.close()  # it gives up by itself: nobody reads
+            desk.close()  # it gives up by itself: nobody reads
             dropped = desk.dropped()
         os.close(writer)
         with open(reader, "rb", closefd=False) as rest:
@@ -445,7 +450,7 @@ def test_a_reader_that_comes_back_gets_the_backlog_and_the_end() -> None:
             with open(reader, "rb", closefd=False) as stream:
                 first = json.loads(stream.readline())
                 desk.reporter.log("stop")
-                closing = threading.Thread(target=desk.reporter.close)
+                closing = threading.Thread(target=desk.close)
                 closing.start()
                 lines = [first]
                 while lines[-1]["event"] != "stop":
@@ -464,7 +469,7 @@ def test_a_dead_reader_costs_the_lines_and_the_reporter_goes_on() -> None:
             wait_until(lambda: desk.dropped() == 50, "all counted")
             desk.writers[0].put(CLOSED)
             wait_until(lambda: desk.dropped() == 51, "the record, too")
-            desk.reporter.close()
+            desk.close()
             assert desk.dropped() == 51
 
 
@@ -474,7 +479,7 @@ def test_a_full_disk_is_no_end_and_closing_does_not_wait_for_it() -> None:
         with desk_with(full) as desk:
             for _ in range(50):
                 desk.reporter.log("said")
-            desk.reporter.close()
+            desk.close()
             assert desk.dropped() == 50
     finally:
         os.close(full)
@@ -484,7 +489,7 @@ def test_a_full_disk_is_said_on_standard_error(capfd: pytest.CaptureFixture[str]
     with open("/dev/full", "wb") as full, desk_with(full.fileno()) as desk:
         for _ in range(50):
             desk.reporter.log("said")
-        desk.reporter.close()
+        desk.close()
     line = "tsproxy.py: standard output: No space left on device; trying again every 1 s; 4,096 lines are kept\n"
     assert capfd.readouterr() == ("", line)
 
@@ -498,6 +503,6 @@ def test_nobody_waits_for_standard_error(broken: str, monkeypatch: pytest.Monkey
                 os.close(reader)
             monkeypatch.setattr(sys, "stderr", None if broken == "none" else error)
             desk.reporter.log("said")
-            desk.reporter.close()
+            desk.close()
             assert desk.dropped() == 1
             monkeypatch.undo()

@@ -91,6 +91,10 @@ class Tap:
         length = _HEADERS + 1 if flags & socket.MSG_TRUNC else size
         return Packet(_stamp(control), self._link, bytes(buffer[:size]), length, interface, kind, hardware)
 
+    def stop(self) -> None:
+        """Queue no more packets, and count no more drops. Those that are queued can still be received."""
+        bpf.attach(self._socket, bpf.NOTHING)
+
     def drops(self) -> int:
         """How many packets were dropped so far because they came faster than they were read (PACKET_STATISTICS)."""
         found = self._socket.getsockopt(uapi.SOL_PACKET, uapi.PACKET_STATISTICS, _STATISTICS.size)

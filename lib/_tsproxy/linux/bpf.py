@@ -21,6 +21,9 @@ _ALL = 0xFFFF
 _TSOPT = 0x080A  # kind 8, length 10 (RFC 7323, section 3.2)
 
 
+NOTHING: Sequence[Instruction] = ((0x06, 0, 0, 0),)  # passes
+
+
 def attach(sock: SocketType, program: Sequence[Instruction]) -> None:
     """Attach the program (SO_ATTACH_FILTER), instead of any before it. struct sock_fprog points to it; the kernel copies it."""
     code = array("B", b"".join(struct.pack("=HBBI", *instruction) for instruction in program))

@@ -34,32 +34,35 @@ class Watch:
     def __init__(self, interface: str, seconds: Optional[float], progress: Callable[[], str]) -> None:
         """Exit 2 if there is no such interface, 65 without the right to watch it. `progress` is asked for once a second."""
         self._interface, self._progress = interface, progress
-        self._tap = _open(interface)
+        self._is_over = False
+        self._handlers = self._take_signals()  # before there is a frame that a signal could cost
+        try:
+            self._tap = _open(interface)
+        except BaseException:
+            self._give_signals_back()
+            raise
         self._end = None if seconds is None else time.monotonic() + seconds
         self._next = time.monotonic()
-        self._is_over = False
         self._speaks = sys.stderr is not None and sys.stderr.isatty()
 
     def frames(self, notes: Notes) -> Frames:
         """Each that may hold TCP, up to the end; then the notes say how many were dropped."""
         poller = select.poll()
         poller.register(self._tap.fileno(), select.POLLIN)
-        before = self._take_signals()
         try:
             while not self._has_ended():
                 if poller.poll(_LOOK_MS):
                     yield from self._burst(notes, _BURST)
+            self._tap.stop()  # else the queue of a busy interface is never empty
             yield from self._burst(notes, sys.maxsize)
             notes.lost((0, 0), self._tap.drops())
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            self._give_signals_back()
             self._tap.close()
             self._say("")
 
     def _burst(self, notes: Notes, most: int) -> Frames:
-        """What is queued, but nothing that came after this was called: the queue of a busy interface is never empty."""
-        now_ns = time.time_ns()
+        """What is queued. No packet's time bounds it: the clock may be set back, and the first have the time of recvmsg(2)."""
         for _ in range(most):
             try:
                 packet = self._tap.receive()
@@ -71,8 +74,6 @@ class Watch:
             # A loopback interface shows each packet twice, when it is sent and when it is received
             if packet.hardware != uapi.ARPHRD_LOOPBACK or packet.kind != socket.PACKET_OUTGOING:
                 yield packet.time_ns, packet.link, packet.data, packet.length
-            if packet.time_ns > now_ns:
-                return
 
     def _has_ended(self) -> bool:
         now = time.monotonic()
@@ -89,6 +90,10 @@ class Watch:
         """SIGINT and SIGTERM end the watch, not the program, unless they are ignored (nohup means it)."""
         heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
         return {number: signal.signal(number, self._on_signal) for number in heard}
+
+    def _give_signals_back(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: Optional[FrameType]) -> None:
         self._is_over = True
