@@ -7,7 +7,6 @@ options that are well formed.
 
 from __future__ import annotations
 
-import difflib
 import re
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Set, Tuple
 
@@ -26,8 +25,9 @@ class ManualOption(NamedTuple):
 def options_of(manual: str) -> Dict[str, ManualOption]:
     """Each spelling ("-p", "--port") -> the option, read from the manual's option lines."""
     table: Dict[str, ManualOption] = {}
+    repeated = set(re.findall(r"(--[a-z-]+)=\S+?\.\.\.", manual))
     for short, name, argument in re.findall(r"^  +(?:(-\w),? )?(--[a-z-]+)(?:=(<\S+?>))?(?:  |$)", manual, re.M):
-        option = ManualOption(name, argument, re.search(rf"{name}=\S+?\.\.\.", manual) is not None)
+        option = ManualOption(name, argument, name in repeated)
         table.update({spelling: option for spelling in (short, name) if spelling})
     return table
 
@@ -131,6 +131,8 @@ def _value(option: ManualOption, args: List[str]) -> str:
 
 
 def _did_you_mean(name: str, candidates: Dict[str, ManualOption] | Tuple[str, ...]) -> str:
+    import difflib
+
     longer = [other for other in candidates if name.strip("-") and other.startswith(name)]
     close = longer or difflib.get_close_matches(name, list(candidates), 1, 0.7)
     return f"; did you mean {' or '.join(close)}?" if close else "; see --help"
