@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from _tsproxy.linux import wakeup
 from _tsproxy.supervisor import fork_server
+from _tsproxy.supervisor.worker_args import WorkerShared
 from handover import hand_over, listeners
 from harness import Exchange, children, receive_exactly, wait_until
 from hypothesis import given
@@ -50,7 +52,7 @@ def test_a_worker_that_any_signal_kills_is_named_and_replaced(start: Any, echoin
 def test_an_exit_of_the_fork_server_that_is_found_by_the_way_wakes_the_main_thread() -> None:
     """Whoever asks whether a worker runs reads the reports, and the descriptor is not readable any more."""
     exited = wakeup.create()
-    server = fork_server.ForkServer(set(), exited)
+    server = fork_server.ForkServer(cast(WorkerShared, SimpleNamespace(fds=set(exited), exited=exited)))
     (pid,) = server.pids
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not server.can_start)

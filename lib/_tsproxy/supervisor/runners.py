@@ -6,7 +6,6 @@ Knows how to start one and how to see that it has exited. Knows nothing of what 
 from __future__ import annotations
 
 import os
-import pickle
 import sys
 import threading
 import time
@@ -105,6 +104,8 @@ class InterpreterRunner(ThreadRunner):
             raise RuntimeError(failure.formatted)
 
     def _variables(self) -> Dict[str, object]:
+        import pickle  # a process and a thread are not sent their arguments
+
         return {**_path(), "origin": origin.find(), "bundled": origin.is_bundle(), "args": pickle.dumps(self._own_args())}
 
 
