@@ -399,7 +399,7 @@ SAME_LINES = """if True:
         alone = loader.get_source(name)
         for code, plain in pairs(loader.get_code(name), compile(alone, "alone", "exec", dont_inherit=True)):
             assert code.co_filename == path
-            here = [line for _, line in dis.findlinestarts(code) if line]
+            here = [line for _, line in dis.findlinestarts(code) if line and line >= loader.bundled[place][0]]
             there = [line for _, line in dis.findlinestarts(plain) if line]
             assert len(here) == len(there)
             if code.co_name != "<module>":
