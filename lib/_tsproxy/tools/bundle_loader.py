@@ -1,7 +1,8 @@
 """Imports from text: what a bundle holds is found and loaded here, and nothing is compiled before it is imported.
 
-Running or importing a bundle installs this; importing it does nothing else. So another interpreter has the same modules
-after `runpy.run_path(path)`, where path is the `__file__` of any module that came from the bundle.
+Running or importing a bundle installs this; importing it does nothing else. So `runpy.run_path(path)` gives another
+interpreter the modules, where path is the `__file__` of any that came from the bundle; `compiled` gives it those that this
+one has imported, without to read or to compile the file again, which somebody may have replaced meanwhile.
 
 This text stands in each bundle twice: live, to load the rest, and as one of the modules. So it has no `from __future__`
 line, which may stand at the top of a script only.
@@ -20,8 +21,10 @@ Files = Dict[str, Tuple[int, str]]  # path -> (the bundle's line where its text 
 class Bundle:
     """Finder and loader (importlib.abc) of the modules in one bundle. Their `__file__` is `path`, the bundle's."""
 
-    def __init__(self, path: str, bundled: Files) -> None:
+    def __init__(self, path: str, bundled: Files, compiled: Optional[Dict[str, CodeType]] = None) -> None:
+        """`compiled` has what another interpreter's Bundle has compiled: those modules need no text."""
         self.path, self.bundled = os.path.abspath(path), bundled
+        self.compiled = {} if compiled is None else compiled  # path in the bundle -> code
 
     def find_spec(
         self, name: str, path: Optional[Sequence[str]] = None, target: Optional[ModuleType] = None
@@ -42,7 +45,12 @@ class Bundle:
 
     def get_code(self, name: str) -> CodeType:
         """The code, at the lines where its text stands in the bundle: for tracebacks, debuggers and `inspect`."""
-        line, text = self._held(name)
+        place = self._place(name) or ""
+        if place not in self.compiled:
+            self.compiled[place] = self._compile(*self._held(name))
+        return self.compiled[place]
+
+    def _compile(self, line: int, text: str) -> CodeType:
         try:
             return _moved(compile(text, self.path, "exec", dont_inherit=True), line - 2)
         except SyntaxError:  # at a line of its own as well
@@ -61,14 +69,15 @@ class Bundle:
         return Resources(self.bundled, name.replace(".", "/"))
 
     def _held(self, name: str) -> Tuple[int, str]:
-        place = self._place(name)
-        if place is None:
+        held = self.bundled.get(self._place(name) or "")
+        if held is None:
             raise ImportError(f"{name} is not in {self.path}", name=name)
-        return self.bundled[place]
+        return held
 
     def _place(self, name: str) -> Optional[str]:
         stem = name.replace(".", "/")
-        return next((place for place in (f"{stem}/__init__.py", f"{stem}.py") if place in self.bundled), None)
+        places = (f"{stem}/__init__.py", f"{stem}.py")
+        return next((place for place in places if place in self.bundled or place in self.compiled), None)
 
 
 def _moved(code: CodeType, lines: int) -> CodeType:
@@ -91,7 +100,7 @@ class Resources:
         return io.BytesIO(self._bundled[place][1][1:].encode())
 
 
-def install(path: str, bundled: Files) -> None:
+def install(path: str, bundled: Files, compiled: Optional[Dict[str, CodeType]] = None) -> None:
     """Let `import` look here first. Where a bundle is installed already nothing changes: its modules are in use."""
     if not any(hasattr(finder, "bundled") for finder in sys.meta_path):
-        sys.meta_path.insert(0, Bundle(path, bundled))
+        sys.meta_path.insert(0, Bundle(path, bundled, compiled))
