@@ -217,7 +217,7 @@ def syn_of(namespace: Namespace, tag: int = sockets.TAG, family: int = 4, user: 
         family = socket.AF_INET6 if ":" in sys.argv[3] else socket.AF_INET
         far = sockets.listener(Address(family, sys.argv[3], 0), 1, sockets.Tuning())
         sockets.save_syns(far)
-        near = sockets.dial(family, sockets.Tuning(), None)
+        near = sockets.dial(family, None)
         near.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, int(sys.argv[2]))
         near.setblocking(True)
         near.connect(far.getsockname())
@@ -383,7 +383,7 @@ def test_what_conntrack_does_not_take_shows_the_real_clock_no_more_than_the_rest
         target = (wire.exchange_address(4), wire.far_end(4).port)
         sniffer = Sniffer(wire.exchange, UPSTREAM)
         try:
-            with wire.clean, contextlib.closing(sockets.dial(socket.AF_INET, sockets.Tuning(), None)) as client:
+            with wire.clean, contextlib.closing(sockets.dial(socket.AF_INET, None)) as client:
                 client.connect_ex(target)
                 wait_until(lambda: any(packet.target == target for packet in list(sniffer.packets)), "the SYN")
             assert {packet.tsval for packet in sniffer.stop() if packet.target == target and packet.is_syn} == {TSVAL}

@@ -9,7 +9,7 @@ import threading
 from typing import Any, Iterator, List
 
 import pytest
-from harness import CHECKOUT, SUPPORT, Exchange, Line, Proxy, receive_all, receive_exactly, wait_until
+from harness import CHECKOUT, SUPPORT, Exchange, Line, Proxy, receive_all, wait_until
 
 REFUSING = str(SUPPORT / "refusing_launcher.py")
 DATA = os.urandom(1 << 20) * 12
@@ -62,12 +62,3 @@ def test_a_direction_for_which_splice_is_refused_is_copied(refused: Any, exchang
     assert proxy.count("error") == 0
     if "ENOMEM" not in rule:
         assert proxy.count("warning") == 1, "splice(2) was tried again"
-
-
-def test_a_connection_is_relayed_without_quickack_where_that_is_refused(refused: Any, exchange: Exchange) -> None:
-    proxy = refused("setsockopt:1=6:2=12:ENOPROTOOPT")
-    with proxy.connect() as client, exchange.accept() as server:
-        client.sendall(b"order")
-        assert receive_exactly(server, 5) == b"order"
-    assert proxy.line("connection")["reason"] == "closed"
-    assert proxy.metrics()["internal_errors_total"] == 0

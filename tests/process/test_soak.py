@@ -76,8 +76,8 @@ from _tsproxy.linux import sockets
 real_from_fd, real_dial = sockets.from_fd, sockets.dial
 def turned(sock):
     return Sender(sock.family, sock.type, sock.proto, fileno=sock.detach())
-def from_fd(fd, family):
-    sock = turned(real_from_fd(fd, family))
+def from_fd(fd):
+    sock = turned(real_from_fd(fd))
     sock.setblocking(False)
     return sock
 def dial(*args, **words):

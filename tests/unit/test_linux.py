@@ -162,8 +162,10 @@ def test_a_ring_from_another_process_arrives() -> None:
 def pair(family: int, ip: str, tuning: Tuning) -> Iterator[Tuple[socket.socket, socket.socket, socket.socket]]:
     """(listener, dialled, accepted), connected, made by the functions under test."""
     with sockets.listener(Address(family, ip, 0), 16, tuning, False) as listening:
-        with contextlib.closing(sockets.dial(family, tuning, None)) as dialled:
+        with contextlib.closing(sockets.dial(family, None)) as dialled:
             assert dialled.connect_ex(listening.getsockname()) in {0, errno.EINPROGRESS}
+            assert not dialled.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            tuning.set_keepalive(dialled)  # as a session does that has lived for a second
             select.select([listening], [], [], PATIENCE)
             accepted, _ = listening.accept()
             with accepted:
@@ -218,7 +220,7 @@ def test_the_shortest_and_the_longest_keepalive_are_taken(seconds: int) -> None:
 
 def test_no_socket_blocks_or_is_inherited() -> None:
     with pair(socket.AF_INET, "127.0.0.1", QUIET) as (listening, dialled, accepted):
-        with contextlib.closing(sockets.from_fd(accepted.detach(), socket.AF_INET)) as adopted:
+        with contextlib.closing(sockets.from_fd(accepted.detach())) as adopted:
             for sock in (listening, dialled, adopted):
                 assert not sock.getblocking()
                 assert not os.get_inheritable(sock.fileno())
@@ -263,18 +265,16 @@ def test_a_connection_is_asked_for_timestamps_only_while_there_is_one() -> None:
         wait_until(lambda: sockets.connected(dialled) is None, "the reset")
 
 
-def test_quick_acknowledgement_is_on_when_asked_for() -> None:
-    with pair(socket.AF_INET, "127.0.0.1", QUIET) as (_, dialled, _accepted):
-        dialled.setsockopt(socket.IPPROTO_TCP, uapi.TCP_QUICKACK, 0)
-        sockets.set_quickack(dialled)
-        assert dialled.getsockopt(socket.IPPROTO_TCP, uapi.TCP_QUICKACK) == 1
+def test_first_segments_are_acknowledged_at_once_without_being_asked_to() -> None:
+    with pair(socket.AF_INET, "127.0.0.1", QUIET) as (_, dialled, accepted):
+        assert [sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK) for sock in (dialled, accepted)] == [1, 1]
 
 
 @pytest.mark.parametrize(("family", "ip"), FAMILIES)
 def test_an_upstream_socket_leaves_from_its_source(family: int, ip: str) -> None:
     source = "127.0.0.77" if family == socket.AF_INET else "::1"
     with socket.create_server((ip, 0), family=family) as far:
-        with contextlib.closing(sockets.dial(family, QUIET, Address(family, source, 9))) as dialled:
+        with contextlib.closing(sockets.dial(family, Address(family, source, 9))) as dialled:
             assert dialled.getsockname()[1] == 0  # no port is taken before connect()
             dialled.connect_ex(far.getsockname())
             accepted, peer = far.accept()
@@ -288,7 +288,7 @@ def test_a_source_that_is_not_here_is_an_error_and_leaves_nothing_open(source: s
     family = socket.AF_INET6 if ":" in source else socket.AF_INET
     before = os.listdir("/proc/self/fd")
     with pytest.raises(OSError, match="Cannot assign requested address"):
-        sockets.dial(family, QUIET, Address(family, source, 0))
+        sockets.dial(family, Address(family, source, 0))
     assert os.listdir("/proc/self/fd") == before
 
 
@@ -314,7 +314,7 @@ def test_listeners_share_a_port_when_both_ask_for_it() -> None:
 
 
 def test_our_numbers_are_those_that_python_has() -> None:
-    for name in ("TCP_INFO", "TCP_QUICKACK", "TCP_USER_TIMEOUT"):
+    for name in ("TCP_INFO", "TCP_USER_TIMEOUT"):
         assert getattr(uapi, name) == getattr(socket, name)
 
 

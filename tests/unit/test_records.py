@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import socket
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 from _tsproxy.linux.addresses import PACKED_SIZE, pack
-from _tsproxy.stats import records
+from _tsproxy.stats import connection_line, encoder, records
 from _tsproxy.stats.counters import Counter, SharedCounters
 from _tsproxy.stats.endings import ENDING_FIELDS, Ending
 from _tsproxy.stats.records import NOTICE_LEVELS, ConnectionRecord, Notice, Record, RecordPipe, RecordWriter, decode, encode
@@ -125,11 +126,28 @@ def test_a_number_that_no_worker_can_have_meant_is_said_and_not_shown_as_a_conne
     assert notice.message.startswith("a record can't be read: kind 1")
 
 
-# The fields of the line
+# The line
+
+
+def line_of(record: ConnectionRecord) -> Dict[str, Any]:
+    """Its `connection` line without what each line has."""
+    fields = json.loads(connection_line.encode(record, "2026-01-01T00:00:00.000000Z", 4711, "sysctl"))
+    assert [fields.pop(name) for name in ("timestamp", "event", "pid")] == ["2026-01-01T00:00:00.000000Z", "connection", 4711]
+    assert fields.pop("level") == ENDING_FIELDS[record.ending].level
+    return dict(fields)
+
+
+@given(CONNECTIONS)
+@example(FULL)
+@example(EMPTY)
+def test_a_connections_line_is_what_an_encoder_makes_of_its_fields(record: ConnectionRecord) -> None:
+    line = connection_line.encode(record, "2026-01-01T00:00:00.000000Z", 4711, "sysctl")
+    assert line == encoder.with_json(json.loads(line)) + b"\n"
+    assert len(line) < 1500
 
 
 def test_the_fields_of_a_connection_are_those_of_its_line_in_their_order() -> None:
-    assert FULL.fields() == {
+    assert line_of(FULL) == {
         "connection_id": 77,
         "worker": 3,
         "client_address": "2001:db8::1",
@@ -152,12 +170,13 @@ def test_the_fields_of_a_connection_are_those_of_its_line_in_their_order() -> No
         "upstream_retransmits": 1,
         "reason": "server_reset",
         "termination_state": "SD",
+        "witness": "sysctl",
     }
-    assert list(EMPTY.fields()) == list(FULL.fields())
+    assert list(line_of(EMPTY)) == list(line_of(FULL)) == list(connection_line.NAMES)
 
 
 def test_what_was_not_there_to_see_is_null_and_not_zero() -> None:
-    nothing = {name for name, value in EMPTY.fields().items() if value is None}
+    nothing = {name for name, value in line_of(EMPTY).items() if value is None}
     assert nothing == {
         *(
             "upstream_address",

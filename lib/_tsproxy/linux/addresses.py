@@ -69,6 +69,12 @@ def unpack(packed: bytes) -> Address:
     return Address(family, socket.inet_ntop(family, raw if family == socket.AF_INET6 else raw[:4]), port, scope)
 
 
+def ip_and_port(packed: bytes) -> Tuple[str, int]:
+    """`ip` and `port` of the Address in 24 bytes, without making one."""
+    family, port, _, raw = _PACKED.unpack(packed)
+    return socket.inet_ntop(family, raw if family == socket.AF_INET6 else raw[:4]), port
+
+
 def is_packed(data: bytes) -> bool:
     """Whether these 24 bytes can be from pack()."""
     return data[: _PORT.start] in _FAMILIES

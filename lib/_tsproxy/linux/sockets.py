@@ -27,6 +27,12 @@ _LONGEST_SYN = 1024
 _SHORTEST_RTO_MAX_MS = 1000  # TCP_RTO_MAX_MS takes no less
 # A relayed socket is a plain SocketType, which is all C: socket.socket adds makefile(), and Python frames to open and close.
 _STREAM = int(socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+# For what is called for each connection: a global is read faster than a module's attribute, and a plain number than an enum.
+_TCP, _NODELAY, _INFO = int(socket.IPPROTO_TCP), int(socket.TCP_NODELAY), uapi.TCP_INFO
+_SOCKET, _OOBINLINE, _PRIORITY = int(socket.SOL_SOCKET), int(socket.SO_OOBINLINE), int(socket.SO_PRIORITY)
+_SUMMARY_SIZE, _UNPACK_SUMMARY = uapi.TCPI_SUMMARY.size, uapi.TCPI_SUMMARY.unpack
+_OPT_TIMESTAMPS, _CLOSE, _SAVED_SYN = uapi.TCPI_OPT_TIMESTAMPS, uapi.TCP_CLOSE, uapi.TCP_SAVED_SYN
+_INET, _ACCEPTED = int(socket.AF_INET), int(socket.SOCK_STREAM)
 
 
 class TcpInfo(NamedTuple):
@@ -45,14 +51,15 @@ def tcp_info(sock: SocketType) -> TcpInfo:
 
     After a reset, by either side, `acknowledged` is still what it was before.
     """
-    return _tcp_info(sock.getsockopt(socket.IPPROTO_TCP, uapi.TCP_INFO, uapi.TCPI_SUMMARY.size))
+    return _tcp_info(sock.getsockopt(_TCP, _INFO, _SUMMARY_SIZE))
 
 
 def _tcp_info(raw: bytes) -> TcpInfo:
-    raw = raw.ljust(uapi.TCPI_SUMMARY.size, b"\0")  # an older kernel's is shorter
-    state, options, unacked, rtt_us, retransmits, acknowledged, not_sent = uapi.TCPI_SUMMARY.unpack(raw)
-    ends = bool(unacked or not_sent), state == uapi.TCP_CLOSE
-    return TcpInfo(bool(options & uapi.TCPI_OPT_TIMESTAMPS), rtt_us, retransmits, acknowledged, *ends)
+    if len(raw) < _SUMMARY_SIZE:
+        raw = raw.ljust(_SUMMARY_SIZE, b"\0")  # an older kernel's is shorter
+    state, options, unacked, rtt_us, retransmits, acknowledged, not_sent = _UNPACK_SUMMARY(raw)
+    timestamps, outstanding = options & _OPT_TIMESTAMPS != 0, unacked != 0 or not_sent != 0
+    return TcpInfo(timestamps, rtt_us, retransmits, acknowledged, outstanding, state == _CLOSE)
 
 
 def segments_received(sock: SocketType) -> int:
@@ -63,12 +70,12 @@ def segments_received(sock: SocketType) -> int:
 
 def has_timestamps(sock: SocketType) -> bool:
     """Whether this connection negotiated TSopt. Reads 8 bytes of TCP_INFO, which is the cheapest way."""
-    return bool(sock.getsockopt(socket.IPPROTO_TCP, uapi.TCP_INFO, 8)[5] & uapi.TCPI_OPT_TIMESTAMPS)
+    return sock.getsockopt(_TCP, _INFO, 8)[5] & _OPT_TIMESTAMPS != 0
 
 
 def connected(sock: SocketType) -> Optional[TcpInfo]:
     """After connect(2): TCP_INFO if the connection is established; else None."""
-    raw = sock.getsockopt(socket.IPPROTO_TCP, uapi.TCP_INFO, uapi.TCPI_SUMMARY.size)
+    raw = sock.getsockopt(_TCP, _INFO, _SUMMARY_SIZE)
     return _tcp_info(raw) if raw[0] in uapi.TCP_CONNECTED else None
 
 
@@ -134,11 +141,12 @@ class Tuning(NamedTuple):
 
     def apply(self, sock: SocketType) -> None:
         """Set the options. On a listener the sockets that it accepts inherit them (tcp(7))."""
+        set_at_once(sock)
+        self.set_keepalive(sock)
+
+    def set_keepalive(self, sock: SocketType) -> None:
+        """Send keepalive probes. The time of the first one counts from the last segment, whenever this is called (tcp(7))."""
         tcp = socket.IPPROTO_TCP
-        # A small order must not wait for the previous one's ACK.
-        sock.setsockopt(tcp, socket.TCP_NODELAY, 1)
-        # Receive an urgent byte in its place in the stream: without this recv(2) skips it, and it is lost (tcp(7)).
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         if self.keepalive_s:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             gap_s, count = self._probes
@@ -161,12 +169,12 @@ class Tuning(NamedTuple):
         return gap_s, min(left_s // gap_s, _MOST_KEEPALIVE_PROBES)
 
 
-def set_quickack(sock: SocketType) -> None:
-    """Leave delayed-ACK mode now (TCP_QUICKACK, tcp(7)). The kernel may enter it again later."""
-    try:
-        sock.setsockopt(socket.IPPROTO_TCP, uapi.TCP_QUICKACK, 1)
-    except OSError:
-        pass  # the first ACKs are delayed
+def set_at_once(sock: SocketType) -> None:
+    """Set what must be set before the first bytes come or go. A function without a loop: it is called for each connection."""
+    # A small order must not wait for the previous one's ACK.
+    sock.setsockopt(_TCP, _NODELAY, 1)
+    # Receive an urgent byte in its place in the stream: without this recv(2) skips it, and it is lost (tcp(7)).
+    sock.setsockopt(_SOCKET, _OOBINLINE, 1)
 
 
 def reset_on_close(sock: SocketType) -> None:
@@ -187,14 +195,14 @@ def saved_syn(sock: SocketType) -> bytes:
     reads (1 KiB; EINVAL): a client may send many IPv6 extension headers.
     """
     try:
-        return sock.getsockopt(socket.IPPROTO_TCP, uapi.TCP_SAVED_SYN, _LONGEST_SYN)
+        return sock.getsockopt(_TCP, _SAVED_SYN, _LONGEST_SYN)
     except OSError:
         return b""
 
 
 def timestamp_clock(sock: SocketType) -> int:
     """The clock of this connection's TSval, in ms modulo 2**32, with its offset (TCP_TIMESTAMP)."""
-    return sock.getsockopt(socket.IPPROTO_TCP, uapi.TCP_TIMESTAMP) & 0xFFFFFFFF
+    return sock.getsockopt(_TCP, uapi.TCP_TIMESTAMP) & 0xFFFFFFFF
 
 
 def reset_inherited_options(listener: socket.socket) -> None:
@@ -247,18 +255,18 @@ class SourceUnavailable(OSError):
     """EADDRNOTAVAIL or ENODEV of bind(2): this host has no such address, or no such interface."""
 
 
-def dial(family: int, tuning: Tuning, source: Optional[Address], for_rules: bool = False) -> SocketType:
+def dial(family: int, source: Optional[Address], for_rules: bool = False) -> SocketType:
     """An unconnected, non-blocking upstream socket with TAG, bound to `source` if one is given. OSError of socket(2) and so on.
 
-    `for_rules`: packet filter rules are relied on, so its packets have TAG_DSCP as well.
+    It has no keepalive yet. `for_rules`: packet filter rules are relied on, so its packets have TAG_DSCP as well.
     bind(2) needs no port here, so EADDRNOTAVAIL from it means the address: SourceUnavailable. From connect(2) it means ports.
     """
     sock = SocketType(family, _STREAM)
     try:
         if for_rules:
             _set_dscp(sock, family, TAG_DSCP)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, TAG)  # after IP_TOS, which sets it, too (ip(7))
-        tuning.apply(sock)
+        sock.setsockopt(_SOCKET, _PRIORITY, TAG)  # after IP_TOS, which sets it, too (ip(7))
+        set_at_once(sock)
         if source is not None:
             # The port is chosen at connect(), by the 4-tuple; bind() would reserve one for all targets.
             sock.setsockopt(socket.IPPROTO_IP, uapi.IP_BIND_ADDRESS_NO_PORT, 1)
@@ -311,11 +319,11 @@ def bind_accept4(listener: socket.socket) -> Accept4:
     return accept4
 
 
-def from_fd(fd: int, family: int) -> SocketType:
+def from_fd(fd: int) -> SocketType:
     """A non-blocking socket object that owns an accepted descriptor.
 
     AF_INET does for an IPv6 descriptor, too, as long as no address is given to it: recv, send and options don't read it.
     """
-    sock = SocketType(family, socket.SOCK_STREAM, 0, fd)
+    sock = SocketType(_INET, _ACCEPTED, 0, fd)
     sock.setblocking(False)
     return sock

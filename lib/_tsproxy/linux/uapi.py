@@ -9,7 +9,6 @@ import struct
 
 # include/uapi/linux/tcp.h, level IPPROTO_TCP
 TCP_INFO = 11
-TCP_QUICKACK = 12
 TCP_USER_TIMEOUT = 18
 TCP_TIMESTAMP = 24
 TCP_SAVE_SYN = 27

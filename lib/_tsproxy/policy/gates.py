@@ -108,17 +108,11 @@ class StripBySysctl(MonitoredGate):
 
     def may_connect(self, family: int) -> Optional[bool]:
         """Only while the sysctl reads 0, else the SYN itself would be the leak; and only if a witness SYN had no TSopt."""
-        return self._is_off() and self._from_evidence(family, until_refuted=True)
-
-    def _is_off(self) -> bool:
-        try:
-            return self._sysctl.value() == 0
-        except (OSError, ValueError):
-            return False  # it can't be read: not known to be off
+        return self._sysctl.is_zero() and self._from_evidence(family, until_refuted=True)
 
     def may_relay(self, upstream: socket.SocketType, info: TcpInfo) -> bool:
         """Only if TSopt was not negotiated, one SYN was sent, and the sysctl was 0 at that time, and still is."""
-        return not info.timestamps and not info.retransmits and self._is_off() and not self._has_random_offset(upstream)
+        return not info.timestamps and not info.retransmits and self._sysctl.is_zero() and not self._has_random_offset(upstream)
 
     def _has_random_offset(self, sock: socket.SocketType) -> bool:
         """Whether this connection's timestamps have the random offset that connect(2) sets only while the sysctl is 1.

@@ -23,6 +23,13 @@ class Sysctl:
         """The value now. OSError as pread(2) raises it; ValueError if it is no number."""
         return int(os.pread(self._fd, 16, 0))
 
+    def is_zero(self) -> bool:
+        """Whether the value is 0 now; False if it can't be read. Cheaper than value(): it is called twice for a connection."""
+        try:
+            return os.pread(self._fd, 4, 0) == b"0\n"
+        except OSError:
+            return False
+
     def close(self) -> None:
         """Close the descriptor."""
         os.close(self._fd)

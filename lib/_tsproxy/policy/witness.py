@@ -21,7 +21,6 @@ from typing import Dict, Iterator, TypeVar
 
 from _tsproxy.linux import namespaces, sockets, uapi
 from _tsproxy.linux.addresses import Address, from_sockaddr
-from _tsproxy.linux.sockets import Tuning
 from _tsproxy.policy import syn
 from _tsproxy.policy.syn import Syn
 
@@ -132,7 +131,7 @@ def _bound(family: int) -> socket.socket:
 
 def upstream_like(family: int) -> SocketType:
     """A socket like the upstream ones, bound to lo."""
-    return _bound_to_lo(sockets.dial(family, Tuning(), None, for_rules=True))
+    return _bound_to_lo(sockets.dial(family, None, for_rules=True))
 
 
 def reuseaddr_socket(family: int) -> socket.socket:

@@ -60,6 +60,7 @@ class Acceptor:
         self._logged_at = -_LOG_S
         self._full_logged_at = -_FULL_LOG_S
         self._connection_id = shared_counters.total(Counter.ACCEPTED)
+        self._ended = 0  # sessions that had ended when that was last read
         self._waiting: Optional[Message] = None
 
     @property
@@ -71,8 +72,12 @@ class Acceptor:
 
     def _is_full(self) -> bool:
         """Whether --max-connections is reached; logged once a minute."""
+        limit = self._config.max_connections
+        if self._connection_id - self._ended < limit:  # more have ended since, if any
+            return False
+        self._ended = self._shared_counters.total(Counter.ENDED)
         active = metrics.active(self._shared_counters)
-        if active < self._config.max_connections:
+        if active < limit:
             return False
         now = time.monotonic()
         if now - self._full_logged_at >= _FULL_LOG_S:
@@ -118,7 +123,7 @@ class Acceptor:
     def _reject(self, fd: int, counter: Counter) -> None:
         """Close with RST: FIN would look like a session that was relayed and has ended."""
         self._counters[counter] += 1
-        client = sockets.from_fd(fd, socket.AF_INET)
+        client = sockets.from_fd(fd)
         sockets.reset_on_close(client)
         client.close()
 

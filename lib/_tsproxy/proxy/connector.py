@@ -92,6 +92,8 @@ class Connector:
 
         The first that is allowed, so that one family does not wait for another; else the first not known; else the first.
         """
+        if len(self._candidates) == PACKED_SIZE:
+            return 0, self._context.gate.may_connect(family_of(self._candidates))
         found: Dict[Optional[bool], int] = {}
         answers: Dict[int, Optional[bool]] = {}
         for at in range(0, len(self._candidates), PACKED_SIZE):
@@ -127,7 +129,7 @@ class Connector:
         self._context.registry.waiting.discard(self)
         self._context.count(Counter.CONNECTS)
         try:
-            sock = self._connect_from_any_source(unpack(packed))
+            sock = self._connect_from_any_source(self._context.address_of(packed))
         except OSError as error:
             self._context.count(Counter.CONNECTS_ENDED)
             self._attempt_failed(error.errno or 0)
@@ -144,7 +146,7 @@ class Connector:
         code = 0
         for source in self._context.sources(address.family):
             try:
-                sock = sockets.dial(address.family, self._context.settings.tuning, source, self._context.gate.for_rules)
+                sock = sockets.dial(address.family, source, self._context.gate.for_rules)
             except sockets.SourceUnavailable:
                 self._log_source_gone(source)
                 continue

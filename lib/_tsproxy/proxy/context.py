@@ -12,7 +12,7 @@ import traceback
 from collections import defaultdict
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
-from _tsproxy.linux.addresses import Address
+from _tsproxy.linux.addresses import Address, unpack
 from _tsproxy.linux.limits import PIPES_A_WORKER
 from _tsproxy.linux.sockets import Tuning
 from _tsproxy.loop.event_loop import EventLoop
@@ -25,6 +25,7 @@ from _tsproxy.stats.counters import LONGEST_RELAY, LOOP_LAG, Counter, observe
 from _tsproxy.stats.records import ConnectionRecord, Notice, RecordWriter
 
 _LOG_NS = 1_000_000_000
+_MOST_ADDRESSES = 256
 
 TsvalOf = Callable[[bytes], Optional[int]]  # the TSval in a client's saved SYN, if it offered one
 
@@ -69,6 +70,7 @@ class WorkerContext:
         self.registry = Registry(self.loop.timers, self.liveness.step_ns)
         self.longest_ns = counters[LONGEST_RELAY]  # a copy for the hot path: an attribute is read faster
         self._sources = _by_family(sources)
+        self._addresses: Dict[bytes, Address] = {}
         self._logged: Dict[str, int] = defaultdict(lambda: -_LOG_NS)
 
     def record(self, ended: ConnectionRecord) -> None:
@@ -91,6 +93,15 @@ class WorkerContext:
         ring, count = self._sources[family]
         tries: List[Optional[Address]] = list(itertools.islice(ring, count + 1))
         return tries[:count]
+
+    def address_of(self, packed: bytes) -> Address:
+        """The Address of packed upstream one. There are few, and each connection needs one, so they are kept."""
+        address = self._addresses.get(packed)
+        if address is None:
+            if len(self._addresses) >= _MOST_ADDRESSES:  # a name whose addresses change for months
+                self._addresses.clear()
+            address = self._addresses[packed] = unpack(packed)
+        return address
 
     def count(self, counter: Counter, by: int = 1) -> None:
         """Add to one of this worker's counters."""

@@ -364,8 +364,10 @@ class Direction:
 
     def detach(self) -> None:
         """The session has ended: release everything. The garbage collector is off, so no cycle may be left."""
-        self._release_pending()
-        self._drop_splicer()
+        if self.pending is not None:
+            self._release_pending()
+        if self.splicer is not None:
+            self._drop_splicer()
         if self.backing_off:
             self.context.loop.timers.disarm(self)
         if self.stall is not None:

@@ -11,7 +11,7 @@ from _tsproxy.loop.timers import Timer, Timers
 from _tsproxy.proxy.sweep import Sweep
 from _tsproxy.stats.endings import Ending
 
-_COUNT_NS = 1_000_000_000  # the most by which acknowledged bytes in the metrics are late
+_SECOND_NS = 1_000_000_000  # the most by which acknowledged bytes in the metrics are late
 
 
 class LiveSession(Protocol):
@@ -29,8 +29,8 @@ class LiveSession(Protocol):
         """End if a peer has acknowledged nothing for the user timeout."""
         ...
 
-    def count_acknowledged(self) -> None:
-        """Read what both peers have acknowledged, and count it."""
+    def visit_each_second(self) -> None:
+        """Read what both peers have acknowledged, and count it. Set what need not be set at once."""
         ...
 
     def on_bug(self, bug: Exception) -> None:
@@ -45,12 +45,12 @@ class Registry:
         """`check_peers_ns`: how long a sweep of check_peers() takes; 0: none is made."""
         self.sessions: Dict[int, LiveSession] = {}  # by connection id
         self.waiting: Set[Timer] = set()
-        self._counting = Sweep(timers, self.sessions, _COUNT_NS, lambda session, _: session.count_acknowledged())
+        self._each_second = Sweep(timers, self.sessions, _SECOND_NS, lambda session, _: session.visit_each_second())
         self._checking = Sweep(timers, self.sessions, check_peers_ns, lambda session, now_ns: session.check_peers(now_ns))
         self._checks = bool(check_peers_ns)
 
     def begin_sweeps(self, now_ns: int) -> None:
         """Start the sweeps, if they do not run: there is a relaying session."""
-        self._counting.begin(now_ns)
+        self._each_second.begin(now_ns)
         if self._checks:
             self._checking.begin(now_ns)

@@ -36,9 +36,7 @@ from _tsproxy.stats.endings import WHILE_CONNECTING, Ending
 from _tsproxy.stats.records import ConnectionRecord
 
 Peers = Tuple[TcpInfo, ...]  # of the upstream one, and of the client
-_Common = Tuple[
-    int, int, int, bytes, int, Ending, int, Optional[bool], Optional[int], Optional[bytes], Optional[int], Optional[bool]
-]
+_Relayed = Tuple[bytes, Optional[int], int, int, int, int, int, int]
 _CUTTING = frozenset({Ending.POLICY, Ending.BUG})  # always reset: bytes must not be sent, or may be incomplete
 _GRAINS_NS = 256 * TICK_NS  # an idle timeout may fire 1/256 of its length late, or one tick
 _ENDING_COUNTERS = {Ending.POLICY: Counter.POLICY_REFUSED, Ending.POLICY_DRIFT: Counter.POLICY_ENDED}
@@ -54,6 +52,7 @@ class Session:
         "_connector",
         "_context",
         "_directions",
+        "_has_keepalive",
         "_message",
         "_phase",
         "_settled_at",
@@ -64,11 +63,12 @@ class Session:
         """Own the client's descriptor. Makes no connection before start()."""
         self._context, self._message = context, message
         self._phase = CONNECTING
-        self._client = sockets.from_fd(message.fd, socket.AF_INET)
+        self._client = sockets.from_fd(message.fd)
         self._client_timestamps = sockets.has_timestamps(self._client)
         self._connector = Connector(self, context, message.upstreams, message.accepted_ns)
         self._directions: Tuple[Direction, ...] = ()  # to_upstream and to_downstream, while RELAYING
         self._upstream_timestamps: Optional[bool] = None
+        self._has_keepalive = False  # of the upstream socket; the client's has the listener's
         self._settled_at = 0  # _last_active_ns when both peers had acknowledged all bytes
         context.registry.sessions[message.connection_id] = self
 
@@ -105,8 +105,6 @@ class Session:
         if not context.gate.may_relay(upstream, info):
             self.end(Ending.POLICY)
             return
-        for sock in (self._client, upstream):
-            sockets.set_quickack(sock)
         context.registry.begin_sweeps(up.last_active_ns)
         up.readable()  # relay what the client has sent meanwhile at once, before the descriptors are watched
         self.on_flow()
@@ -146,9 +144,10 @@ class Session:
         if self._is_complete:
             self._end_if_acknowledged()
         if self._phase is RELAYING:
-            loop = self._context.loop
-            for direction in self._directions:
-                loop.watch(direction.fd, direction.interest, direction.reader)
+            watch = self._context.loop.watch
+            up, down = self._directions
+            watch(up.fd, up.interest, up.splicer or up)
+            watch(down.fd, down.interest, down.splicer or down)
             self._set_timer()
 
     @property
@@ -181,15 +180,20 @@ class Session:
             self.end(Ending.CLOSED, peers)
 
     def _awaits_acknowledgement(self, peers: Peers) -> bool:
-        for direction, peer in zip(self._directions, peers):
-            if direction.unacknowledged and (peer.outstanding or peer.closed):
-                return True
-        return False
+        (up, down), (upstream, client) = self._directions, peers
+        waits_for_upstream = (upstream.outstanding or upstream.closed) and up.unacknowledged
+        return bool(waits_for_upstream or ((client.outstanding or client.closed) and down.unacknowledged))
 
-    def count_acknowledged(self) -> None:
-        """See LiveSession. Costs a comparison if all is acknowledged."""
-        if any(direction.unacknowledged for direction in self._directions):
+    def visit_each_second(self) -> None:
+        """See LiveSession. Costs some comparisons if all is acknowledged."""
+        if not self._directions:
+            return
+        up, down = self._directions
+        if up.unacknowledged or down.unacknowledged:
             self._look_at_peers()
+        if not self._has_keepalive:  # not at connect(2): four system calls that most short connections need not pay for
+            self._has_keepalive = True
+            self._context.settings.tuning.set_keepalive(up.sink)
 
     def _look_at_peers(self) -> Peers:
         """Read TCP_INFO of each direction's sink, and count acknowledged bytes; () while connecting."""
@@ -197,8 +201,10 @@ class Session:
             return ()
         up, down = self._directions
         upstream, client = sockets.tcp_info(up.sink), sockets.tcp_info(down.sink)
-        up.count_acknowledged(upstream.acknowledged)
-        down.count_acknowledged(client.acknowledged)
+        if up.unacknowledged:
+            up.count_acknowledged(upstream.acknowledged)
+        if down.unacknowledged:
+            down.count_acknowledged(client.acknowledged)
         return upstream, client
 
     def check_peers(self, now_ns: int) -> None:
@@ -224,8 +230,8 @@ class Session:
     @property
     def _silence_ns(self) -> int:
         """The idle timeout that applies now; 0: none."""
-        idle = self._context.settings.idle_timeout_ns
-        half_closed = self._context.settings.half_close_timeout_ns
+        settings = self._context.settings
+        idle, half_closed = settings.idle_timeout_ns, settings.half_close_timeout_ns
         if not half_closed or not self._is_half_closed:
             return idle
         return min(idle, half_closed) if idle else half_closed
@@ -351,25 +357,8 @@ class Session:
         context.count(Counter.ENDED)
 
     def _record(self, ending: Ending, peers: Peers, left: int) -> ConnectionRecord:
-        if not self._directions:
-            return ConnectionRecord(*self._common(ending))
-        up, down = self._directions
-        return ConnectionRecord(
-            *self._common(ending),
-            upstream_local=pack(down.source.family, down.source.getsockname()),
-            upstream_rtt_us=peers[0].rtt_us or None,  # 0: nothing was measured
-            upstream_retransmits=peers[0].retransmits,
-            rx_bytes=up.received,
-            tx_bytes=down.acknowledged,
-            upstream_tx_bytes=up.acknowledged,
-            discarded_bytes=up.received - up.acknowledged + down.received - down.acknowledged - left,
-            unacknowledged_bytes=left,
-        )
-
-    def _common(self, ending: Ending) -> _Common:
-        """The fields of any record, in its order."""
         context, message, connector = self._context, self._message, self._connector
-        return (
+        return ConnectionRecord(
             context.number,
             message.connection_id,
             time.time_ns(),
@@ -382,4 +371,19 @@ class Session:
             connector.upstream,
             connector.connect_us,
             self._upstream_timestamps,
+            *(self._relayed(peers[0], left) if self._directions else ()),
+        )
+
+    def _relayed(self, upstream: TcpInfo, left: int) -> _Relayed:
+        """The fields of a record that only a session which has relayed has."""
+        up, down = self._directions
+        return (
+            pack(down.source.family, down.source.getsockname()),
+            upstream.rtt_us or None,  # 0: nothing was measured
+            upstream.retransmits,
+            up.received,
+            down.acknowledged,
+            up.acknowledged,
+            up.received - up.acknowledged + down.received - down.acknowledged - left,
+            left,
         )

@@ -12,13 +12,13 @@ import struct
 import sys
 import termios
 import time
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 from _tsproxy.linux import uapi
-from _tsproxy.linux.addresses import PACKED_SIZE, is_packed, unpack
+from _tsproxy.linux.addresses import PACKED_SIZE, is_packed
 from _tsproxy.linux.needs import needing
 from _tsproxy.stats.counters import Counter
-from _tsproxy.stats.endings import ENDING_FIELDS, Ending
+from _tsproxy.stats.endings import Ending
 
 _HEADER = struct.Struct("=HB")  # size of the whole frame, kind
 _CONNECTION, _NOTICE = 1, 2
@@ -55,36 +55,6 @@ class ConnectionRecord(NamedTuple):
     discarded_bytes: int = 0  # received, not acknowledged by the other side, and discarded
     unacknowledged_bytes: int = 0  # received, not acknowledged by the other side, and left to the kernel to deliver
 
-    def fields(self) -> Dict[str, object]:
-        """The fields of its JSON line, in order, without `witness`."""
-        client, codes = unpack(self.client), ENDING_FIELDS[self.ending]
-        upstream = unpack(self.upstream) if self.upstream else None
-        local = unpack(self.upstream_local) if self.upstream_local else None
-        return {
-            "connection_id": self.connection_id,
-            "worker": self.worker,
-            "client_address": client.ip,
-            "client_port": client.port,
-            "upstream_address": upstream and upstream.ip,
-            "upstream_port": upstream and upstream.port,
-            "upstream_local_address": local and local.ip,
-            "upstream_local_port": local and local.port,
-            "duration_us": self.duration_us,
-            "connect_us": self.connect_us,
-            "rx_bytes": self.rx_bytes,
-            "tx_bytes": self.tx_bytes,
-            "upstream_tx_bytes": self.upstream_tx_bytes,
-            "discarded_bytes": self.discarded_bytes,
-            "unacknowledged_bytes": self.unacknowledged_bytes,
-            "client_timestamps": self.client_timestamps,
-            "client_syn_tsval": self.client_syn_tsval,
-            "upstream_timestamps": self.upstream_timestamps,
-            "upstream_rtt_us": self.upstream_rtt_us,
-            "upstream_retransmits": self.upstream_retransmits,
-            "reason": codes.reason,
-            "termination_state": codes.termination_state,
-        }
-
 
 class Notice(NamedTuple):
     """A log line of a worker, e.g. a bug's traceback. `level` is one of NOTICE_LEVELS, and the line's event."""
@@ -96,22 +66,22 @@ class Notice(NamedTuple):
 
 
 Record = Union[ConnectionRecord, Notice]
-_POSITIONS = {name: position for position, name in enumerate(ConnectionRecord._fields)}
-_OPTIONAL_ADDRESSES = (_POSITIONS["upstream"], _POSITIONS["upstream_local"])
-_BOOLEANS = (_POSITIONS["client_timestamps"], _POSITIONS["upstream_timestamps"])
-# Numbers that may be None, which is -1 in a frame, and their maximum.
-_OPTIONAL_NUMBERS = {
-    **dict.fromkeys(_BOOLEANS, 1),
-    _POSITIONS["connect_us"]: 2**63 - 1,
-    **{_POSITIONS[name]: 2**32 - 1 for name in ("client_syn_tsval", "upstream_rtt_us", "upstream_retransmits")},
-}
+_ENDINGS = tuple(Ending)
+_BOOLEANS = {0: False, 1: True, -1: None}
+_ADDRESSES_OR_NONE = tuple(map(ConnectionRecord._fields.index, ("upstream", "upstream_local")))
+_NUMBERS_OR_NONE = tuple(  # None is -1 in a frame
+    position
+    for position, name in enumerate(ConnectionRecord._fields)
+    if name in ConnectionRecord._field_defaults and ConnectionRecord._field_defaults[name] is None
+    if position not in _ADDRESSES_OR_NONE
+)
 
 
 def _without_none(record: ConnectionRecord) -> List[Any]:
     values: List[Any] = list(record)
-    for position in _OPTIONAL_ADDRESSES:
+    for position in _ADDRESSES_OR_NONE:
         values[position] = values[position] or _NO_ADDRESS
-    for position in _OPTIONAL_NUMBERS:
+    for position in _NUMBERS_OR_NONE:
         if values[position] is None:
             values[position] = -1
     return values
@@ -149,7 +119,7 @@ def decode(data: bytes) -> Tuple[List[Record], bytes]:
 def _decode_one(kind: int, body: bytes) -> Record:
     try:
         return _notice(body) if kind == _NOTICE else _connection(kind, body)
-    except (IndexError, ValueError, struct.error):
+    except (IndexError, KeyError, ValueError, struct.error):
         return _malformed(kind, body)
 
 
@@ -166,24 +136,41 @@ def _notice(body: bytes) -> Notice:
 
 
 def _connection(kind: int, body: bytes) -> ConnectionRecord:
-    """The record in a frame. ValueError if it is malformed: a worker whose memory is corrupt may write any bytes."""
-    values = list(_BODY.unpack(body))
-    for position in _OPTIONAL_ADDRESSES:
-        values[position] = None if values[position] == _NO_ADDRESS else values[position]
-    addresses = [values[position] for position in (_POSITIONS["client"], *_OPTIONAL_ADDRESSES) if values[position] is not None]
-    if kind != _CONNECTION or not all(map(is_packed, addresses)):
+    """The record in a frame. ValueError, or the like, if it is malformed: a corrupt worker may write any bytes."""
+    (worker, connection_id, closed_at_ns, client, duration_us, ending, witness, client_timestamps, client_syn_tsval, upstream,
+     connect_us, upstream_timestamps, local, rtt_us, retransmits, *counts) = _BODY.unpack(body)  # fmt: skip
+    if kind != _CONNECTION or closed_at_ns < 0 or duration_us < 0 or not is_packed(client):
         raise ValueError
-    if values[_POSITIONS["closed_at_ns"]] < 0 or values[_POSITIONS["duration_us"]] < 0:
+    return ConnectionRecord(
+        worker,
+        connection_id,
+        closed_at_ns,
+        client,
+        duration_us,
+        _ENDINGS[ending],
+        witness,
+        _BOOLEANS[client_timestamps],
+        None if client_syn_tsval == -1 else _checked(client_syn_tsval, 2**32),
+        None if upstream == _NO_ADDRESS else _checked_address(upstream),
+        None if connect_us == -1 else _checked(connect_us, 2**63),
+        _BOOLEANS[upstream_timestamps],
+        None if local == _NO_ADDRESS else _checked_address(local),
+        None if rtt_us == -1 else _checked(rtt_us, 2**32),
+        None if retransmits == -1 else _checked(retransmits, 2**32),
+        *counts,
+    )
+
+
+def _checked(number: int, end: int) -> int:
+    if not 0 <= number < end:
         raise ValueError
-    for position, maximum in _OPTIONAL_NUMBERS.items():
-        if values[position] == -1:
-            values[position] = None
-        elif not 0 <= values[position] <= maximum:
-            raise ValueError
-        elif position in _BOOLEANS:
-            values[position] = bool(values[position])
-    values[_POSITIONS["ending"]] = Ending(values[_POSITIONS["ending"]])
-    return ConnectionRecord(*values)
+    return number
+
+
+def _checked_address(packed: bytes) -> bytes:
+    if not is_packed(packed):
+        raise ValueError
+    return packed
 
 
 class RecordPipe(NamedTuple):

@@ -16,7 +16,7 @@ from typing import Any, Callable, Deque, Optional, Sequence, Tuple
 
 from _tsproxy.cli import program
 from _tsproxy.linux import needs, wakeup
-from _tsproxy.stats import encoder, metrics
+from _tsproxy.stats import connection_line, encoder, metrics
 from _tsproxy.stats.counters import REPORTER_ROW, Counter, SharedCounters
 from _tsproxy.stats.encoder import Fields
 from _tsproxy.stats.endings import ENDING_FIELDS
@@ -145,12 +145,15 @@ class Reporter:
 
     def _put_record(self, record: Record) -> None:
         if isinstance(record, ConnectionRecord):
-            fields = record.fields()
-            fields["witness"] = self._witness_names[record.witness]
-            self._put_line(record.closed_at_ns, ENDING_FIELDS[record.ending].level, "connection", fields)
+            self._put_connection(record)
         else:
             event = record.level if record.level in ("warning", "error") else "debug"
             self._put_line(record.at_ns, record.level, event, {"worker": record.worker, "message": record.message})
+
+    def _put_connection(self, record: ConnectionRecord) -> None:
+        if NOTICE_LEVELS.index(ENDING_FIELDS[record.ending].level) >= self._threshold:
+            timestamp = self._stamps.rfc3339(record.closed_at_ns)
+            self._line_writer.put(connection_line.encode(record, timestamp, os.getpid(), self._witness_names[record.witness]))
 
     def _put_metrics(self, at_ns: int) -> None:
         fields = self._rates.fields()

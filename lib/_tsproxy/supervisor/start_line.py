@@ -44,7 +44,6 @@ def _knobs(config: Config, wakeup: str) -> List[str]:
     values: Dict[str, object] = {
         "wakeup": wakeup,
         "tcp_nodelay": 1,
-        "tcp_quickack": 1,
         "tcp_save_syn": 1,
         "keepalive_s": config.keepalive_s,
         "user_timeout_ms": config.user_timeout_ms,

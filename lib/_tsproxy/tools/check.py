@@ -27,7 +27,6 @@ from _tsproxy.policy.levers import MONITORED, Lever, Policy
 from _tsproxy.policy.syn import Syn
 from _tsproxy.policy.witness import NoWitness
 from _tsproxy.supervisor.startup import check_twice, policy_of, resolve
-from _tsproxy.supervisor.worker_args import tuning_of
 from _tsproxy.tools import check_report
 from _tsproxy.tools.check_report import Connection, Report, Row
 
@@ -210,7 +209,7 @@ def _try(config: Config, gate: LeverGate, address: Address, obstacle: str) -> _T
     if obstacle or not gate.may_connect(address.family):
         return _Try(Connection(str(address), "not tried", obstacle or "the policy does not hold any more"), address)
     try:
-        sock = sockets.dial(address.family, tuning_of(config), _source(config, address.family), gate.for_rules)
+        sock = sockets.dial(address.family, _source(config, address.family), gate.for_rules)
     except OSError as error:
         return _Try(Connection(str(address), "failed", error.strerror or str(error)), address)
     with contextlib.closing(sock):
