@@ -23,7 +23,7 @@ from _tsproxy.tools import bundle as bundler
 from harness import ROOT, Exchange, Proxy, receive_all
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from program import AT_HAND, PYTHON
+from program import AT_HAND, PYTHON, python_for
 
 LIB = ROOT / "lib"
 MODULES = {str(path.relative_to(LIB)): path for path in sorted(LIB.rglob("*.py"))}
@@ -476,9 +476,9 @@ TAKE = """if True:
 """
 
 
-@on_each_python
-def test_an_interpreter_of_a_worker_has_the_modules_without_the_file(python: str, bundle: Path, tmp_path: Path) -> None:
+def test_an_interpreter_of_a_worker_has_the_modules_without_the_file(bundle: Path, tmp_path: Path) -> None:
     """Another version may stand in its place by then: one of it beside one of this would be neither."""
+    python = python_for("interpreters")
     run(python, "-I", "-S", "-c", GIVE, bundle, tmp_path / "given")
     place, line = run(python, "-I", "-S", "-c", TAKE, tmp_path / "given").stdout.split()
     assert place == "/nonexistent/tsproxy"

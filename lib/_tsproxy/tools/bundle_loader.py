@@ -46,9 +46,12 @@ class Bundle:
     def get_code(self, name: str) -> CodeType:
         """The code, at the lines where its text stands in the bundle: for tracebacks, debuggers and `inspect`."""
         place = self._place(name) or ""
-        if place not in self.compiled:
-            self.compiled[place] = self._compile(*self._held(name))
-        return self.compiled[place]
+        if place in self.compiled:
+            return self.compiled[place]
+        code = self._compile(*self._held(name))
+        if sys.version_info >= (3, 13):  # for other interpreters, which older Pythons can't have: 0.3 MiB
+            self.compiled[place] = code
+        return code
 
     def _compile(self, line: int, text: str) -> CodeType:
         try:
