@@ -94,6 +94,7 @@ import sys
 if __name__ == "__main__" and not getattr(sys.flags, "safe_path", sys.flags.isolated):
     del sys.path[0]  # this script's directory: a json.py beside a script in /tmp would be taken for Python's own
 
+import gc
 import importlib
 import os
 import signal
@@ -110,6 +111,7 @@ def main() -> int:
     """Run the command line; the exit code. What a user did wrong costs one line on standard error, never a traceback."""
     # Held back until there is a handler: SIGUSR1 would kill, Ctrl-C show a traceback, and PID 1 never hear of SIGTERM.
     signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
+    gc.disable()  # a start makes next to no garbage, and each look for it goes through all that was imported so far
     _find_modules()
     try:
         commands = importlib.import_module("_tsproxy.tools.main")

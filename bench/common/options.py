@@ -73,7 +73,8 @@ def _new_file(text: str) -> Path:
     return path
 
 
-def _program(text: str) -> Path:
+def program(text: str) -> Path:
+    """A type for a program's file."""
     if not Path(text).is_file():
         raise argparse.ArgumentTypeError(f"no such file: {text!r}")
     return Path(text).resolve()
@@ -107,7 +108,7 @@ def parser(manual: Optional[str], names: Sequence[str], rounds: int, seconds: fl
 def with_relays(made: Parser) -> Parser:
     """What the benchmarks that start relays take besides."""
     made.add_argument(
-        "--tsproxy", type=_program, default=CHECKOUT / "tsproxy.py", metavar="PATH", help="test another, e.g. a bundle"
+        "--tsproxy", type=program, default=CHECKOUT / "tsproxy.py", metavar="PATH", help="test another, e.g. a bundle"
     )
     made.add_argument("--python", default=sys.executable, metavar="PY", help="what runs tsproxy (default: this Python)")
     made.add_argument(

@@ -20,7 +20,7 @@ SPIN = f"{OURS}-spin"
 SPIN_OPTION = "--busy-poll=1000"
 NAMES = (DIRECT, OURS, SPIN, "haproxy", "nginx", "socat")
 _PATIENCE_S = 15.0
-_LOOK_S = 0.005
+_LOOK_S = 0.001
 
 
 class Running(NamedTuple):
@@ -29,6 +29,7 @@ class Running(NamedTuple):
     port: int
     pid: Optional[int] = None
     start_line: Dict[str, Any] = {}  # noqa: RUF012 (never changed)
+    start_ms: float = 0.0  # from fork(2) until it accepted, give or take _LOOK_S
 
 
 class Relay(NamedTuple):
@@ -93,9 +94,10 @@ def command(python: str, program: Path, extra: Sequence[str]) -> List[str]:
 def _tsproxy(bed: Bed, options: Sequence[str], target: int) -> Iterator[Running]:
     output = bed.directory / "tsproxy.out"
     words = [*bed.tsproxy, f"--target=127.0.0.1:{target}", "--port=0", *options]
+    began = time.monotonic()
     with program(words, bed.cpus, output) as child:
         line = _wait(child, lambda: _start_line(output), output)
-        yield Running(line["listen_port"], child.pid, line)
+        yield Running(line["listen_port"], child.pid, line, (time.monotonic() - began) * 1000)
 
 
 def _start_line(output: Path) -> Optional[Dict[str, Any]]:
@@ -111,9 +113,11 @@ def _start_line(output: Path) -> Optional[Dict[str, Any]]:
 def _peer(bed: Bed, make: peers.Command, workers: int, target: int) -> Iterator[Running]:
     port = _free_port()
     output = bed.directory / "peer.out"
-    with program(make(bed.directory, port, target, workers), bed.cpus, output) as child:
+    words = make(bed.directory, port, target, workers)
+    began = time.monotonic()
+    with program(words, bed.cpus, output) as child:
         _wait(child, lambda: _accepts(port), output)
-        yield Running(port, child.pid)
+        yield Running(port, child.pid, start_ms=(time.monotonic() - began) * 1000)
 
 
 def _free_port() -> int:

@@ -22,6 +22,12 @@ def cpu_seconds(pid: int) -> float:
     return sum(map(_cpu_ticks, family(pid))) / os.sysconf("SC_CLK_TCK")
 
 
+def running_ms(pid: int) -> float:
+    """The same in finer steps, but for processes that have ended. 0 where the kernel keeps no schedstat."""
+    tasks = [task for member in family(pid) for task in Path(f"/proc/{member}/task").glob("*/schedstat")]
+    return sum(int(task.read_text().split()[0]) for task in tasks) / 1e6
+
+
 def family(pid: int) -> List[int]:
     """The process and its descendants."""
     children, found = _children(), [pid]

@@ -30,6 +30,7 @@ SMALL = {
     "throughput": ["--seconds=0.1", "--sizes=64,65536"],
     "connections": ["--seconds=0.1", "--idle=20", "--clients=2"],
     "workers": ["--seconds=0.1", "--workers=1,2", "--connections=2"],
+    "startup": ["--seconds=0.1", "--workers=1,2"],
     "fairness": [
         "--seconds=0.1",
         "--warm-up=0.1",

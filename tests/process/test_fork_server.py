@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Dict, cast
 
 import pytest
 from _tsproxy.linux import wakeup
 from _tsproxy.supervisor import fork_server
+from _tsproxy.supervisor.worker_args import WorkerShared
 from handover import hand_over, listeners
 from harness import Exchange, children, receive_exactly, wait_until
 from hypothesis import given
@@ -50,7 +53,7 @@ def test_a_worker_that_any_signal_kills_is_named_and_replaced(start: Any, echoin
 def test_an_exit_of_the_fork_server_that_is_found_by_the_way_wakes_the_main_thread() -> None:
     """Whoever asks whether a worker runs reads the reports, and the descriptor is not readable any more."""
     exited = wakeup.create()
-    server = fork_server.ForkServer(set(), exited)
+    server = fork_server.ForkServer(cast(WorkerShared, SimpleNamespace(fds=set(exited), exited=exited)))
     (pid,) = server.pids
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not server.can_start)
@@ -59,6 +62,24 @@ def test_an_exit_of_the_fork_server_that_is_found_by_the_way_wakes_the_main_thre
     server._control.close()
     server._events.close()
     exited.close()
+
+
+def memory_kib(pid: int) -> Dict[str, int]:
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    return {name: int(value.split()[0]) for name, value in (line.split(":") for line in lines)}
+
+
+def test_a_worker_shares_most_of_its_memory_with_the_fork_server(start: Any, echoing: Exchange) -> None:
+    """A garbage collection in either of them would write to nearly all of it, and give each a copy of its own."""
+    proxy = start(echoing, "--runtime=processes", "--workers=2")
+    with proxy.connect() as client:
+        client.sendall(b"x")
+        assert receive_exactly(client, 1) == b"x"
+        (fork_server_pid,) = children(proxy.process.pid)
+        for worker in children(fork_server_pid):
+            found = memory_kib(worker)
+            assert found["Private_Dirty"] < found["Anonymous"] / 3
+    assert proxy.stop() == 0
 
 
 def test_ten_thousand_networks_may_be_allowed(start: Any, echoing: Exchange) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import dataclasses
 import hashlib
 import os
 import re
@@ -185,7 +184,7 @@ def test_the_words_of_a_config_make_that_config_again(
         given_options = [option for option in given_options if not option.startswith("--workers")]
     made = parsed(T, "--target=[fe80::1%eth0]:9", *given_options, *switches, *more)
     again = parsed(*words(made))
-    assert dataclasses.replace(again, listen_options=made.listen_options) == made
+    assert again._replace(listen_options=made.listen_options) == made
 
 
 def test_only_options_that_differ_from_their_defaults_become_words() -> None:
@@ -722,7 +721,7 @@ def test_the_service_is_started_with_the_options_that_were_given(more: Tuple[str
     started = setting(service, "ExecStart")[0].replace("%%", "%").replace("$$", "$").split()
     assert started[:4] == ["/usr/bin/python3", "-I", "-S", "/usr/local/bin/tsproxy"]
     policy = parsed(T, *given_options)
-    assert parsed(*started[4:]) == dataclasses.replace(policy, user=None)
+    assert parsed(*started[4:]) == policy._replace(user=None)
     assert setting(service, "User") == ([policy.user] if policy.user else [])
     assert setting(service, "DynamicUser") == ([] if policy.user else ["yes"])
     assert setting(service, "LimitNOFILE") == [str(descriptors_for(policy.max_connections, policy.workers))]
@@ -873,7 +872,7 @@ def test_docker_is_told_to_switch_timestamps_off_and_to_take_all_else_away(docke
     assert int(run[run.index("--stop-timeout") + 1]) > 90.5
     program = parsed(*run[run.index("tsproxy", run.index("--stop-timeout")) + 1 :])
     policy = parsed(T, *DOCKER_OPTIONS)
-    assert program == dataclasses.replace(policy, bind="::", user=None)
+    assert program == policy._replace(bind="::", user=None)
 
 
 def test_docker_knows_each_flag_that_it_is_given(docker: Docker) -> None:
@@ -997,7 +996,7 @@ def test_pods_are_started_with_the_options_that_were_given() -> None:
     )
     spec = pod(*given_options, "--user=nobody")
     (container,) = spec["containers"]
-    assert parsed(*container["args"]) == dataclasses.replace(parsed(T, *given_options), bind="::")
+    assert parsed(*container["args"]) == parsed(T, *given_options)._replace(bind="::")
     assert container["ports"][0]["containerPort"] == 9000
     assert container["resources"]["requests"]["cpu"] == "200"
     assert spec["terminationGracePeriodSeconds"] > 90.5 + int(container["lifecycle"]["preStop"]["exec"]["command"][1])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from dataclasses import dataclass
 from typing import Any, Callable, Dict, FrozenSet, List, Mapping, NamedTuple, Optional, Tuple, Union
 
 IPNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
@@ -55,8 +54,7 @@ class Target(NamedTuple):
         return f"[{self.host}{zone}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     """The options, validated. Times are in the unit of the name; 0 means off where a time may be off."""
 
     targets: Tuple[Target, ...]

@@ -7,7 +7,6 @@ options that are well formed.
 
 from __future__ import annotations
 
-import difflib
 import re
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Set, Tuple
 
@@ -26,8 +25,9 @@ class ManualOption(NamedTuple):
 def options_of(manual: str) -> Dict[str, ManualOption]:
     """Each spelling ("-p", "--port") -> the option, read from the manual's option lines."""
     table: Dict[str, ManualOption] = {}
+    repeated = set(re.findall(r"(--[a-z-]+)=\S+?\.\.\.", manual))
     for short, name, argument in re.findall(r"^  +(?:(-\w),? )?(--[a-z-]+)(?:=(<\S+?>))?(?:  |$)", manual, re.M):
-        option = ManualOption(name, argument, re.search(rf"{name}=\S+?\.\.\.", manual) is not None)
+        option = ManualOption(name, argument, name in repeated)
         table.update({spelling: option for spelling in (short, name) if spelling})
     return table
 
@@ -41,10 +41,18 @@ def read(manual: str, args: Sequence[str], docopt: Callable[..., Dict[str, Any]]
     """docopt's dictionary of a command line. UsageError with the one line to print."""
     normalized = normalize(manual, args)
     try:
-        options = docopt(manual, normalized, default_help=False)
+        options = docopt(_excerpt(manual, normalized), normalized, default_help=False)
     except SystemExit:
         raise UsageError(unusable(manual, normalized)) from None
-    return {**options, **_repeated(manual, normalized)}
+    return {**dict.fromkeys(commands_of(manual), False), **options, **_repeated(manual, normalized)}
+
+
+def _excerpt(manual: str, normalized: Sequence[str]) -> str:
+    """For relaying, the manual without the other usage lines: docopt multiplies them out, which takes 7 ms of a start."""
+    if not all(arg.startswith("--") for arg in normalized) or normalized in (["--help"], ["--version"]):
+        return manual
+    others = {f"  {usage}" for usage in usages(manual)[1:]}
+    return "\n".join(line for line in manual.split("\n") if line not in others)
 
 
 def _repeated(manual: str, normalized: Sequence[str]) -> Dict[str, List[str]]:
@@ -131,6 +139,8 @@ def _value(option: ManualOption, args: List[str]) -> str:
 
 
 def _did_you_mean(name: str, candidates: Dict[str, ManualOption] | Tuple[str, ...]) -> str:
+    import difflib
+
     longer = [other for other in candidates if name.strip("-") and other.startswith(name)]
     close = longer or difflib.get_close_matches(name, list(candidates), 1, 0.7)
     return f"; did you mean {' or '.join(close)}?" if close else "; see --help"

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import pickle
 import select
 import signal
 import socket
@@ -24,15 +23,16 @@ import struct
 import time
 from typing import Dict, List, Optional, Set
 
-from _tsproxy.linux import children, inherited, memory, uapi
+from _tsproxy.linux import children, inherited, uapi
 from _tsproxy.linux.devnull import open_devnull
 from _tsproxy.linux.needs import Refused, needing
 from _tsproxy.linux.wakeup import Wakeup
 from _tsproxy.proxy.inbox import Channel, ChannelProducer
-from _tsproxy.supervisor.worker_args import WorkerArgs, run_worker
+from _tsproxy.supervisor.worker_args import WorkerArgs, WorkerShared, run_worker
 
 _LAST_S = 2.0
 _ANSWER_S = 1.0
+_REQUEST = struct.Struct("=H")  # worker's number
 _REPORT = struct.Struct("=HBi")  # worker's number, one of the next line, wait status or errno
 _STARTED, _REFUSED, _EXITED, _FAILED = range(4)
 _LONGEST = 256  # behind _FAILED comes why
@@ -41,14 +41,14 @@ _LONGEST = 256  # behind _FAILED comes why
 class ForkServer:
     """The main process's handle on it."""
 
-    def __init__(self, kept: Set[int], exited: Wakeup) -> None:
-        """Fork it now: no thread may have been started. `kept` are the descriptors that workers need; others are closed.
+    def __init__(self, shared: WorkerShared) -> None:
+        """Fork it now: no thread may have been started. Descriptors that are not in `shared` are closed in it.
 
-        `exited` is rung for each worker that exits, and when the fork server itself does.
+        `shared.exited` is rung for each worker that exits, and when the fork server itself does.
         """
         with needing("socketpair(2)", "to start workers as processes"):
             self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._exited = exited
+        self._exited = shared.exited
         self._alive: Set[int] = set()
         self._exit_statuses: Dict[int, str] = {}
         self._exit_pipes: Dict[int, int] = {}  # worker's number -> our end of its pipe
@@ -57,7 +57,7 @@ class ForkServer:
         with needing("fork(2)", "to start workers as processes"):
             self._pid = children.fork_ignoring_signals()
         if self._pid == 0:
-            _run_fork_server(theirs, kept | {*exited, theirs.fileno()}, exited)
+            _run_fork_server(theirs, shared)
         theirs.close()
         self._control.setblocking(False)
         with needing("epoll_create1(2) or epoll_ctl(2)", "to watch the workers"):
@@ -80,21 +80,19 @@ class ForkServer:
         """
         exit_pipe = self._new_exit_pipe(args.number)
         try:
-            self._request(args, [inbox.theirs.fileno(), exit_pipe, *args.listeners])
+            self._request(args.number, [inbox.theirs.fileno(), exit_pipe, *args.listeners])
         finally:
             os.close(exit_pipe)
         self._alive.add(args.number)
         self._await_answer(args.number)
 
-    def _request(self, args: WorkerArgs, fds: List[int]) -> None:
-        self._answers.pop(args.number, None)
+    def _request(self, number: int, fds: List[int]) -> None:
+        """What else the worker needs, the fork server has from its own fork(2)."""
+        self._answers.pop(number, None)
         self._control.setblocking(True)
         try:
-            with open(memory.create("tsproxy-args", 0), "w+b") as text:  # a message has no room for 3,000 --allow
-                pickle.dump(args, text)
-                text.flush()
-                with needing("sendmsg(2)", "to start a worker"):
-                    socket.send_fds(self._control, [b"."], [text.fileno(), *fds])
+            with needing("sendmsg(2)", "to start a worker"):
+                socket.send_fds(self._control, [_REQUEST.pack(number)], fds)
         except Refused as problem:
             if problem.errno not in (errno.EPIPE, errno.ECONNRESET):  # then the exit pipe is hung up at once
                 raise
@@ -211,16 +209,16 @@ def _exit_status(status: int) -> str:
 # In the fork server's process
 
 
-def _run_fork_server(control: socket.socket, kept: Set[int], exited: Wakeup) -> None:
+def _run_fork_server(control: socket.socket, shared: WorkerShared) -> None:
     """All that the child does. Never returns."""
     code = 1
     try:
-        _close_all_but(kept)
-        _serve(control, exited)
+        _close_all_but({*shared.fds, control.fileno()})
+        _serve(control, shared)
         code = 0
     except OSError as problem:
         why = problem.strerror or str(problem)
-        _report(control, exited, _REPORT.pack(0, _FAILED, 0) + why.encode()[: _LONGEST - _REPORT.size])
+        _report(control, shared.exited, _REPORT.pack(0, _FAILED, 0) + why.encode()[: _LONGEST - _REPORT.size])
     finally:
         os._exit(code)
 
@@ -235,7 +233,7 @@ def _close_all_but(kept: Set[int]) -> None:
     os.close(devnull)
 
 
-def _serve(control: socket.socket, exited: Wakeup) -> None:
+def _serve(control: socket.socket, shared: WorkerShared) -> None:
     """Fork what is requested and report what has exited, until EOF: the main process is gone."""
     with needing("pipe2(2)", "to see workers end"):
         child_signals, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -250,17 +248,18 @@ def _serve(control: socket.socket, exited: Wakeup) -> None:
         ready = {fd for fd, _ in events.poll()}
         if child_signals in ready:
             os.read(child_signals, 4096)
-            _reap(workers, control, exited)
+            _reap(workers, control, shared.exited)
         if requests in ready:
             with needing("recvmsg(2)", "to receive requests for workers"):
-                request, fds, _, _ = socket.recv_fds(control, 1, uapi.SCM_MAX_FD)
+                request, fds, _, _ = socket.recv_fds(control, _REQUEST.size, uapi.SCM_MAX_FD)
             if not request:
                 _end_workers(workers, child_signals)
                 return
-            args = _load(fds.pop(0))
+            (number,) = _REQUEST.unpack(request)
+            args = WorkerArgs(number, shared, Channel(fds[0]), tuple(fds[2:]))
             refusal = _fork(args, fds, workers, {requests, child_signals, wake})
-            report = _REPORT.pack(args.number, _REFUSED if refusal else _STARTED, refusal)
-            _report(control, exited if refusal else None, report)
+            report = _REPORT.pack(number, _REFUSED if refusal else _STARTED, refusal)
+            _report(control, shared.exited if refusal else None, report)
 
 
 def _end_workers(workers: Dict[int, int], child_signals: int) -> None:
@@ -288,13 +287,6 @@ def _wait_for(workers: Dict[int, int]) -> Dict[int, int]:
     return found
 
 
-def _load(fd: int) -> WorkerArgs:
-    with open(fd, "rb") as text:
-        text.seek(0)  # the offset is shared with the writer's descriptor
-        args: WorkerArgs = pickle.load(text)  # noqa: S301 -- from our own parent, by a socket pair
-    return args
-
-
 def _fork(args: WorkerArgs, fds: List[int], workers: Dict[int, int], private: Set[int]) -> int:
     """0, or the errno of fork(2): EAGAIN (too many tasks) or ENOMEM.
 
@@ -310,7 +302,7 @@ def _fork(args: WorkerArgs, fds: List[int], workers: Dict[int, int], private: Se
         signal.set_wakeup_fd(-1)
         for fd in private:
             os.close(fd)
-        _be_worker(args._replace(inbox=Channel(fds[0]), listeners=tuple(fds[2:])))
+        _be_worker(args)
     if not refusal:
         workers[pid] = args.number
     for fd in fds:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import marshal
 import os
+from typing import Any
 
 import _tsproxy
+
+_LOADER = "_tsproxy.tools.bundle_loader"
 
 
 def find() -> str:
@@ -16,3 +20,9 @@ def find() -> str:
 def is_bundle() -> bool:
     """Whether the modules came out of the single file."""
     return hasattr(_tsproxy.__loader__, "bundled")
+
+
+def compiled() -> bytes:
+    """Of a bundle, marshalled: the code of its loader, and what the loader has compiled so far. Else empty."""
+    loader: Any = _tsproxy.__loader__
+    return marshal.dumps((loader.get_code(_LOADER), loader.compiled)) if is_bundle() else b""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import select
 import signal
 import socket
@@ -61,6 +60,8 @@ class Resolver:
         if not self._may_change:
             self.resolve()
             return True
+        import pickle  # 0.3 MiB that a target that is an address does not need
+
         reader, writer = os.pipe2(os.O_CLOEXEC)
         with open(reader, "rb") as answer:
             try:
@@ -87,6 +88,8 @@ class Resolver:
 
     def _be_the_child(self, writer: int) -> None:
         """Never returns."""
+        import pickle
+
         try:
             with contextlib.suppress(OSError):
                 namespaces.set_parent_death_signal(signal.SIGKILL)
@@ -176,5 +179,5 @@ def _comes_before_termination(fd: int, signals: Signals) -> bool:
 def _lookup(target: Target) -> List[Address]:
     host = f"{target.host}%{target.scope}" if target.scope else target.host
     flags = socket.AI_NUMERICHOST if target.is_literal else 0
-    answers = socket.getaddrinfo(host, target.port, type=socket.SOCK_STREAM, flags=flags)
+    answers = socket.getaddrinfo(host.encode(), target.port, type=socket.SOCK_STREAM, flags=flags)
     return [from_sockaddr(family, sockaddr) for family, _, _, _, sockaddr in answers]  # type: ignore[arg-type, unused-ignore]

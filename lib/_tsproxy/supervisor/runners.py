@@ -6,7 +6,6 @@ Knows how to start one and how to see that it has exited. Knows nothing of what 
 from __future__ import annotations
 
 import os
-import pickle
 import sys
 import threading
 import time
@@ -105,7 +104,9 @@ class InterpreterRunner(ThreadRunner):
             raise RuntimeError(failure.formatted)
 
     def _variables(self) -> Dict[str, object]:
-        return {**_path(), "origin": origin.find(), "bundled": origin.is_bundle(), "args": pickle.dumps(self._own_args())}
+        import pickle  # a process and a thread are not sent their arguments
+
+        return {**_path(), "origin": origin.find(), "compiled": origin.compiled(), "args": pickle.dumps(self._own_args())}
 
 
 def _path() -> Dict[str, object]:
@@ -118,9 +119,15 @@ import sys
 sys.path[:] = path.split(chr(0))
 """
 _IN_INTERPRETER = f"""{_SET_PATH}
-import runpy
-if bundled:
-    runpy.run_path(origin)
+import gc
+gc.disable()
+if compiled:
+    import marshal
+    loader, modules = marshal.loads(compiled)
+    names = dict(__name__="bundle_loader")
+    exec(loader, names)
+    names["install"](origin, dict(), modules)
+    del compiled, loader, modules, names
 else:
     sys.path.insert(0, origin)
 import pickle
@@ -180,7 +187,7 @@ def have_interpreters() -> bool:
     except Exception:  # _interpreters.InterpreterError among others: this user may not read Python's own files
         return False
     try:
-        return interpreters.exec(own, f"{_SET_PATH}import mmap, select, socket, selectors, pickle", _path()) is None
+        return interpreters.exec(own, f"{_SET_PATH}import mmap, select, struct, _socket, _pickle", _path()) is None
     finally:
         interpreters.destroy(own)
 

@@ -14,7 +14,7 @@ from typing import Callable, List
 
 from _tsproxy.cli import exits
 from _tsproxy.cli.config import Config
-from _tsproxy.linux import children, inherited, systemd, uapi
+from _tsproxy.linux import children, heap, inherited, systemd, uapi
 from _tsproxy.linux.needs import needing
 from _tsproxy.linux.systemd import Notifier
 from _tsproxy.loop.event_loop import EventLoop
@@ -43,7 +43,7 @@ _STOP_ACCEPTING_S = 1.0  # a worker that has not stopped by then is stuck
 _HANDSHAKE_S = 3.0  # a client of a shared port whose handshake takes longer is reset
 _KILL_S = 5.0
 _LAST_S = _KILL_S + 4.0  # that, the last lines, and a margin
-_MOST_LISTENERS = uapi.SCM_MAX_FD - 3  # of a worker: its arguments, inbox and exit pipe go in the same message
+_MOST_LISTENERS = uapi.SCM_MAX_FD - 2  # of a worker: its inbox and exit pipe go in the same message
 _STDOUT = 1  # by number: sys.stdout is None when it was closed at the start
 
 
@@ -55,7 +55,9 @@ def serve(config: Config) -> int:
         signals = Signals()
     inherited.unblock_signals()
     notifier = Notifier(os.environ, os.getpid())
-    return Supervisor(startup.prepare(config, os.environ, notifier, signals), notifier, signals).run()
+    prepared = startup.prepare(config, os.environ, notifier, signals)
+    heap.prepare_fork()
+    return Supervisor(prepared, notifier, signals).run()
 
 
 class Supervisor:

@@ -10,7 +10,6 @@ import contextlib
 import os
 import pwd
 import socket
-from dataclasses import replace
 from typing import List, Mapping, NamedTuple, Optional, Tuple
 
 from _tsproxy.cli import exits
@@ -67,7 +66,7 @@ def prepare(config: Config, environment: Mapping[str, str], notifier: systemd.No
     _renounce(account)
     if account:
         runtime = _runtime(config)  # again: the user may have no right to read the Python that an interpreter starts from
-    config = replace(config, runtime=runtime)
+    config = config._replace(runtime=runtime)
     evidence, records = Evidence.create(), RecordPipe.create()
     counters = SharedCounters.create(config.workers, slots_for(config.max_connections, config.max_connections_per_client))
     shared = WorkerShared(

@@ -83,8 +83,7 @@ def _prepare_thread(args: WorkerArgs) -> None:
     """Pin it, and switch the collector off: nothing on the hot path makes a cycle, and a collection is a pause."""
     if args.shared.config.cpus:
         cpus.pin_this_thread(args.shared.config.cpus[args.number])
-    gc.collect()
-    gc.freeze()
+    gc.freeze()  # without a collection before: what it would find is less than the pages that it would write to
     gc.disable()
 
 

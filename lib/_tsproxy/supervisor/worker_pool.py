@@ -69,7 +69,7 @@ class WorkerPool:
     ) -> None:
         """With `listeners` the only worker accepts by itself, from start_accepting() on."""
         self._loop, self._observer, self._shared, self._counters = loop, observer, shared, counters
-        self._fork_server = ForkServer(shared.fds, shared.exited) if shared.config.runtime == "processes" else None
+        self._fork_server = ForkServer(shared) if shared.config.runtime == "processes" else None
         self.accepts = bool(listeners)
         fds = tuple(sock.fileno() for sock in listeners)
         self._slots = [self._make_slot(number, fds) for number in range(shared.config.workers)]

@@ -1,7 +1,8 @@
 """Imports from text: what a bundle holds is found and loaded here, and nothing is compiled before it is imported.
 
-Running or importing a bundle installs this; importing it does nothing else. So another interpreter has the same modules
-after `runpy.run_path(path)`, where path is the `__file__` of any module that came from the bundle.
+Running or importing a bundle installs this; importing it does nothing else. So `runpy.run_path(path)` gives another
+interpreter the modules, where path is the `__file__` of any that came from the bundle; `compiled` gives it those that this
+one has imported, without to read or to compile the file again, which somebody may have replaced meanwhile.
 
 This text stands in each bundle twice: live, to load the rest, and as one of the modules. So it has no `from __future__`
 line, which may stand at the top of a script only.
@@ -20,8 +21,10 @@ Files = Dict[str, Tuple[int, str]]  # path -> (the bundle's line where its text 
 class Bundle:
     """Finder and loader (importlib.abc) of the modules in one bundle. Their `__file__` is `path`, the bundle's."""
 
-    def __init__(self, path: str, bundled: Files) -> None:
+    def __init__(self, path: str, bundled: Files, compiled: Optional[Dict[str, CodeType]] = None) -> None:
+        """`compiled` has what another interpreter's Bundle has compiled: those modules need no text."""
         self.path, self.bundled = os.path.abspath(path), bundled
+        self.compiled = {} if compiled is None else compiled  # path in the bundle -> code
 
     def find_spec(
         self, name: str, path: Optional[Sequence[str]] = None, target: Optional[ModuleType] = None
@@ -42,8 +45,19 @@ class Bundle:
 
     def get_code(self, name: str) -> CodeType:
         """The code, at the lines where its text stands in the bundle: for tracebacks, debuggers and `inspect`."""
-        line, text = self._held(name)
-        return compile("\n" * (line - 2) + text, self.path, "exec", dont_inherit=True)
+        place = self._place(name) or ""
+        if place in self.compiled:
+            return self.compiled[place]
+        code = self._compile(*self._held(name))
+        if sys.version_info >= (3, 13):  # for other interpreters, which older Pythons can't have: 0.3 MiB
+            self.compiled[place] = code
+        return code
+
+    def _compile(self, line: int, text: str) -> CodeType:
+        try:
+            return _moved(compile(text, self.path, "exec", dont_inherit=True), line - 2)
+        except SyntaxError:  # at a line of its own as well
+            return compile("\n" * (line - 2) + text, self.path, "exec", dont_inherit=True)
 
     def get_source(self, name: str) -> str:
         """The module's text as it was before bundling."""
@@ -58,14 +72,21 @@ class Bundle:
         return Resources(self.bundled, name.replace(".", "/"))
 
     def _held(self, name: str) -> Tuple[int, str]:
-        place = self._place(name)
-        if place is None:
+        held = self.bundled.get(self._place(name) or "")
+        if held is None:
             raise ImportError(f"{name} is not in {self.path}", name=name)
-        return self.bundled[place]
+        return held
 
     def _place(self, name: str) -> Optional[str]:
         stem = name.replace(".", "/")
-        return next((place for place in (f"{stem}/__init__.py", f"{stem}.py") if place in self.bundled), None)
+        places = (f"{stem}/__init__.py", f"{stem}.py")
+        return next((place for place in places if place in self.bundled or place in self.compiled), None)
+
+
+def _moved(code: CodeType, lines: int) -> CodeType:
+    """The code as if so many empty lines stood before it; to compile those as well takes 6 ms of a start."""
+    inside = tuple(_moved(const, lines) if isinstance(const, CodeType) else const for const in code.co_consts)
+    return code.replace(co_firstlineno=code.co_firstlineno + lines, co_consts=inside)
 
 
 class Resources:
@@ -82,7 +103,7 @@ class Resources:
         return io.BytesIO(self._bundled[place][1][1:].encode())
 
 
-def install(path: str, bundled: Files) -> None:
+def install(path: str, bundled: Files, compiled: Optional[Dict[str, CodeType]] = None) -> None:
     """Let `import` look here first. Where a bundle is installed already nothing changes: its modules are in use."""
     if not any(hasattr(finder, "bundled") for finder in sys.meta_path):
-        sys.meta_path.insert(0, Bundle(path, bundled))
+        sys.meta_path.insert(0, Bundle(path, bundled, compiled))

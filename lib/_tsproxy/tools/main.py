@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import sys
 from typing import Any, Callable, Dict, List, Tuple, Union
@@ -31,6 +32,7 @@ def run(manual: str, words: List[str], docopt: Docopt) -> int:
     try:
         options = parser.read(manual, words, docopt)
         if any(options[name] for name in parser.commands_of(manual)):
+            gc.enable()
             inherited.unblock_signals()  # relaying does so once it has its handlers
         code = _dispatch(options, manual)
         if sys.stdout is not None:

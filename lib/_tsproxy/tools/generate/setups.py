@@ -5,7 +5,6 @@ Knows which template makes which set-up. Knows nothing of what may be asked for:
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import pwd
@@ -74,7 +73,7 @@ def netns(config: Config) -> str:
         ADDRESS='"10.203.116.2 fd74:7370::2"' if ipv6 else "10.203.116.2",
         GATEWAY='"10.203.116.1 fd74:7370::1"' if ipv6 else "10.203.116.1",
         OPTIONS=_inside_namespace(config),
-        RUN=_inside_namespace(dataclasses.replace(config, user=config.user or "nobody")),
+        RUN=_inside_namespace(config._replace(user=config.user or "nobody")),
         LISTEN=_listening(config),
     )
 
@@ -183,7 +182,7 @@ def _pod_owner(config: Config) -> Tuple[int, int]:
 
 def _inside_container(config: Config) -> List[str]:
     """tsproxy's options in a container: it listens on all of its addresses, and is unprivileged from the start."""
-    return words(dataclasses.replace(config, bind="::" if ":" in config.bind else "0.0.0.0", user=None))
+    return words(config._replace(bind="::" if ":" in config.bind else "0.0.0.0", user=None))
 
 
 def _yaml_list(inside: List[str]) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, Iterator, List, Sequence
 
 from _tsproxy.cli.config import OPTIONS, REPEATED, Config, usable_cpus
 
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Config)}
+_DEFAULTS = Config._field_defaults
 
 
 def words(config: Config, without: Sequence[str] = ()) -> List[str]:
