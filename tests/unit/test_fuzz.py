@@ -131,8 +131,8 @@ def test_a_value_that_is_taken_is_the_same_when_it_is_written_again(option: str,
     if wanted is None:
         return
     again = config.parse(parser.read(MANUAL, words_of(wanted), docopt))
-    meant = {**vars(wanted), "listen_options": ()}  # which of them were given is not to be seen in a value
-    assert {**vars(again), "listen_options": ()} == meant
+    meant = {**wanted._asdict(), "listen_options": ()}  # which of them were given is not to be seen in a value
+    assert {**again._asdict(), "listen_options": ()} == meant
 
 
 @pytest.mark.parametrize("option", ["--port", "--workers", "--max-connections", "--static-timestamp"])

@@ -80,7 +80,8 @@ class Connector:
             at, allowed = self._choose()
             if allowed is None and self._wait_for_gate():
                 return
-            packed, self._candidates = self._candidates[at : at + PACKED_SIZE], _without(self._candidates, at)
+            packed = self._candidates[at : at + PACKED_SIZE]
+            self._candidates = self._candidates[:at] + self._candidates[at + PACKED_SIZE :]
             if allowed and self._send_syn(packed):
                 return
             if not allowed:
@@ -253,11 +254,6 @@ class Connector:
         self._context.loop.timers.disarm(self)
         self._context.registry.waiting.discard(self)
         del self._session
-
-
-def _without(candidates: bytes, at: int) -> bytes:
-    """The packed addresses without the one at this offset."""
-    return candidates[:at] + candidates[at + PACKED_SIZE :]
 
 
 def _ending_of(code: int) -> Ending:

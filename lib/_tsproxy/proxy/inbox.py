@@ -70,7 +70,13 @@ class Message(NamedTuple):
         command, fd, connection_id, accepted_ns, length, client_slot, client = _MESSAGE.unpack_from(data)
         upstreams = data[_MESSAGE.size : _MESSAGE.size + length]
         return cls(
-            _COMMANDS[command], fd if passed_fd is None else passed_fd, connection_id, accepted_ns, client, upstreams, client_slot
+            _COMMANDS[command],
+            fd if passed_fd is None else passed_fd,
+            connection_id,
+            accepted_ns,
+            client,
+            upstreams,
+            client_slot,
         )
 
 

@@ -64,7 +64,7 @@ class Session:
         self._context, self._message = context, message
         self._phase = CONNECTING
         self._client = sockets.from_fd(message.fd)
-        self._client_timestamps = sockets.has_timestamps(self._client)
+        self._client_timestamps: Optional[bool] = None  # not asked yet
         self._connector = Connector(self, context, message.upstreams, message.accepted_ns)
         self._directions: Tuple[Direction, ...] = ()  # to_upstream and to_downstream, while RELAYING
         self._upstream_timestamps: Optional[bool] = None
@@ -76,7 +76,6 @@ class Session:
 
     def start(self) -> None:
         """Begin to connect, and watch the client for ERR and HUP."""
-        self._context.count(Counter.DOWNSTREAM_TIMESTAMPS, int(self._client_timestamps))
         self._connector.connect()
         if self._phase is CONNECTING:
             self._context.loop.watch(self._message.fd, 0, self)
@@ -189,23 +188,31 @@ class Session:
         if not self._directions:
             return
         up, down = self._directions
-        if up.unacknowledged or down.unacknowledged:
+        if up.unacknowledged or down.unacknowledged or self._client_timestamps is None:
             self._look_at_peers()
         if not self._has_keepalive:  # not at connect(2): four system calls that most short connections need not pay for
             self._has_keepalive = True
             self._context.settings.tuning.set_keepalive(up.sink)
 
     def _look_at_peers(self) -> Peers:
-        """Read TCP_INFO of each direction's sink, and count acknowledged bytes; () while connecting."""
+        """Read TCP_INFO of each direction's sink; count acknowledged bytes, and the client's TSopt; () while connecting."""
         if not self._directions:
+            self._see_client(sockets.has_timestamps(self._client))
             return ()
         up, down = self._directions
         upstream, client = sockets.tcp_info(up.sink), sockets.tcp_info(down.sink)
+        self._see_client(client.timestamps)
         if up.unacknowledged:
             up.count_acknowledged(upstream.acknowledged)
         if down.unacknowledged:
             down.count_acknowledged(client.acknowledged)
         return upstream, client
+
+    def _see_client(self, timestamps: bool) -> None:
+        """Whether the client's connection negotiated TSopt: within a second, and at the end, when TCP_INFO is read anyway."""
+        if self._client_timestamps is None:
+            self._client_timestamps = timestamps
+            self._context.count(Counter.DOWNSTREAM_TIMESTAMPS, int(timestamps))
 
     def check_peers(self, now_ns: int) -> None:
         """See LiveSession. After both peers have acknowledged all, they are not checked until there is traffic again."""
