@@ -11,7 +11,7 @@ import pytest
 from _tsproxy.loop.event_loop import EventLoop
 from _tsproxy.loop.poller import READ
 from _tsproxy.loop.posted import BULK, ENDING, NEW, NOW
-from _tsproxy.loop.timers import TICK_NS, Timers
+from _tsproxy.loop.timers import NEVER_NS, TICK_NS, Timers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -249,7 +249,7 @@ def test_a_bug_that_a_handler_raises_again_ends_the_loop(stand: Stand, lane: int
     broken.peer.send(b"x")
     with pytest.raises(ValueError, match="a bug"):
         stand.loop.run_for(5000 * MS)
-    assert stand.loop.timers.next_ns() is None, "the end of run_for() is disarmed"
+    assert stand.loop.timers.next_ns == NEVER_NS, "the end of run_for() is disarmed"
 
 
 @pytest.mark.parametrize("contains", [True, False])
@@ -276,7 +276,7 @@ def test_run_for_returns_at_its_time_and_not_before(stand: Stand) -> None:
 def test_run_for_returns_as_soon_as_its_condition_holds_and_leaves_no_timer(stand: Stand) -> None:
     stand.pair().peer.send(b"x")
     stand.loop.run_for(60_000 * MS, lambda: bool(stand.handled))
-    assert stand.loop.timers.next_ns() is None
+    assert stand.loop.timers.next_ns == NEVER_NS
 
 
 def test_a_condition_that_holds_from_the_start_handles_nothing(stand: Stand) -> None:
@@ -366,12 +366,12 @@ def test_an_idle_loop_has_no_timer_of_its_own_and_a_blocked_one_reports_its_lag(
     with contextlib.ExitStack() as stack:
         loop = stack.enter_context(contextlib.closing(EventLoop(on_lag=lags.append)))
         loop.run_for(10 * MS)
-        assert loop.timers.next_ns() is None
+        assert loop.timers.next_ns == NEVER_NS
         lags.clear()
         probed: List[bool] = []
 
         def block() -> None:
-            probed.append((loop.timers.next_ns() or 0) <= loop.now + 100 * MS + TICK_NS)
+            probed.append(loop.timers.next_ns <= loop.now + 100 * MS + TICK_NS)
             time.sleep(0.15)  # beyond the time of the probe
 
         pair = Pair(0, NOW, [], block)

@@ -43,6 +43,9 @@ class Events:
     def on_flow(self) -> None:
         self.told.append(("flow", None))
 
+    def on_shut(self, direction: Direction) -> None:
+        self.told.append(("shut", None))
+
     def on_bug(self, bug: Exception) -> None:
         raise bug
 

@@ -348,7 +348,7 @@ def test_a_direction_that_fills_the_buffer_is_bulk_until_it_does_not(stand: Stan
         direction.ready(READABLE)
         lanes.append(direction.lane)
     assert lanes == [NOW, BULK, NOW, NOW]
-    context.loop.poller.forget(direction.fd)
+    context.loop.poller.interests.pop(direction.fd, None)
     direction.detach()
     back.detach()
     for sock in (near, source, sink, far):

@@ -11,7 +11,7 @@ import pytest
 from _tsproxy.linux.addresses import Address
 from _tsproxy.loop.poller import READ, WRITE, Poller
 from _tsproxy.loop.posted import NOW
-from _tsproxy.loop.timers import TICK_NS, Timers
+from _tsproxy.loop.timers import NEVER_NS, TICK_NS, Timers
 from _tsproxy.proxy.buffers import Buffers
 from _tsproxy.proxy.context import WorkerContext
 from _tsproxy.proxy.states import Event, Flow, IllegalTransition, Phase, flow_after, phase_after
@@ -91,9 +91,8 @@ def test_timers_fire_once_never_early_and_at_most_a_tick_late(script: List[Any],
         for owner in due:
             assert armed.pop(owner) <= now
         assert all(deadline > now - TICK_NS for deadline in armed.values())
-    left = timers.next_ns()
-    assert (left is None) == (not armed)
-    assert left is None or min(armed.values()) <= left < min(armed.values()) + TICK_NS
+    assert (timers.next_ns == NEVER_NS) == (not armed)
+    assert not armed or min(armed.values()) <= timers.next_ns < min(armed.values()) + TICK_NS
 
 
 def test_zero_interest_reports_a_hang_up_once_and_does_not_spin() -> None:

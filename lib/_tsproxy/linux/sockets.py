@@ -24,6 +24,7 @@ _LINGER_ZERO = struct.pack("ii", 1, 0)
 _KEEPALIVE_PROBES = 3
 _MOST_KEEPALIVE_PROBES, _LONGEST_KEEPALIVE_S = 127, 32767  # include/net/tcp.h, MAX_TCP_KEEPCNT and MAX_TCP_KEEPINTVL
 _LONGEST_SYN = 1024
+_USUAL_SYN = 120  # IPv4 with all its options, or IPv6 without extension headers; a small buffer is allocated faster
 _SHORTEST_RTO_MAX_MS = 1000  # TCP_RTO_MAX_MS takes no less
 # A relayed socket is a plain SocketType, which is all C: socket.socket adds makefile(), and Python frames to open and close.
 _STREAM = int(socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -58,8 +59,8 @@ def _tcp_info(raw: bytes) -> TcpInfo:
     if len(raw) < _SUMMARY_SIZE:
         raw = raw.ljust(_SUMMARY_SIZE, b"\0")  # an older kernel's is shorter
     state, options, unacked, rtt_us, retransmits, acknowledged, not_sent = _UNPACK_SUMMARY(raw)
-    timestamps, outstanding = options & _OPT_TIMESTAMPS != 0, unacked != 0 or not_sent != 0
-    return TcpInfo(timestamps, rtt_us, retransmits, acknowledged, outstanding, state == _CLOSE)
+    outstanding = unacked != 0 or not_sent != 0
+    return TcpInfo(options & _OPT_TIMESTAMPS != 0, rtt_us, retransmits, acknowledged, outstanding, state == _CLOSE)
 
 
 def segments_received(sock: SocketType) -> int:
@@ -194,10 +195,12 @@ def saved_syn(sock: SocketType) -> bytes:
     b"" if it was read before, if the connection came from a SYN cookie, or if the headers are longer than Python
     reads (1 KiB; EINVAL): a client may send many IPv6 extension headers.
     """
-    try:
-        return sock.getsockopt(_TCP, _SAVED_SYN, _LONGEST_SYN)
-    except OSError:
-        return b""
+    for size in (_USUAL_SYN, _LONGEST_SYN):  # with EINVAL the kernel keeps it
+        try:
+            return sock.getsockopt(_TCP, _SAVED_SYN, size)
+        except OSError:
+            continue
+    return b""
 
 
 def timestamp_clock(sock: SocketType) -> int:

@@ -17,7 +17,7 @@ from _tsproxy.loop.posted import BULK, ENDING, NOW, Posted
 from _tsproxy.loop.timers import Timers
 
 _PROBE_NS = 100_000_000
-_MAX_TIMEOUT_S = 86400.0  # epoll_wait(2) takes milliseconds as an int: 24.8 days would be too long
+_LONGEST_NS = 86_400_000_000_000  # epoll_wait(2) takes milliseconds as an int: 24.8 days would be too long
 
 
 class Handler(Protocol):
@@ -60,7 +60,8 @@ class EventLoop:
 
     def watch(self, fd: int, events: int, handler: Handler) -> None:
         """Call `handler` for these events of the descriptor from now on. No system call if they are the same as before."""
-        self.poller.set_interest(fd, events)
+        if self.poller.interests.get(fd) != events:
+            self.poller.set_interest(fd, events)
         self.handlers[fd] = handler
 
     def unwatch(self, fd: int) -> None:
@@ -73,8 +74,9 @@ class EventLoop:
         """Stop watching a socket now, and close(2) it at the end of the iteration."""
         fd = sock.fileno()
         self.handlers.pop(fd, None)
-        self.poller.forget(fd)
-        self.posted.drop(fd)
+        self.poller.interests.pop(fd, None)  # close(2) itself removes it from epoll
+        if fd in self.posted.masks:
+            self.posted.drop(fd)
         self.pending_close.append(sock)
 
     def after_close(self, call: Callable[[], None]) -> None:
@@ -94,11 +96,11 @@ class EventLoop:
         """Iterate until `until()` is true; it is called before each epoll_wait(2) when no posted event is left."""
         wait, handlers, clock = self.poller.wait, self.handlers, monotonic_ns
         timers, posted, waiting, probe = self.timers, self.posted, self.posted.masks, self._probe
-        last_event = self.now = clock()
+        last_event = now = self.now = clock()
         while waiting or not until():
-            due = timers.next_ns()
-            spins = bool(waiting) or self.now - last_event < self._spin_ns
-            events = wait(0 if spins else self._timeout_s(due), MAX_EVENTS)
+            due = timers.next_ns
+            spins = waiting or now - last_event < self._spin_ns
+            events = wait(0 if spins else self._timeout_s(due - now), MAX_EVENTS)
             now = self.now = clock()
             if events:
                 last_event = now
@@ -122,7 +124,7 @@ class EventLoop:
                 served = clock()
                 posted.serve(self._handle, served, served - now)
                 self.now = now
-            if due is not None and due <= now:
+            if due <= now:
                 self._expire(due)
             if self.pending_close:
                 self.close_pending()
@@ -136,9 +138,9 @@ class EventLoop:
         finally:
             self.timers.disarm(deadline)
 
-    def _timeout_s(self, due: Optional[int]) -> float:
-        """The timeout of epoll_wait(2); -1 is none."""
-        return -1 if due is None else min(max(0, due - self.now) / 1e9, _MAX_TIMEOUT_S)
+    def _timeout_s(self, left_ns: int) -> float:
+        """The timeout of epoll_wait(2)."""
+        return left_ns / 1e9 if 0 < left_ns < _LONGEST_NS else 0 if left_ns <= 0 else _LONGEST_NS / 1e9
 
     def _handle(self, fd: int, mask: int, since: int) -> None:
         """A posted event, whose descriptor was ready at `since`."""

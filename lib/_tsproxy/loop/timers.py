@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import heapq
-from typing import Dict, Iterator, List, Optional, Protocol, Set, Tuple
+from typing import Dict, Iterator, List, Protocol, Set, Tuple
 
 TICK_NS = 5_000_000
+NEVER_NS = 2**63 - 1
 
 
 class Timer(Protocol):
@@ -27,6 +28,7 @@ class Timers:
         self._buckets: Dict[int, Set[Timer]] = {}
         self._order: List[int] = []  # the keys of _buckets as a heap
         self._armed: Dict[Timer, int] = {}
+        self.next_ns = NEVER_NS  # the earliest deadline; an attribute, since the loop reads it in each iteration
 
     def arm(self, timer: Timer, deadline_ns: int, grain: int = 1) -> None:
         """Set or move the one deadline of `timer`, rounded up to a multiple of `grain` ticks.
@@ -41,18 +43,21 @@ class Timers:
             heapq.heappush(self._order, tick)
         self._buckets[tick].add(timer)
         self._armed[timer] = tick
+        self.next_ns = min(self.next_ns, tick * TICK_NS)
 
     def disarm(self, timer: Timer) -> None:
         """Remove the deadline of `timer`, if it has one."""
         tick = self._armed.pop(timer, None)
-        if tick in self._buckets:
-            self._buckets[tick].discard(timer)
+        if tick is not None and tick in self._buckets:
+            bucket = self._buckets[tick]
+            bucket.discard(timer)
+            if not bucket and tick * TICK_NS == self.next_ns:
+                self._find_next()
 
-    def next_ns(self) -> Optional[int]:
-        """The earliest deadline; None if no timer is armed."""
+    def _find_next(self) -> None:
         while self._order and not self._buckets[self._order[0]]:
             del self._buckets[heapq.heappop(self._order)]
-        return self._order[0] * TICK_NS if self._order else None
+        self.next_ns = self._order[0] * TICK_NS if self._order else NEVER_NS
 
     def due(self, now_ns: int) -> Iterator[Timer]:
         """The timers whose deadline has passed. Each is disarmed before it is yielded; one disarmed until then is not."""
@@ -60,6 +65,7 @@ class Timers:
         while self._order and self._order[0] * TICK_NS <= now_ns:
             tick = heapq.heappop(self._order)
             passed += [(timer, tick) for timer in self._buckets.pop(tick)]
+        self._find_next()
         for timer, tick in passed:
             if self._armed.get(timer) == tick:
                 del self._armed[timer]

@@ -24,7 +24,7 @@ from _tsproxy.proxy.context import WorkerContext
 from _tsproxy.proxy.liveness import Stall
 from _tsproxy.proxy.pending import Pending, PendingBuffer
 from _tsproxy.proxy.pipes import Pipe
-from _tsproxy.proxy.states import DRAINING, EOF, FLUSHED, OPEN, SHUT, flow_after
+from _tsproxy.proxy.states import EOF, FLUSHED, OPEN, SHUT, flow_after
 from _tsproxy.stats.counters import RELAY, Counter, observe
 from _tsproxy.stats.histogram import LINEAR_NS, STEP_NS, bucket
 
@@ -63,6 +63,10 @@ class SessionEvents(Protocol):
 
     def on_flow(self) -> None:
         """A direction's state or its pending bytes changed: so may the events and deadline to wait for."""
+        ...
+
+    def on_shut(self, direction: Direction) -> None:
+        """A direction has passed on the FIN of its source, and had nothing pending."""
         ...
 
     def on_bug(self, bug: Exception) -> None:
@@ -249,7 +253,8 @@ class Direction:
         else:
             self.note_relayed(self.pending_since)
             self._release_pending()
-            self._shut_if_drained()
+            if self.flow is OPEN or self._pass_on_fin():
+                self.session.on_flow()
 
     def _release_pending(self) -> None:
         """Release the buffer of pending bytes; they are sent, or discarded."""
@@ -295,29 +300,31 @@ class Direction:
 
     def count_acknowledged(self, total: int) -> None:
         """`total` is tcpi_bytes_acked of the sink. It counts our SYN too, and our FIN, which comes after all bytes."""
-        more = min(total - self.acknowledged_before - self.acknowledged, self.unacknowledged)
-        self.acknowledged += more
-        self.context.counters[self.counter_ids.acknowledged] += more
+        acknowledged = self.acknowledged
+        more = min(total - self.acknowledged_before, self.received - self.unsent) - acknowledged
+        if more:
+            self.acknowledged = acknowledged + more
+            self.context.counters[self.counter_ids.acknowledged] += more
 
     # Half-close
 
     def _end_of_file(self) -> None:
-        """EOF: shut down the sink when all bytes before it are sent."""
+        """EOF. Nothing is pending, since only then the source is read: pass on the FIN at once."""
         self.flow = flow_after(self.flow, EOF)
         self.last_active_ns = monotonic_ns()
-        self._shut_if_drained()
+        if self._pass_on_fin():
+            self.session.on_shut(self)
 
-    def _shut_if_drained(self) -> None:
+    def _pass_on_fin(self) -> bool:
         """After EOF, with no bytes pending: shutdown(2) of the sink. The second direction leaves its FIN to close(2)."""
-        if self.flow is DRAINING:
-            try:
-                if self.reverse.flow is not SHUT:
-                    self.sink.shutdown(socket.SHUT_WR)
-            except OSError as error:
-                self.session.on_broken_sink(self, error)
-                return
-            self.flow = flow_after(self.flow, FLUSHED)
-        self.session.on_flow()
+        try:
+            if self.reverse.flow is not SHUT:
+                self.sink.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            self.session.on_broken_sink(self, error)
+            return False
+        self.flow = flow_after(self.flow, FLUSHED)
+        return True
 
     # What to wait for
 

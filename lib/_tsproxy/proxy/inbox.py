@@ -222,6 +222,7 @@ class ChannelConsumer:
     def __init__(self, channel: Channel, row: memoryview) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=channel.fd)
         self._socket.setblocking(False)
+        self._buffers = [memoryview(bytearray(_SLOT))]
         self._row = row
         self.fileno = channel.fd
         self.has_more = False
@@ -229,10 +230,10 @@ class ChannelConsumer:
     def pop(self) -> Optional[Message]:
         """See Consumer. If the kernel could not pass the descriptor (EMFILE), `fd` is -1."""
         try:
-            data, ancillary, _, _ = self._socket.recvmsg(_SLOT, _ROOM, socket.MSG_CMSG_CLOEXEC)
+            length, ancillary, _, _ = self._socket.recvmsg_into(self._buffers, _ROOM, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return None
-        if not data:
+        if not length:
             return Message(Command.KILL)
         self._row[Counter.CONSUMED] += 1
-        return Message.decode(data, _RIGHT.unpack(ancillary[0][2])[0] if ancillary else -1)
+        return Message.decode(bytes(self._buffers[0][:length]), _RIGHT.unpack(ancillary[0][2])[0] if ancillary else -1)

@@ -37,8 +37,10 @@ from _tsproxy.stats.records import ConnectionRecord
 
 Peers = Tuple[TcpInfo, ...]  # of the upstream one, and of the client
 _Relayed = Tuple[bytes, Optional[int], int, int, int, int, int, int]
+_NOT_READABLE, _NOT_WRITABLE = ~(READABLE | MORE), ~WRITABLE  # events of the direction's sink, and of its source
 _CUTTING = frozenset({Ending.POLICY, Ending.BUG})  # always reset: bytes must not be sent, or may be incomplete
 _GRAINS_NS = 256 * TICK_NS  # an idle timeout may fire 1/256 of its length late, or one tick
+_CONNECTS_ENDED, _ENDED = int(Counter.CONNECTS_ENDED), int(Counter.ENDED)
 _ENDING_COUNTERS = {Ending.POLICY: Counter.POLICY_REFUSED, Ending.POLICY_DRIFT: Counter.POLICY_ENDED}
 
 
@@ -100,7 +102,8 @@ class Session:
         up, _ = self._directions = make_directions(self, context, self._client, upstream)
         up.acknowledged_before = info.acknowledged
         self._upstream_timestamps = info.timestamps
-        context.count(Counter.UPSTREAM_TIMESTAMPS, int(info.timestamps))
+        if info.timestamps:
+            context.count(Counter.UPSTREAM_TIMESTAMPS)
         if not context.gate.may_relay(upstream, info):
             self.end(Ending.POLICY)
             return
@@ -120,10 +123,9 @@ class Session:
 
     def on_event(self, direction: Direction, mask: int) -> None:
         """See SessionEvents: EPOLLOUT for the reverse direction's pending bytes, EPOLLIN, EPOLLHUP or EPOLLERR."""
-        reverse = direction.reverse
-        if mask & ~(READABLE | MORE) and reverse.pending is not None:
-            reverse.drain()
-        if mask & ~WRITABLE and direction.is_reading and self._phase is RELAYING:
+        if mask & _NOT_READABLE and direction.reverse.pending is not None:
+            direction.reverse.drain()
+        if mask & _NOT_WRITABLE and self._phase is RELAYING and direction.is_reading:
             direction.reader.readable()
             if mask & MORE and self._phase is RELAYING and direction.is_reading:
                 self._context.loop.poller.rearm(direction.fd)
@@ -145,8 +147,17 @@ class Session:
         if self._phase is RELAYING:
             watch = self._context.loop.watch
             up, down = self._directions
-            watch(up.fd, up.interest, up.splicer or up)
-            watch(down.fd, down.interest, down.splicer or down)
+            watch(up.fd, up.interest, up.reader)
+            watch(down.fd, down.interest, down.reader)
+            self._set_timer()
+
+    def on_shut(self, direction: Direction) -> None:
+        """See SessionEvents: what a descriptor waits for changes only if bytes of the reverse direction are pending."""
+        if direction.reverse.pending is not None:
+            self.on_flow()
+        elif self._is_complete:
+            self._end_if_acknowledged()
+        else:
             self._set_timer()
 
     @property
@@ -202,17 +213,16 @@ class Session:
         up, down = self._directions
         upstream, client = sockets.tcp_info(up.sink), sockets.tcp_info(down.sink)
         self._see_client(client.timestamps)
-        if up.unacknowledged:
-            up.count_acknowledged(upstream.acknowledged)
-        if down.unacknowledged:
-            down.count_acknowledged(client.acknowledged)
+        up.count_acknowledged(upstream.acknowledged)
+        down.count_acknowledged(client.acknowledged)
         return upstream, client
 
     def _see_client(self, timestamps: bool) -> None:
         """Whether the client's connection negotiated TSopt: within a second, and at the end, when TCP_INFO is read anyway."""
         if self._client_timestamps is None:
             self._client_timestamps = timestamps
-            self._context.count(Counter.DOWNSTREAM_TIMESTAMPS, int(timestamps))
+            if timestamps:
+                self._context.count(Counter.DOWNSTREAM_TIMESTAMPS)
 
     def check_peers(self, now_ns: int) -> None:
         """See LiveSession. After both peers have acknowledged all, they are not checked until there is traffic again."""
@@ -346,22 +356,26 @@ class Session:
         return left
 
     def _close_sockets(self, cut: bool) -> None:
-        context = self._context
-        for sock in [direction.source for direction in self._directions] or [self._client]:
+        loop, socks = self._context.loop, [self._client]
+        if self._directions:
+            up, down = self._directions
+            socks.append(down.source)
+            up.detach()
+            down.detach()
+        for sock in socks:
             if cut:
                 sockets.reset_on_close(sock)
-            context.loop.close_later(sock)
-        for direction in self._directions:
-            direction.detach()
-        context.loop.timers.disarm(self)
+            loop.close_later(sock)
+        loop.timers.disarm(self)
 
     def _count_end(self, ending: Ending) -> None:
-        context = self._context
+        context, counters = self._context, self._context.counters
         if ending in _ENDING_COUNTERS:
             context.count(_ENDING_COUNTERS[ending])
-        context.count(Counter.CONNECTS_ENDED, int(bool(self._directions)))
+        if self._directions:
+            counters[_CONNECTS_ENDED] += 1
         context.count_client(self._message.client_slot, ended=True)
-        context.count(Counter.ENDED)
+        counters[_ENDED] += 1
 
     def _record(self, ending: Ending, peers: Peers, left: int) -> ConnectionRecord:
         context, message, connector = self._context, self._message, self._connector

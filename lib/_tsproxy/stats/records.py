@@ -12,7 +12,7 @@ import struct
 import sys
 import termios
 import time
-from typing import Any, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Iterator, List, NamedTuple, Optional, Tuple, Union
 
 from _tsproxy.linux import uapi
 from _tsproxy.linux.addresses import PACKED_SIZE, is_packed
@@ -23,6 +23,7 @@ from _tsproxy.stats.endings import Ending
 _HEADER = struct.Struct("=HB")  # size of the whole frame, kind
 _CONNECTION, _NOTICE = 1, 2
 _BODY = struct.Struct(f"=HQq{PACKED_SIZE}sqBBbq{PACKED_SIZE}sqb{PACKED_SIZE}sqqQQQQQ")
+_CONNECTION_FRAME = struct.Struct(_HEADER.format + _BODY.format[1:])
 _NOTICE_BODY = struct.Struct("=HqB")
 _PIPE_BYTES = 1 << 20  # fs.pipe-max-size, what an unprivileged process may ask for
 _READ_BYTES = 1 << 16
@@ -68,34 +69,41 @@ class Notice(NamedTuple):
 Record = Union[ConnectionRecord, Notice]
 _ENDINGS = tuple(Ending)
 _BOOLEANS = {0: False, 1: True, -1: None}
-_ADDRESSES_OR_NONE = tuple(map(ConnectionRecord._fields.index, ("upstream", "upstream_local")))
-_NUMBERS_OR_NONE = tuple(  # None is -1 in a frame
-    position
-    for position, name in enumerate(ConnectionRecord._fields)
-    if name in ConnectionRecord._field_defaults and ConnectionRecord._field_defaults[name] is None
-    if position not in _ADDRESSES_OR_NONE
-)
-
-
-def _without_none(record: ConnectionRecord) -> List[Any]:
-    values: List[Any] = list(record)
-    for position in _ADDRESSES_OR_NONE:
-        values[position] = values[position] or _NO_ADDRESS
-    for position in _NUMBERS_OR_NONE:
-        if values[position] is None:
-            values[position] = -1
-    return values
 
 
 def encode(record: Record) -> bytes:
     """The frame of one record."""
     if isinstance(record, ConnectionRecord):
-        body, kind = _BODY.pack(*_without_none(record)), _CONNECTION
-    else:
-        text = record.message.encode("utf-8", "backslashreplace")[: uapi.PIPE_BUF - _HEADER.size - _NOTICE_BODY.size]
-        body = _NOTICE_BODY.pack(record.worker, record.at_ns, NOTICE_LEVELS.index(record.level)) + text
-        kind = _NOTICE
-    return _HEADER.pack(_HEADER.size + len(body), kind) + body
+        return _encode_connection(record)
+    text = record.message.encode("utf-8", "backslashreplace")[: uapi.PIPE_BUF - _HEADER.size - _NOTICE_BODY.size]
+    body = _NOTICE_BODY.pack(record.worker, record.at_ns, NOTICE_LEVELS.index(record.level)) + text
+    return _HEADER.pack(_HEADER.size + len(body), _NOTICE) + body
+
+
+def _encode_connection(record: ConnectionRecord) -> bytes:
+    """None is -1, or an address of zeros. Written out: it is done for each connection."""
+    (worker, connection_id, closed_at_ns, client, duration_us, ending, witness, client_timestamps, client_syn_tsval,
+     upstream, connect_us, upstream_timestamps, local, rtt_us, retransmits, *counts) = record  # fmt: skip
+    return _CONNECTION_FRAME.pack(
+        _CONNECTION_FRAME.size,
+        _CONNECTION,
+        worker,
+        connection_id,
+        closed_at_ns,
+        client,
+        duration_us,
+        ending,
+        witness,
+        -1 if client_timestamps is None else client_timestamps,
+        -1 if client_syn_tsval is None else client_syn_tsval,
+        upstream or _NO_ADDRESS,
+        -1 if connect_us is None else connect_us,
+        -1 if upstream_timestamps is None else upstream_timestamps,
+        local or _NO_ADDRESS,
+        -1 if rtt_us is None else rtt_us,
+        -1 if retransmits is None else retransmits,
+        *counts,
+    )
 
 
 def decode(data: bytes) -> Tuple[List[Record], bytes]:
