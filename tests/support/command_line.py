@@ -13,7 +13,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import pytest
 from _tsproxy import tools
 from _tsproxy.cli import config, parser
-from _tsproxy.cli.config import Config, Target, parse
+from _tsproxy.cli.config import Config, Route, Target, parse
 from _tsproxy.tools import main
 from docopt import docopt
 from harness import ROOT
@@ -34,6 +34,17 @@ def parsed(option: str, *values: str) -> Config:
     """The Config of a command line with that option, given as often as there are values, and with what it needs."""
     needed = {"--timestamps": "rewrite"} if option == "--static-timestamp" else {}
     return parse(options(**needed, **{option: list(values) if option in config.REPEATED else values[0]}))
+
+
+def route_of(meant: Config) -> Route:
+    """The route of a command line."""
+    (route,) = meant.routes
+    return route
+
+
+def fields_of(meant: Config) -> Dict[str, Any]:
+    """The fields of the process, and those of its route."""
+    return {**meant._asdict(), **route_of(meant)._asdict()}
 
 
 GOOD = [

@@ -65,6 +65,7 @@ class Supervisor:
 
     def __init__(self, prepared: Prepared, notifier: Notifier, signals: Signals) -> None:
         self._prepared, self._config, self._signals = prepared, prepared.shared.config, signals
+        (self._route,) = self._config.routes
         self._counters, self._resolver = prepared.counters, prepared.resolver
         self._started_at = time.monotonic()
         self._terminated_by: List[str] = []  # names of signals, in order
@@ -90,13 +91,13 @@ class Supervisor:
         )
 
     def _make_acceptor(self) -> Acceptor:
-        config = self._config
-        slots = slots_for(config.max_connections, config.max_connections_per_client)
+        route = self._route
+        slots = slots_for(route.max_connections, route.max_connections_per_client)
         acceptor = Acceptor(
-            config,
+            route,
             self._counters,
             self._counters.rows[ACCEPTOR_ROW],
-            Clients(self._counters, slots, config.max_connections_per_client),
+            Clients(self._counters, slots, route.max_connections_per_client),
             dispatch=self._pool.dispatch,
             log_ratelimited=lambda level, why: self._log(level, level, why),
         )
@@ -150,7 +151,7 @@ class Supervisor:
         with needing("getsockname(2)", "for the addresses it listens on"):
             fields = start_line.fields(self._prepared, self._calls.kind)
         self._reporter.log("start", **fields)
-        for warning in (listening.unbounded(self._config, self._prepared.listeners), self._resolver.excess):
+        for warning in (listening.unbounded(self._route, self._prepared.listeners), self._resolver.excess):
             if warning:
                 self._log("warning", "warning", warning)
         for target, reason in self._resolver.failures:
@@ -326,4 +327,5 @@ class Supervisor:
 def _worker_accepts(prepared: Prepared) -> bool:
     """With one worker no client need be dispatched: unless clients are counted here, or SCM_RIGHTS has not that much room."""
     config = prepared.shared.config
-    return config.workers == 1 and not config.max_connections_per_client and len(prepared.listeners) <= _MOST_LISTENERS
+    (route,) = config.routes
+    return config.workers == 1 and not route.max_connections_per_client and len(prepared.listeners) <= _MOST_LISTENERS

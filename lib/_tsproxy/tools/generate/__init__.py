@@ -6,11 +6,11 @@ from functools import partial
 from typing import Callable, Mapping
 
 from _tsproxy.cli import exits
-from _tsproxy.cli.config import Config
+from _tsproxy.cli.config import Config, Route
 from _tsproxy.cli.exits import Exit
 from _tsproxy.tools.generate import completion, fields, man, prometheus, setups, shippers
 
-KINDS: Mapping[str, Callable[[Config], str]] = {
+KINDS: Mapping[str, Callable[[Config, Route], str]] = {
     "nftables": setups.nftables,
     "netns": setups.netns,
     "systemd": setups.systemd,
@@ -52,10 +52,11 @@ def run(kind: str, config: Config) -> int:
     """Print the set-up of that kind for what `config` asks. Exit 2 for a kind that is none or can't do it."""
     if kind not in KINDS:
         raise Exit(exits.USAGE, f"KIND: given {kind!r}; allowed: {' or '.join(KINDS)}; {' or '.join(ALONE)} alone")
-    _require_mode(kind, config.timestamps)
+    (route,) = config.routes
+    _require_mode(kind, route.timestamps)
     if kind != REWRITING:
-        _require_port(kind, config.port)
-    print(KINDS[kind](config), end="")
+        _require_port(kind, route.port)
+    print(KINDS[kind](config, route), end="")
     return exits.DRAINED
 
 
