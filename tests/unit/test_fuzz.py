@@ -728,7 +728,7 @@ def mangled_frames(draw: st.DrawFn) -> bytes:
 @example(b"\xff\xff\1" + bytes(400), 7)
 @example(records.encode(FULL._replace(client=bytes(PACKED_SIZE))), 400)
 @example(records.encode(FULL)[:-2] + b"\xff\1", 400)
-@example(records.encode(Notice(1, 2, "info", ""))[:-1] + b"\7", 400)
+@example(records.encode(Notice(1, 2, "info", ""))[:-5] + b"\7" + bytes(4), 400)
 def test_a_frame_that_is_broken_costs_itself_and_is_said(stream: bytes, step: int) -> None:
     found: List[Record] = []
     rest = b""
@@ -739,13 +739,13 @@ def test_a_frame_that_is_broken_costs_itself_and_is_said(stream: bytes, step: in
     for record in found:
         assert isinstance(record, (ConnectionRecord, Notice))
         if isinstance(record, ConnectionRecord):
-            line = connection_line.encode(record, encoder.Stamps().rfc3339(record.closed_at_ns), 1, "none")
+            line = connection_line.encode(record, encoder.Stamps().rfc3339(record.closed_at_ns), 1, "none", "default")
         else:
             line = encoder.line({"timestamp": encoder.Stamps().rfc3339(record.at_ns), "message": record.message})
         assert json.loads(line)
 
 
-@pytest.mark.parametrize("at", [2, 21, 53], ids=["kind", "client", "ending"])
+@pytest.mark.parametrize("at", [2, 23, 55], ids=["kind", "client", "ending"])
 def test_a_record_beside_a_broken_one_is_not_lost(at: int) -> None:
     frame = bytearray(records.encode(FULL))
     frame[at] ^= 0xFF

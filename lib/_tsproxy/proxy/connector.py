@@ -246,7 +246,8 @@ class Connector:
         if self._failure in _ADVICE:
             self._context.log_ratelimited("error", self._failure.name, f"{about}: {_ADVICE[self._failure]}")
         elif self._context.settings.log_debug:
-            self._context.records.put(Notice(self._context.number, time.time_ns(), "debug", about))
+            route = self._context.settings.route
+            self._context.records.put(Notice(self._context.number, time.time_ns(), "debug", about, route))
 
     def close(self) -> None:
         """Called once, when connected or at the session's end. The garbage collector is off, so no cycle may be left."""

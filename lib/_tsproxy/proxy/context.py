@@ -40,6 +40,7 @@ class SessionSettings(NamedTuple):
     log_connections: bool
     log_debug: bool
     zero_copy: bool
+    route: int = 0  # its number
 
 
 class WorkerContext:
@@ -122,7 +123,7 @@ class WorkerContext:
         now = time.monotonic_ns()
         if now - self._logged[about] >= _LOG_NS:
             self._logged[about] = now
-            self.records.put(Notice(self.number, time.time_ns(), level, message))
+            self.records.put(Notice(self.number, time.time_ns(), level, message, self.settings.route))
 
     def report(self, bug: Exception) -> None:
         """Count a bug and log its traceback."""

@@ -93,7 +93,7 @@ def _context(args: WorkerArgs, row: memoryview, records: RecordWriter) -> Worker
     gate = gates.gate_for(shared.lever, shared.policy, Evidence(shared.evidence_fd), shared.asked, for_rules=shared.for_rules)
     return WorkerContext(
         args.number,
-        settings_of(config, route),
+        settings_of(config, route, 0),
         gate,
         syn.offered_tsval,
         row,
@@ -119,8 +119,8 @@ def _attach_listeners(worker: Worker, args: WorkerArgs, counters: SharedCounters
         worker.listen(acceptor, [Listener(context.loop, acceptor, sockets.listener_from_fd(fd)) for fd in args.listeners])
 
 
-def settings_of(config: Config, route: Route) -> SessionSettings:
-    """The part of the options that a session needs."""
+def settings_of(config: Config, route: Route, number: int) -> SessionSettings:
+    """The part of the options that a session of the route with this number needs."""
     return SessionSettings(
         tuning=tuning_of(route),
         connect_timeout_ns=round(route.connect_timeout_s * 1e9),
@@ -129,6 +129,7 @@ def settings_of(config: Config, route: Route) -> SessionSettings:
         log_connections=config.connection_log,
         log_debug=config.log_level == "debug",
         zero_copy=route.zero_copy == "auto",
+        route=number,
     )
 
 
