@@ -92,6 +92,19 @@ def test_an_unknown_kind_is_refused_with_what_was_given_and_what_is_allowed() ->
 
 
 @pytest.mark.parametrize("kind", OTHERS)
+def test_an_interface_of_the_host_is_refused_where_tsproxy_gets_a_namespace_of_its_own(kind: str) -> None:
+    with pytest.raises(Exit, match=rf"^--interface: given 'eth1'; allowed with generate {kind}: none ") as end:
+        generate.run(kind, parsed(T, "--interface=eth1"))
+    assert end.value.code == exits.USAGE
+
+
+def test_rules_do_not_set_the_dscp_by_which_they_know_a_packet() -> None:
+    done = command_line("nftables", T, "--dscp=3")
+    said = "tsproxy.py: --dscp: given '3'; allowed with generate nftables: any other (it is tsproxy's tag)\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
 def test_a_kind_that_can_not_rewrite_says_which_one_can(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(Exit, match=rf"rewrite'; allowed with generate {kind}: strip \(generate nftables can rewrite\)$") as end:
         generate.run(kind, parsed(T, *REWRITE))
@@ -166,6 +179,8 @@ def test_targets_are_printed_once_each_in_their_order() -> None:
 FIELDS: Dict[str, st.SearchStrategy[Any]] = {
     "--port": st.integers(1, 65535),
     "--bind": st.sampled_from(["0.0.0.0", "::", "192.0.2.1"]),
+    "--interface": st.sampled_from(["eth1", "bond0.100"]),
+    "--dscp": st.integers(0, 63),
     "--max-connections": st.integers(1, 1_000_000),
     "--max-connections-per-client": st.integers(0, 1_000_000),
     "--on-full": st.sampled_from(config.FULL_ACTIONS),

@@ -62,7 +62,7 @@ def test_the_defaults_in_the_manual_are_those_of_the_config() -> None:
     bare = config.parse(docopt(MANUAL, [T], default_help=False))
     defaults = {**config.Config._field_defaults, **config.Route._field_defaults}
     for name, option in config.OPTIONS.items():
-        if name in {"--user", "--workers", "--cpus"}:  # none, and what the machine decides
+        if name in {"--user", "--workers", "--cpus", "--interface", "--dscp"}:  # none, and what the machine decides
             assert "[default" not in described(name)
             continue
         stated = re.search(r"\[default: (\S+)\]|Default: (\S+)\.", described(name))

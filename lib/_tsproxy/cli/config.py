@@ -24,6 +24,7 @@ LEVELS = ("debug", "info", "warning", "error")
 _DURATIONS = {"us": 1, "ms": 1000, "s": 1_000_000, "m": 60_000_000, "h": 3_600_000_000}
 _SIZES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)", re.ASCII)
+_INTERFACE = re.compile(r"(?!\.{1,2}$)[\w.-]{1,15}", re.ASCII)  # IFNAMSIZ is 16, with the NUL
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*", re.ASCII | re.IGNORECASE)  # a part of an address for inet_aton(3)
 _IPV4_MAPPED_BITS = 96  # ::ffff:0:0/96, RFC 4291, section 2.5.5.2
 
@@ -77,6 +78,8 @@ class Route(NamedTuple):
     user_timeout_ms: int = 10000
     keepalive_s: int = 30
     sources: Tuple[str, ...] = ()
+    interface: Optional[str] = None
+    dscp: Optional[int] = None
     allow: Tuple[IPNetwork, ...] = ()
 
 
@@ -223,6 +226,13 @@ def _is_ipv6(text: str, scope: Optional[str]) -> bool:
     return ":" in text and is_address(text) and (scope is None or ":" in _plain(text))
 
 
+def interface(option: str, given: str) -> str:
+    """The name of a network interface. Whether there is one of that name is for the kernel to say."""
+    if not _INTERFACE.fullmatch(given):
+        raise BadValue(option, given, "an interface's name: 1 to 15 letters, digits, dots, dashes and underscores, e.g. eth1")
+    return given
+
+
 def usable_cpus() -> FrozenSet[int]:
     """The CPUs of this process's affinity mask; all that are online if a sandbox refuses sched_getaffinity(2)."""
     try:
@@ -274,6 +284,8 @@ MOST_UPSTREAMS = 64  # addresses to try for one connection; also how many --targ
 OPTIONS: Mapping[str, _Option] = {
     "--port": _Option("port", whole(0, 65535, "a port")),
     "--bind": _Option("bind", address),
+    "--interface": _Option("interface", interface),
+    "--dscp": _Option("dscp", whole(0, 63, "a DSCP")),
     "--timestamps": _Option("timestamps", one_of(MODES)),
     "--static-timestamp": _Option("static_timestamp", whole(0, 2**32 - 1, "a TSval")),
     "--max-connections": _Option("max_connections", whole(1, 1_000_000)),

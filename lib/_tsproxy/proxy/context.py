@@ -14,7 +14,7 @@ from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequenc
 
 from _tsproxy.linux.addresses import Address, unpack
 from _tsproxy.linux.limits import PIPES_A_WORKER
-from _tsproxy.linux.sockets import Tuning
+from _tsproxy.linux.sockets import Egress, Tuning
 from _tsproxy.loop.event_loop import EventLoop
 from _tsproxy.proxy.buffers import Buffers, PrefixViews
 from _tsproxy.proxy.gate import PolicyGate
@@ -40,6 +40,7 @@ class SessionSettings(NamedTuple):
     log_connections: bool
     log_debug: bool
     zero_copy: bool
+    egress: Egress = Egress()
     route: int = 0  # its number
 
 

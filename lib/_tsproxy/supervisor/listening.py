@@ -51,10 +51,12 @@ def family_of(ip: str) -> int:
     return socket.AF_INET6 if ":" in ip else socket.AF_INET
 
 
-def is_local(address: Address) -> bool:
-    """Whether it is an address of this network namespace: bind(2) takes it."""
+def is_local(address: Address, interface: str = "") -> bool:
+    """Whether it is an address of this network namespace, or of a socket that is bound to `interface`: bind(2) takes it."""
     try:
         with socket.socket(address.family, socket.SOCK_STREAM) as probe:
+            if interface:
+                sockets.bind_to_interface(probe, interface)
             probe.bind(address._replace(port=0).sockaddr)
     except OSError:  # or socket(2) does not have the family
         return False

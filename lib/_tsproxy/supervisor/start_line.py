@@ -53,6 +53,8 @@ def _knobs(config: Config, route: Route, wakeup: str) -> List[str]:
         "busy_poll_us": config.busy_poll_us,
         "cpus": compact(config.cpus),
         "sources": ",".join(route.sources),
+        "interface": route.interface,
+        "dscp": route.dscp,
         "allow": ",".join(map(str, route.allow)),
         "reuse_port": int(config.reuse_port),
         "user": config.user,

@@ -10,17 +10,20 @@ import contextlib
 import os
 import pwd
 import socket
-from typing import List, Mapping, NamedTuple, Optional, Tuple
+import time
+from typing import Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 from _tsproxy.cli import exits
 from _tsproxy.cli.config import Config, Route
 from _tsproxy.cli.exits import Exit
-from _tsproxy.linux import limits, privileges, systemd, wakeup
+from _tsproxy.linux import limits, privileges, sockets, systemd, wakeup
 from _tsproxy.linux.addresses import Address
-from _tsproxy.policy import advice
+from _tsproxy.policy import advice, witness
 from _tsproxy.policy.evidence import FAMILY_NAMES, Answer, Evidence
-from _tsproxy.policy.inspector import Inspector, PolicyCheck
+from _tsproxy.policy.inspector import CHECK_TIMEOUT_S, Inspector, PolicyCheck
 from _tsproxy.policy.levers import Lever, Policy
+from _tsproxy.policy.syn import Syn
+from _tsproxy.policy.witness import NoWitness
 from _tsproxy.proxy.clients import slots_for
 from _tsproxy.stats.counters import SharedCounters, bytes_for
 from _tsproxy.stats.records import RecordPipe
@@ -60,7 +63,9 @@ def prepare(config: Config, environment: Mapping[str, str], notifier: systemd.No
     resolver = _resolve_unless(route, signals)
     inspector = Inspector(policy_of(config, route, resolver))
     policy_check = _require_policy(route, inspector)
+    require_dscp(route, inspector.policy, policy_check)
     nofile = _raise_limits(config, route)
+    _require_interface(route)
     sources = _require_sources(route)
     runtime = _runtime(config)
     # From here on clients can connect: what may refuse to start comes before it.
@@ -68,6 +73,7 @@ def prepare(config: Config, environment: Mapping[str, str], notifier: systemd.No
     _renounce(account)
     if account:
         runtime = _runtime(config)  # again: the user may have no right to read the Python that an interpreter starts from
+        _require_interface(route)  # again: before Linux 5.7 the user has no right to
     config = config._replace(runtime=runtime)
     evidence, records = Evidence.create(), RecordPipe.create()
     counters = SharedCounters.create(config.workers, slots_for(route.max_connections, route.max_connections_per_client))
@@ -99,6 +105,26 @@ def _require_policy(route: Route, inspector: Inspector) -> PolicyCheck:
     if policy_check.families and len(policy_check.of(Answer.ABSENT)) == len(policy_check.families):
         raise Exit(exits.NOT_YET, f"{policy_check.problem}; no target has another address")
     raise Exit(exits.POLICY, advice.unattainable(policy_check, inspector.policy, [str(target) for target in route.targets]))
+
+
+def require_dscp(route: Route, policy: Policy, policy_check: PolicyCheck) -> None:
+    """Exit 2 if rules would set another DSCP than --dscp: the witness SYNs had TAG_DSCP, and show what became of it."""
+    if route.dscp is None:
+        return
+    syns = policy_check.syns or _witnessed(policy)
+    found = {syn.dscp for syn in syns.values()} - {sockets.TAG_DSCP, route.dscp}
+    if found:
+        allowed = f"{min(found)}, which packet filter rules set here (generate nftables --dscp={route.dscp} prints others)"
+        raise Exit(exits.USAGE, f"--dscp: given '{route.dscp}'; allowed: {allowed}")
+
+
+def _witnessed(policy: Policy) -> Dict[int, Syn]:
+    """Witness SYNs where the policy asks for none, by family; where one can't be had nothing is known."""
+    syns: Dict[int, Syn] = {}
+    for family in policy.families:
+        with contextlib.suppress(NoWitness):
+            syns[family] = witness.capture_syn(family, time.monotonic() + CHECK_TIMEOUT_S)
+    return syns
 
 
 def check_twice(inspector: Inspector) -> PolicyCheck:
@@ -160,6 +186,20 @@ def _raise_limits(config: Config, route: Route) -> int:
     return got
 
 
+def _require_interface(route: Route) -> None:
+    """Exit 75 if there is no interface of that name: as an address, it may come later. Exit 2 without the right to it."""
+    if route.interface is None:
+        return
+    try:
+        with socket.socket() as probe:
+            sockets.bind_to_interface(probe, route.interface)
+    except sockets.InterfaceUnavailable:
+        given = f"--interface: given {route.interface!r}"
+        raise Exit(exits.NOT_YET, f"{given}; allowed: an interface of this host (ip -brief link)") from None
+    except PermissionError:
+        raise Exit(exits.USAGE, f"--interface={route.interface}: takes Linux 5.7 or later, or CAP_NET_RAW") from None
+
+
 def _require_sources(route: Route) -> Tuple[Address, ...]:
     """The addresses of --source. Exit 75 if one is not of this host: bind(2) finds out now, not with the first client.
 
@@ -168,7 +208,7 @@ def _require_sources(route: Route) -> Tuple[Address, ...]:
     """
     sources = _sources(route)
     for source in sources:
-        if not listening.is_local(source):
+        if not listening.is_local(source, route.interface or ""):
             raise Exit(exits.NOT_YET, f"--source: given {source.ip!r}; allowed: an address of this host (ip -brief address)")
     return sources
 

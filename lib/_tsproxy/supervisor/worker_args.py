@@ -15,7 +15,7 @@ from _tsproxy.cli.config import Config, Route
 from _tsproxy.linux import cpus, sockets
 from _tsproxy.linux.addresses import Address
 from _tsproxy.linux.needs import Refused
-from _tsproxy.linux.sockets import Tuning
+from _tsproxy.linux.sockets import Egress, Tuning
 from _tsproxy.linux.wakeup import Wakeup
 from _tsproxy.policy import gates, levers, syn
 from _tsproxy.policy.evidence import Evidence
@@ -129,6 +129,7 @@ def settings_of(config: Config, route: Route, number: int) -> SessionSettings:
         log_connections=config.connection_log,
         log_debug=config.log_level == "debug",
         zero_copy=route.zero_copy == "auto",
+        egress=egress_of(route),
         route=number,
     )
 
@@ -136,3 +137,8 @@ def settings_of(config: Config, route: Route, number: int) -> SessionSettings:
 def tuning_of(route: Route) -> Tuning:
     """The socket options of both legs."""
     return Tuning(route.keepalive_s, route.user_timeout_ms)
+
+
+def egress_of(route: Route) -> Egress:
+    """The socket options of the upstream leg alone."""
+    return Egress(route.interface or "", route.dscp or 0)

@@ -26,7 +26,8 @@ from _tsproxy.policy.inspector import CHECK_TIMEOUT_S, Inspector, PolicyCheck
 from _tsproxy.policy.levers import MONITORED, Lever, Policy
 from _tsproxy.policy.syn import Syn
 from _tsproxy.policy.witness import NoWitness
-from _tsproxy.supervisor.startup import check_twice, policy_of, resolve
+from _tsproxy.supervisor.startup import check_twice, policy_of, require_dscp, resolve
+from _tsproxy.supervisor.worker_args import egress_of
 from _tsproxy.tools import check_report
 from _tsproxy.tools.check_report import Connection, Report, Row
 
@@ -51,6 +52,7 @@ def update(config: Config, route: Route) -> Report:
     policy = policy_of(config, route, resolver)
     with contextlib.closing(Inspector(policy)) as inspector:
         policy_check = check_twice(inspector)
+        require_dscp(route, policy, policy_check)
         tried = inspector.rehearsed
         rows, syns = _loopback(policy, policy_check)
         attempts = list(_attempts(route, inspector, policy_check, resolver.addresses))
@@ -211,7 +213,8 @@ def _try(route: Route, gate: LeverGate, address: Address, obstacle: str) -> _Try
     if obstacle or not gate.may_connect(address.family):
         return _Try(Connection(str(address), "not tried", obstacle or "the policy does not hold any more"), address)
     try:
-        sock = sockets.dial(address.family, _source(route, address.family), gate.for_rules)
+        source = _source(route, address.family)
+        sock = sockets.dial(address.family, source, gate.for_rules, egress_of(route))
     except OSError as error:
         return _Try(Connection(str(address), "failed", error.strerror or str(error)), address)
     with contextlib.closing(sock):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Callable, Mapping
+from typing import Callable, Mapping, Optional
 
 from _tsproxy.cli import exits
 from _tsproxy.cli.config import Config, Route
@@ -56,6 +56,7 @@ def run(kind: str, config: Config) -> int:
     _require_mode(kind, route.timestamps)
     if kind != REWRITING:
         _require_port(kind, route.port)
+        _require_no_interface(kind, route.interface)
     print(KINDS[kind](config, route), end="")
     return exits.DRAINED
 
@@ -74,3 +75,10 @@ def _require_port(kind: str, port: int) -> None:
     """The set-up names the port, so it can't be left to the kernel."""
     if port == 0:
         raise Exit(exits.USAGE, f"--port: given '0'; allowed with generate {kind}: a port from 1 to 65535")
+
+
+def _require_no_interface(kind: str, interface: Optional[str]) -> None:
+    """In a namespace of its own tsproxy has other interfaces than this host's."""
+    if interface is not None:
+        allowed = f"none (it is in a namespace of its own; generate {REWRITING} leaves it where the interface is)"
+        raise Exit(exits.USAGE, f"--interface: given {interface!r}; allowed with generate {kind}: {allowed}")

@@ -58,8 +58,16 @@ def nftables(config: Config, route: Route) -> str:
     user = config.user if stripping else None
     who, uid = (_WHO.format(user), f'meta skuid {{ 0, "{user}" }} ') if user else ("", "")
     tags = templates.fill("nftables-tags.nft", TAG=TAG, DSCP=TAG_DSCP, WHO=who, UID=uid)
+    dscp = _wanted_dscp(route)
     name = "nftables-strip.nft" if stripping else "nftables-rewrite.nft"
-    return _fill(name, "nftables", config, route, TAGS=tags, MARK=_MARK, TSVAL=config.static_timestamp)
+    return _fill(name, "nftables", config, route, TAGS=tags, MARK=_MARK, TSVAL=config.static_timestamp, SET=dscp)
+
+
+def _wanted_dscp(route: Route) -> int:
+    """What the rules set in the place of the tag, by which they know a packet: so it can't be the tag itself."""
+    if route.dscp == TAG_DSCP:
+        raise Exit(exits.USAGE, f"--dscp: given '{TAG_DSCP}'; allowed with generate nftables: any other (it is tsproxy's tag)")
+    return route.dscp or 0
 
 
 def netns(config: Config, route: Route) -> str:
