@@ -33,11 +33,19 @@ class UsageError(ValueError):
     """A command line that is not valid; its text is the one line to print before exit 2."""
 
 
-class BadValue(UsageError):
+class BadOption(UsageError):
+    """What is wrong with one option; its text begins with the option's name, as it is spelled where it was given."""
+
+    def __init__(self, option: str, problem: str) -> None:
+        super().__init__(f"{option}: {problem}")
+        self.option = option
+
+
+class BadValue(BadOption):
     """An option's value that is not allowed: names the option, what was given, what is allowed."""
 
     def __init__(self, option: str, given: object, allowed: str) -> None:
-        super().__init__(f"{option}: given {given!r}; allowed: {allowed}")
+        super().__init__(option, f"given {given!r}; allowed: {allowed}")
 
 
 class Target(NamedTuple):
@@ -315,7 +323,7 @@ REPEATED: Mapping[str, _Option] = {
 }
 
 
-_ROUTE_FIELDS = frozenset(Route._fields)
+ROUTE_FIELDS = frozenset(Route._fields)
 
 
 def parse(options: Mapping[str, Any]) -> Config:
@@ -333,8 +341,8 @@ def parse(options: Mapping[str, Any]) -> Config:
     _contradictions(options, found)
     _timestamps(options, found)
     _defaults(found)
-    route = Route(**{field: value for field, value in found.items() if field in _ROUTE_FIELDS})
-    return Config((route,), **{field: value for field, value in found.items() if field not in _ROUTE_FIELDS})
+    route = Route(**{field: value for field, value in found.items() if field in ROUTE_FIELDS})
+    return Config((route,), **{field: value for field, value in found.items() if field not in ROUTE_FIELDS})
 
 
 def _contradictions(options: Mapping[str, Any], found: Dict[str, Any]) -> None:
@@ -345,9 +353,7 @@ def _contradictions(options: Mapping[str, Any], found: Dict[str, Any]) -> None:
             f"--workers={found['workers']} contradicts --cpus={options['--cpus']}: "
             f"--cpus sets one worker a CPU ({len(cpus)}); give one of the two"
         )
-    if len(found["targets"]) > MOST_UPSTREAMS:
-        raise UsageError(f"--target: given {len(found['targets'])} times; allowed: up to {MOST_UPSTREAMS} times")
-    _reachable_sources(found)
+    require_reachable(found)
 
 
 def _timestamps(options: Mapping[str, Any], found: Dict[str, Any]) -> None:
@@ -367,14 +373,19 @@ def _timestamps(options: Mapping[str, Any], found: Dict[str, Any]) -> None:
         found["timestamps"] = "rewrite" if found.get("static_timestamp") else "strip"
 
 
-def _reachable_sources(found: Dict[str, Any]) -> None:
-    """UsageError if there are sources, but none of a literal target's family."""
+def require_reachable(found: Mapping[str, Any], dashes: str = "--") -> None:
+    """BadOption for too many targets, or for sources of which none has a literal target's family.
+
+    `found` has fields of a Route; `dashes` is what stands before an option's name in the place where they were given.
+    """
+    if len(found["targets"]) > MOST_UPSTREAMS:
+        raise BadOption(f"{dashes}target", f"given {len(found['targets'])} times; allowed: up to {MOST_UPSTREAMS} times")
     families = {":" in source for source in found["sources"]}
     for wanted in found["targets"]:
         if families and wanted.is_literal and (":" in wanted.host) not in families:
             kind = "IPv6" if ":" in wanted.host else "IPv4"
-            given = ", ".join(found["sources"])
-            raise UsageError(f"--source: given {given}; allowed: at least one {kind} address, to reach --target={wanted}")
+            problem = f"given {', '.join(found['sources'])}; allowed: at least one {kind} address, to reach"
+            raise BadOption(f"{dashes}source", f"{problem} {dashes}target={wanted}")
 
 
 def _defaults(found: Dict[str, Any]) -> None:
