@@ -2,9 +2,9 @@
 """tsproxy: a TCP proxy that lets no TCP timestamp (RFC 7323 TSopt) out, and proves it for each connection.
 
 Usage:
-  tsproxy.py --target=<host:port>... [--source=<address>]... [--allow=<cidr>]... [options]
-  tsproxy.py check --target=<host:port>... [--source=<address>]... [--allow=<cidr>]... [--json] [options]
-  tsproxy.py generate KIND --target=<host:port>... [--source=<address>]... [--allow=<cidr>]... [options]
+  tsproxy.py --target=<host:port>... [--source=<address>]... [--interface=<name>] [--allow=<cidr>]... [options]
+  tsproxy.py check --target=<host:port>... [--source=<address>]... [--interface=<name>] [--allow=<cidr>]... [--json] [options]
+  tsproxy.py generate KIND --target=<host:port>... [--source=<address>]... [--interface=<name>] [--allow=<cidr>]... [options]
   tsproxy.py generate (rsyslog|syslog-ng|vector|fluent-bit|filebeat|promtail|alloy|journald|logrotate|fields)
   tsproxy.py generate (prometheus|grafana|man|completion)
   tsproxy.py audit FILE... [--from=<cidr>]... [--target=<host:port>]... [--lines=<file>] [--json] [--svg=<file>]
@@ -31,6 +31,9 @@ bundle    write OUT, the whole program as one plain-text script to copy onto a h
 Where to:
   -t --target=<host:port>      Upstream; repeat it for ordered failover; [::1]:443 for IPv6.
   --source=<address>           Local address of upstream connections; repeat it to spread them.
+  --interface=<name>           Interface or VRF of upstream connections, and of no other (Linux 5.7). With audit: look at this
+                               interface instead of at files, until Ctrl-C, and judge then.
+  --dscp=<n>                   DSCP of upstream packets, 0 to 63. Under nftables the rules set it: generate them with it.
   --connect-timeout=<s>        For each upstream address [default: 5].
 
 Where from:
@@ -74,8 +77,7 @@ Lines on standard output:
 Audit:
   --from=<cidr>                Judge what these hosts send: they must send no timestamp; repeat it. Default: any.
                                With --target, what is sent to there; names are resolved. Both must hold.
-  --interface=<name>           Look at an interface instead of at files, until Ctrl-C, and judge then.
-  --seconds=<s>                End by itself after so long.
+  --seconds=<s>                With --interface: end by itself after so long.
   --lines=<file>               tsproxy's JSON lines, to hold against what was seen.
   --svg=<file>                 Draw TSval against time, one line a flow, one colour a clock.
 

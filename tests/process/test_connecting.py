@@ -233,6 +233,21 @@ def test_beyond_max_connections_reject_resets_at_once(start: Any, echoing: Excha
 
 
 @WHO_ACCEPTS
+def test_lines_of_connections_targets_and_limits_name_their_route(start: Any, echoing: Exchange, workers: str) -> None:
+    options = ("-tno.invalid:1", f"-t{echoing.target}", "--max-connections=1", "--log-level=debug", "--bind=0.0.0.0")
+    proxy = start("127.0.0.1:9", workers, *options)
+    with proxy.connect() as client:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+        proxy.expect_reset()
+        proxy.line("warning", lambda line: "all that" in line["message"])
+    proxy.stop()
+    assert {line["event"] for line in proxy.lines if "route" not in line} == {"start", "drain", "stop"}
+    named = {line["event"]: line["route"] for line in proxy.lines if "route" in line}
+    assert named == dict.fromkeys(("connection", "metrics", "warning", "debug"), "default")
+
+
+@WHO_ACCEPTS
 def test_beyond_max_connections_queue_serves_when_a_place_is_free(start: Any, echoing: Exchange, workers: str) -> None:
     proxy = start(echoing, workers, "--max-connections=1", "--on-full=queue")
     first = proxy.connect()

@@ -29,6 +29,7 @@ from _tsproxy.policy.levers import Lever, Policy
 from _tsproxy.tools import generate
 from _tsproxy.tools.generate import templates
 from _tsproxy.tools.generate.words import words
+from command_line import route_of
 from docopt import docopt
 from harness import CHECKOUT, ROOT, Exchange, Proxy, echo, examples, leave_out, receive_exactly, wait_until
 from hypothesis import example, given, settings
@@ -50,8 +51,22 @@ def parsed(*options: str) -> Config:
     return config.parse(docopt(MANUAL, parser.normalize(MANUAL, options), default_help=False))
 
 
+def made(kind: str, *options: str) -> str:
+    """What `generate` prints for these options."""
+    return generate.KINDS[kind](parsed(*options), route_of(parsed(*options)))
+
+
+def words_of(meant: Config, without: Tuple[str, ...] = ()) -> List[str]:
+    return words(meant, route_of(meant), without)
+
+
+def with_route(meant: Config, **changes: object) -> Config:
+    """The same with another route."""
+    return meant._replace(routes=(route_of(meant)._replace(**changes),))
+
+
 def text(kind: str, *options: str) -> str:
-    return generate.KINDS[kind](parsed(T, *options))
+    return made(kind, T, *options)
 
 
 def command_line(*options: str) -> subprocess.CompletedProcess[str]:
@@ -74,6 +89,19 @@ def test_an_unknown_kind_is_refused_with_what_was_given_and_what_is_allowed() ->
         "tsproxy.py: KIND: given 'iptables'; allowed: nftables or netns or systemd or docker or kubernetes; "
         f"{' or '.join(generate.ALONE)} alone\n"
     )
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_an_interface_of_the_host_is_refused_where_tsproxy_gets_a_namespace_of_its_own(kind: str) -> None:
+    with pytest.raises(Exit, match=rf"^--interface: given 'eth1'; allowed with generate {kind}: none ") as end:
+        generate.run(kind, parsed(T, "--interface=eth1"))
+    assert end.value.code == exits.USAGE
+
+
+def test_rules_do_not_set_the_dscp_by_which_they_know_a_packet() -> None:
+    done = command_line("nftables", T, "--dscp=3")
+    said = "tsproxy.py: --dscp: given '3'; allowed with generate nftables: any other (it is tsproxy's tag)\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
 
 
 @pytest.mark.parametrize("kind", OTHERS)
@@ -151,6 +179,8 @@ def test_targets_are_printed_once_each_in_their_order() -> None:
 FIELDS: Dict[str, st.SearchStrategy[Any]] = {
     "--port": st.integers(1, 65535),
     "--bind": st.sampled_from(["0.0.0.0", "::", "192.0.2.1"]),
+    "--interface": st.sampled_from(["eth1", "bond0.100"]),
+    "--dscp": st.integers(0, 63),
     "--max-connections": st.integers(1, 1_000_000),
     "--max-connections-per-client": st.integers(0, 1_000_000),
     "--on-full": st.sampled_from(config.FULL_ACTIONS),
@@ -182,15 +212,15 @@ def test_the_words_of_a_config_make_that_config_again(
 ) -> None:
     if "--cpus=0" in more:
         given_options = [option for option in given_options if not option.startswith("--workers")]
-    made = parsed(T, "--target=[fe80::1%eth0]:9", *given_options, *switches, *more)
-    again = parsed(*words(made))
-    assert again._replace(listen_options=made.listen_options) == made
+    meant = parsed(T, "--target=[fe80::1%eth0]:9", *given_options, *switches, *more)
+    again = parsed(*words_of(meant))
+    assert with_route(again, listen_options=route_of(meant).listen_options) == meant
 
 
 def test_only_options_that_differ_from_their_defaults_become_words() -> None:
-    assert words(parsed(T, "--keepalive=30", "--connection-log=on", "-p8080")) == [T]
-    assert words(parsed(T, "--keepalive=31")) == [T, "--keepalive=31"]
-    assert words(parsed(T, "--keepalive=31", "-p1"), without=("--port",)) == [T, "--keepalive=31"]
+    assert words_of(parsed(T, "--keepalive=30", "--connection-log=on", "-p8080")) == [T]
+    assert words_of(parsed(T, "--keepalive=31")) == [T, "--keepalive=31"]
+    assert words_of(parsed(T, "--keepalive=31", "-p1"), without=("--port",)) == [T, "--keepalive=31"]
 
 
 # nftables
@@ -724,7 +754,7 @@ def test_the_service_is_started_with_the_options_that_were_given(more: Tuple[str
     assert parsed(*started[4:]) == policy._replace(user=None)
     assert setting(service, "User") == ([policy.user] if policy.user else [])
     assert setting(service, "DynamicUser") == ([] if policy.user else ["yes"])
-    assert setting(service, "LimitNOFILE") == [str(descriptors_for(policy.max_connections, policy.workers))]
+    assert setting(service, "LimitNOFILE") == [str(descriptors_for(route_of(policy).max_connections, policy.workers))]
     assert int(setting(service, "TimeoutStopSec")[0]) > policy.drain_timeout_s
     assert ("sched_setaffinity" in setting(service, "SystemCallFilter")) == bool(policy.cpus)
 
@@ -768,7 +798,7 @@ def test_whatever_a_user_or_a_zone_is_called_systemd_reads_it_as_it_was_given(us
 def test_whatever_a_user_or_a_zone_is_called_a_shell_reads_it_as_it_was_given(kind: str, user: str, zone: str) -> None:
     """The command that the heading tells, and what the script says or does with the options."""
     options = (T, f"--target=[fe80::1%{zone}]:9", f"--user={user}")
-    script = generate.KINDS[kind](parsed(*options))
+    script = made(kind, *options)
     (told,) = (line for line in re.findall(r"^# (?:Make|Write): +(tsproxy.py .*?) [|>]", script, re.M))
     said = subprocess.run(["sh", "-c", f"printf '%s\\n' {told}"], capture_output=True, text=True, check=True).stdout.split("\n")
     assert parsed(*said[3:-1]) == parsed(*options)
@@ -784,7 +814,7 @@ def test_no_text_that_a_file_could_take_for_its_own_gets_past_the_options(option
         taken = parsed(T, f"{option}={value}")
     except config.UsageError:
         return
-    assert all(re.fullmatch(r"[\w.:/%$@,=\[\]-]+", word, re.ASCII) for word in words(taken)), words(taken)
+    assert all(re.fullmatch(r"[\w.:/%$@,=\[\]-]+", word, re.ASCII) for word in words_of(taken)), words_of(taken)
 
 
 def test_the_undo_of_systemd_and_of_journald_leave_nothing_of_theirs_whichever_comes_first(tmp_path: Path) -> None:
@@ -872,7 +902,7 @@ def test_docker_is_told_to_switch_timestamps_off_and_to_take_all_else_away(docke
     assert int(run[run.index("--stop-timeout") + 1]) > 90.5
     program = parsed(*run[run.index("tsproxy", run.index("--stop-timeout")) + 1 :])
     policy = parsed(T, *DOCKER_OPTIONS)
-    assert program == policy._replace(bind="::", user=None)
+    assert program == with_route(policy._replace(user=None), bind="::")
 
 
 def test_docker_knows_each_flag_that_it_is_given(docker: Docker) -> None:
@@ -996,7 +1026,7 @@ def test_pods_are_started_with_the_options_that_were_given() -> None:
     )
     spec = pod(*given_options, "--user=nobody")
     (container,) = spec["containers"]
-    assert parsed(*container["args"]) == parsed(T, *given_options)._replace(bind="::")
+    assert parsed(*container["args"]) == with_route(parsed(T, *given_options), bind="::")
     assert container["ports"][0]["containerPort"] == 9000
     assert container["resources"]["requests"]["cpu"] == "200"
     assert spec["terminationGracePeriodSeconds"] > 90.5 + int(container["lifecycle"]["preStop"]["exec"]["command"][1])

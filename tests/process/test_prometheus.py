@@ -69,8 +69,8 @@ def lines(echoing: Exchange, start: Callable[..., Proxy]) -> List[Line]:
 
 
 def series_of(field: str) -> Optional[str]:
-    """What a field of a metrics line is called in Prometheus; None for what Prometheus computes by itself."""
-    if field.endswith(("_p50", "_p99", "_p999", "_per_s", "_time", "uptime_s", "interval_s")):
+    """What a field of a metrics line is called in Prometheus; None for the route, and for what Prometheus computes."""
+    if field.endswith(("_p50", "_p99", "_p999", "_per_s", "_time", "uptime_s", "interval_s", "route")):
         return None
     histogram = re.fullmatch(r"(\w+)_us_(?:le_(\d+)|(max|count))", field)
     if histogram:

@@ -96,6 +96,7 @@ def test_a_lever_that_goes_under_load_lets_no_byte_out_beside_a_timestamp(make_w
         healed = proxy.line("timestamps_drift", lambda line: line["level"] == "info")
         wait_until(lambda: answers.count(True) > served + 5, "clients are served again")
     assert drift["level"] == "error"
+    assert [line["route"] for line in proxy.lines if line["event"] == "timestamps_drift"] == ["default", "default"]
     assert "TSopt" in drift["message"] or "tcp_timestamps=1" in drift["message"]
     assert proxy.count("timestamps_drift") == 2, "one line for each change"
     assert healed["message"].startswith("the policy holds again")

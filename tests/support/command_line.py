@@ -13,7 +13,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import pytest
 from _tsproxy import tools
 from _tsproxy.cli import config, parser
-from _tsproxy.cli.config import Config, Target, parse
+from _tsproxy.cli.config import Config, Route, Target, parse
 from _tsproxy.tools import main
 from docopt import docopt
 from harness import ROOT
@@ -36,6 +36,17 @@ def parsed(option: str, *values: str) -> Config:
     return parse(options(**needed, **{option: list(values) if option in config.REPEATED else values[0]}))
 
 
+def route_of(meant: Config) -> Route:
+    """The route of a command line."""
+    (route,) = meant.routes
+    return route
+
+
+def fields_of(meant: Config) -> Dict[str, Any]:
+    """The fields of the process, and those of its route."""
+    return {**meant._asdict(), **route_of(meant)._asdict()}
+
+
 GOOD = [
     ("--port", "0", "port", 0),
     ("--port", "65535", "port", 65535),
@@ -44,6 +55,11 @@ GOOD = [
     ("--bind", "[::1]", "bind", "::1"),
     ("--bind", "0:0:0:0:0:0:0:1", "bind", "::1"),
     ("--bind", "::ffff:127.0.0.1", "bind", "127.0.0.1"),
+    ("--interface", "eth1", "interface", "eth1"),
+    ("--interface", "bond0.100", "interface", "bond0.100"),
+    ("--interface", "a-name_of_15.ch", "interface", "a-name_of_15.ch"),
+    ("--dscp", "0", "dscp", 0),
+    ("--dscp", "63", "dscp", 63),
     ("--timestamps", "strip", "timestamps", "strip"),
     ("--timestamps", "preserve", "timestamps", "preserve"),
     ("--static-timestamp", "0", "static_timestamp", 0),
@@ -114,6 +130,11 @@ BAD = [
     ("--port", [*NO_NUMBERS, "65536", "-0", "80.0", "http"]),
     ("--bind", ["", " ", "localhost", "127.1", "127.0.0.1:80", "1.2.3.256", "01.2.3.4", "12\u0667.0.0.1", "0", "*", ":::"]),
     ("--bind", ["[127.0.0.1", "::1]", "[[::1]]", "fe80::1%lo", "::1%", "::1%a\nb", "127.0.0.1/8", "127.0.0.1\n", f"::1{LONE}"]),
+    (
+        "--interface",
+        ["", ".", "..", "eth1 ", "eth 1", "eth1:0", "eth1@if2", "a/b", "eth1\n", "\0", "x" * 16, "\u00e9", LONE],
+    ),
+    ("--dscp", [*NO_NUMBERS, "64", "0x2e", "ef", "EF", "cs1"]),
     ("--timestamps", ["", "Strip", "strip ", "str", "spoof", "on", "strip\n", "strip\0", "strip,preserve", LONE]),
     ("--static-timestamp", [*NO_NUMBERS, "4294967296", "random"]),
     ("--max-connections", [*NO_NUMBERS, "0", "1000001", "1k"]),

@@ -19,6 +19,7 @@ LOCAL = pack(socket.AF_INET, ("192.0.2.9", 40000))
 THERE = pack(socket.AF_INET6, ("2001:db8::1", 50000, 0, 0))
 FULL = ConnectionRecord(
     worker=3,
+    route=0,
     connection_id=77,
     closed_at_ns=1_700_000_000_123_456_789,
     client=THERE,
@@ -48,6 +49,7 @@ PACKED = st.builds(pack, st.just(socket.AF_INET), st.tuples(st.ip_addresses(v=4)
 CONNECTIONS = st.builds(
     ConnectionRecord,
     worker=st.integers(0, 65535),
+    route=st.integers(0, 65535),
     connection_id=U64,
     closed_at_ns=I63,
     client=PACKED,
@@ -71,7 +73,8 @@ CONNECTIONS = st.builds(
 
 
 SOUND = st.text(st.characters(exclude_categories=["Cs"]), max_size=800)
-NOTICES = st.builds(Notice, st.integers(0, 65535), st.integers(0, 2**63 - 1), st.sampled_from(NOTICE_LEVELS), SOUND)
+ROUTES = st.none() | st.integers(0, 2**31 - 1)
+NOTICES = st.builds(Notice, st.integers(0, 65535), st.integers(0, 2**63 - 1), st.sampled_from(NOTICE_LEVELS), SOUND, ROUTES)
 RECORDS = st.lists(CONNECTIONS | NOTICES, max_size=6)
 
 

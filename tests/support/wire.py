@@ -43,6 +43,7 @@ class Packet(NamedTuple):
     tsval: Optional[int]
     tsecr: Optional[int]
     acknowledges: int  # up to this sequence number
+    tos: int = 0  # DSCP, and the two bits of ECN
 
     @property
     def is_syn(self) -> bool:
@@ -54,18 +55,19 @@ def dissect(raw: bytes) -> Optional[Packet]:
     if raw[0] >> 4 == 4:
         if raw[9] != 6:
             return None
-        start, end = (raw[0] & 15) * 4, struct.unpack_from("!H", raw, 2)[0] or len(raw)
+        start, end, tos = (raw[0] & 15) * 4, struct.unpack_from("!H", raw, 2)[0] or len(raw), raw[1]
         ips = [socket.inet_ntop(socket.AF_INET, raw[at : at + 4]) for at in (12, 16)]
     else:
         if raw[6] != 6:
             return None
         start, end = 40, 40 + (struct.unpack_from("!H", raw, 4)[0] or len(raw) - 40)
+        tos = struct.unpack_from("!H", raw)[0] >> 4 & 0xFF
         ips = [socket.inet_ntop(socket.AF_INET6, raw[at : at + 16]) for at in (8, 24)]
     sport, dport, sequence, acknowledges, offset, flags, window = struct.unpack_from("!HHIIBBH", raw, start)
     options = raw[start + 20 : start + (offset >> 4) * 4]
     stamps = _timestamps(options)
     payload = end - start - (offset >> 4) * 4
-    return Packet((ips[0], sport), (ips[1], dport), flags, sequence, window, payload, *stamps, acknowledges)
+    return Packet((ips[0], sport), (ips[1], dport), flags, sequence, window, payload, *stamps, acknowledges, tos)
 
 
 def _timestamps(options: bytes) -> Tuple[Optional[int], Optional[int]]:

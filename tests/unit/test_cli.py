@@ -12,7 +12,7 @@ import pytest
 from _tsproxy.cli import config, parser
 from _tsproxy.cli.config import UsageError
 from _tsproxy.tools import generate
-from command_line import KNOWN, MANUAL, Ran, run
+from command_line import KNOWN, MANUAL, Ran, fields_of, route_of, run
 from docopt import docopt
 from harness import examples
 from hypothesis import example, given, settings
@@ -60,15 +60,16 @@ def described(name: str) -> str:
 
 def test_the_defaults_in_the_manual_are_those_of_the_config() -> None:
     bare = config.parse(docopt(MANUAL, [T], default_help=False))
+    defaults = {**config.Config._field_defaults, **config.Route._field_defaults}
     for name, option in config.OPTIONS.items():
-        if name in {"--user", "--workers", "--cpus"}:  # none, and what the machine decides
+        if name in {"--user", "--workers", "--cpus", "--interface", "--dscp"}:  # none, and what the machine decides
             assert "[default" not in described(name)
             continue
         stated = re.search(r"\[default: (\S+)\]|Default: (\S+)\.", described(name))
         assert stated, name
-        assert config.Config._field_defaults[option.field] == getattr(bare, option.field), name
+        assert defaults[option.field] == fields_of(bare)[option.field], name
         value = option.parse(name, stated[1] or stated[2])
-        assert (value == "on" if name == "--connection-log" else value) == getattr(bare, option.field), name
+        assert (value == "on" if name == "--connection-log" else value) == fields_of(bare)[option.field], name
 
 
 def test_the_words_that_the_manual_offers_are_those_that_are_taken() -> None:
@@ -208,7 +209,8 @@ def test_what_is_repeated_reaches_each_command_once(command: List[str]) -> None:
     ran = run([*command, T, "--target=b:2", "--source=::1", "--source=::2"])
     assert ran.asked
     (meant,) = [given for given in ran.asked[1] if isinstance(given, config.Config)]
-    assert (meant.targets, meant.sources) == ((config.Target("a", 1), config.Target("b", 2)), ("::1", "::2"))
+    route = route_of(meant)
+    assert (route.targets, route.sources) == ((config.Target("a", 1), config.Target("b", 2)), ("::1", "::2"))
 
 
 def test_a_sound_line_reaches_its_command() -> None:

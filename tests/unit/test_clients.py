@@ -200,7 +200,7 @@ class FullPool:
         return not self.full
 
 
-def acceptor_of(wanted: config.Config, world: Any, pool: Any) -> Acceptor:
+def acceptor_of(wanted: config.Route, world: Any, pool: Any) -> Acceptor:
     row = world.shared_counters.rows[ACCEPTOR_ROW]
     say: Any = lambda *_: None  # noqa: E731
     return Acceptor(wanted, world.shared_counters, row, world.clients, dispatch=pool.dispatch, log_ratelimited=say)
@@ -209,7 +209,7 @@ def acceptor_of(wanted: config.Config, world: Any, pool: Any) -> Acceptor:
 def test_a_client_that_no_worker_takes_keeps_its_share() -> None:
     """It waits for room in an inbox; reset at last, it has used up nothing."""
     pool: Any = FullPool()
-    wanted = config.Config(targets=(), max_connections_per_client=1)
+    wanted = config.Route(targets=(), max_connections_per_client=1)
     with model(limit=1) as world, socket.create_server(("127.0.0.1", 0)) as listener:
         acceptor = acceptor_of(wanted, world, pool)
         for pool.full in (True, True, False):
@@ -227,7 +227,7 @@ def test_a_client_that_no_worker_takes_keeps_its_share() -> None:
 def test_with_queue_nobody_is_taken_beyond_the_limit_though_a_listener_is_ready() -> None:
     """Of two that are ready in one turn, the first may have used up the room."""
     pool: Any = FullPool()
-    wanted = config.Config(targets=(), max_connections=1, on_full="queue")
+    wanted = config.Route(targets=(), max_connections=1, on_full="queue")
     with model(limit=0) as world, socket.create_server(("127.0.0.1", 0)) as listener:
         world.shared_counters.worker(0)[Counter.ACCEPTED] = 1
         acceptor = acceptor_of(wanted, world, pool)

@@ -11,8 +11,8 @@ from typing import Any, Dict, FrozenSet, Optional
 
 import pytest
 from _tsproxy.cli import config
-from _tsproxy.cli.config import Config, Target, UsageError, parse
-from command_line import BAD, CPU, GOOD, NAMED, options, parsed
+from _tsproxy.cli.config import Config, Route, Target, UsageError, parse
+from command_line import BAD, CPU, GOOD, NAMED, fields_of, options, parsed, route_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -31,7 +31,7 @@ def complaint(option: str, *values: str) -> str:
 
 @pytest.mark.parametrize(("option", "text", "field", "value"), GOOD, ids=[f"{row[0]}={row[1]}" for row in GOOD])
 def test_a_good_value_becomes_the_field_it_is_for(option: str, text: str, field: str, value: object) -> None:
-    got = getattr(parsed(option, text), field)
+    got = fields_of(parsed(option, text))[field]
     assert (got, type(got)) == (value, type(value))
 
 
@@ -40,21 +40,22 @@ def test_the_table_of_good_values_leaves_no_option_out() -> None:
 
 
 def test_repeated_options_keep_their_order() -> None:
-    assert [str(target) for target in parsed("--target", "b:2", "a:1", "[::1]:3").targets] == ["b:2", "a:1", "[::1]:3"]
-    assert parsed("--source", "192.0.2.9", "::2", "192.0.2.1").sources == ("192.0.2.9", "::2", "192.0.2.1")
-    assert [str(block) for block in parsed("--allow", "::1", "10.0.0.0/8").allow] == ["::1/128", "10.0.0.0/8"]
+    targets = route_of(parsed("--target", "b:2", "a:1", "[::1]:3")).targets
+    assert [str(target) for target in targets] == ["b:2", "a:1", "[::1]:3"]
+    assert route_of(parsed("--source", "192.0.2.9", "::2", "192.0.2.1")).sources == ("192.0.2.9", "::2", "192.0.2.1")
+    assert [str(block) for block in route_of(parsed("--allow", "::1", "10.0.0.0/8")).allow] == ["::1/128", "10.0.0.0/8"]
 
 
 def test_without_options_the_config_is_its_own_defaults_but_for_the_workers() -> None:
     bare = parse(options())
-    assert bare == Config(targets=(Target("exchange.example", 443),), workers=len(os.sched_getaffinity(0)))
+    assert bare == Config((Route((Target("exchange.example", 443),)),), workers=len(os.sched_getaffinity(0)))
 
 
 @pytest.mark.parametrize("switch", ["--reuse-port", "--trust-host"])
 def test_a_switch_is_off_until_it_is_given(switch: str) -> None:
     field = switch[2:].replace("-", "_")
-    assert getattr(parse(options()), field) is False
-    assert getattr(parse(options(**{switch: True})), field) is True
+    assert fields_of(parse(options()))[field] is False
+    assert fields_of(parse(options(**{switch: True})))[field] is True
 
 
 MEANT = [
@@ -70,7 +71,7 @@ MEANT = [
 @pytest.mark.parametrize(("given_options", "mode", "tsval"), MEANT, ids=lambda value: str(value))
 def test_rewriting_needs_a_value_to_rewrite_to(given_options: Dict[str, Any], mode: str, tsval: int) -> None:
     meant = parse(options(**given_options))
-    assert (meant.timestamps, meant.static_timestamp) == (mode, tsval)
+    assert (route_of(meant).timestamps, meant.static_timestamp) == (mode, tsval)
 
 
 @pytest.mark.parametrize("mode", [None, "strip", "preserve"])
@@ -86,9 +87,9 @@ def test_spoofing_contradicts_any_other_mode(mode: str) -> None:
 
 
 def test_it_is_known_which_of_the_listening_options_were_given() -> None:
-    assert parse(options()).listen_options == ()
-    assert parse(options(**{"--port": "8080"})).listen_options == ("--port",)
-    assert parse(options(**{"--port": "0", "--bind": "::1"})).listen_options == ("--port", "--bind")
+    assert route_of(parse(options())).listen_options == ()
+    assert route_of(parse(options(**{"--port": "8080"}))).listen_options == ("--port",)
+    assert route_of(parse(options(**{"--port": "0", "--bind": "::1"}))).listen_options == ("--port", "--bind")
 
 
 # What is refused
@@ -152,8 +153,10 @@ def test_a_target_that_no_source_can_reach_is_refused(target: str, source: str, 
 
 def test_sources_of_both_families_reach_any_target() -> None:
     both = {"--target": ["192.0.2.1:1", "[::1]:1", "a:1"], "--source": ["::1", "192.0.2.7"]}
-    assert len(parse(options(**both)).targets) == 3
-    assert len(parse(options(**{"--target": ["a:1"], "--source": ["::1"]})).targets) == 1  # a name may have any family
+    assert len(route_of(parse(options(**both))).targets) == 3
+    assert route_of(parse(options(**{"--target": ["a:1"], "--source": ["::1"]}))).sources == (
+        "::1",
+    )  # a name may have any family
 
 
 # Any text at all

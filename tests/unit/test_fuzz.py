@@ -29,7 +29,7 @@ from _tsproxy.proxy.inbox import Command, Message
 from _tsproxy.stats import connection_line, encoder, records
 from _tsproxy.stats.records import ConnectionRecord, Notice, Record
 from _tsproxy.tools.generate.words import words as words_of
-from command_line import BAD, GOOD, KNOWN, MANUAL, NAMED, parsed, run
+from command_line import BAD, GOOD, KNOWN, MANUAL, NAMED, fields_of, parsed, route_of, run
 from docopt import docopt
 from harness import examples
 from hypothesis import HealthCheck, example, given, settings
@@ -130,9 +130,9 @@ def test_a_value_that_is_taken_is_the_same_when_it_is_written_again(option: str,
     wanted = read(option, data.draw(values(option)))
     if wanted is None:
         return
-    again = config.parse(parser.read(MANUAL, words_of(wanted), docopt))
-    meant = {**wanted._asdict(), "listen_options": ()}  # which of them were given is not to be seen in a value
-    assert {**again._asdict(), "listen_options": ()} == meant
+    again = config.parse(parser.read(MANUAL, words_of(wanted, route_of(wanted)), docopt))
+    meant = {**fields_of(wanted), "routes": (), "listen_options": ()}  # which of them were given is not to be seen in a value
+    assert {**fields_of(again), "routes": (), "listen_options": ()} == meant
 
 
 @pytest.mark.parametrize("option", ["--port", "--workers", "--max-connections", "--static-timestamp"])
@@ -143,7 +143,7 @@ def test_a_whole_number_is_what_its_ascii_digits_say(option: str, data: st.DataO
     found = read(option, text)
     if found is not None:
         assert set(text) <= set("0123456789")
-        assert getattr(found, config.OPTIONS[option].field) == int(text)
+        assert fields_of(found)[config.OPTIONS[option].field] == int(text)
 
 
 def packed_ip(text: str) -> Optional[bytes]:
@@ -168,7 +168,7 @@ def test_an_address_is_one_where_inet_pton_says_so(option: str, data: st.DataObj
     bare = packed_ip(unbracketed(text))
     assert (found is not None) == (bare is not None)
     if found is not None:
-        written = found.bind if option == "--bind" else found.sources[0]
+        written = route_of(found).bind if option == "--bind" else route_of(found).sources[0]
         assert packed_ip(written) == bare
         assert (":" in written) == (len(bare or b"") == 16)
 
@@ -203,7 +203,7 @@ def test_a_block_is_the_addresses_that_its_figures_say_and_no_other(text: str) -
     meant = block_of(text)
     assert (found is not None) == (meant is not None)
     if found is not None:
-        (block,) = found.allow
+        (block,) = route_of(found).allow
         assert (block.max_prefixlen, block.prefixlen, int(block.network_address)) == meant
 
 
@@ -223,7 +223,7 @@ def test_a_target_is_what_the_resolver_will_take_it_for(text: str) -> None:
     found = read("--target", text)
     if found is None:
         return
-    (target,) = found.targets
+    (target,) = route_of(found).targets
     assert config.target("--target", str(target)) == target
     assert target.host.encode("idna")  # what getaddrinfo() in Python does first
     if not target.is_literal:
@@ -298,8 +298,8 @@ def test_a_sound_line_means_the_same_however_it_is_spelled(pair: Tuple[Spelled, 
     assert spelled_so.asked is not None
     (meant,) = [each for each in spelled_so.asked[1] if isinstance(each, Config)]
     written = {name: [word.partition("=")[2] for word in canonical if word.startswith(f"{name}=")] for name in config.REPEATED}
-    assert [str(target) for target in meant.targets] == written["--target"]
-    assert meant.allow == tuple(config.network("--allow", text) for text in written["--allow"])
+    assert [str(target) for target in route_of(meant).targets] == written["--target"]
+    assert route_of(meant).allow == tuple(config.network("--allow", text) for text in written["--allow"])
 
 
 EVERY_NAME = [*TABLE, *parser.commands_of(MANUAL), "generate", "netns", "OUT", "KIND", "options", "top", "--zero-copy"]
@@ -728,7 +728,7 @@ def mangled_frames(draw: st.DrawFn) -> bytes:
 @example(b"\xff\xff\1" + bytes(400), 7)
 @example(records.encode(FULL._replace(client=bytes(PACKED_SIZE))), 400)
 @example(records.encode(FULL)[:-2] + b"\xff\1", 400)
-@example(records.encode(Notice(1, 2, "info", ""))[:-1] + b"\7", 400)
+@example(records.encode(Notice(1, 2, "info", ""))[:-5] + b"\7" + bytes(4), 400)
 def test_a_frame_that_is_broken_costs_itself_and_is_said(stream: bytes, step: int) -> None:
     found: List[Record] = []
     rest = b""
@@ -739,13 +739,13 @@ def test_a_frame_that_is_broken_costs_itself_and_is_said(stream: bytes, step: in
     for record in found:
         assert isinstance(record, (ConnectionRecord, Notice))
         if isinstance(record, ConnectionRecord):
-            line = connection_line.encode(record, encoder.Stamps().rfc3339(record.closed_at_ns), 1, "none")
+            line = connection_line.encode(record, encoder.Stamps().rfc3339(record.closed_at_ns), 1, "none", "default")
         else:
             line = encoder.line({"timestamp": encoder.Stamps().rfc3339(record.at_ns), "message": record.message})
         assert json.loads(line)
 
 
-@pytest.mark.parametrize("at", [2, 21, 53], ids=["kind", "client", "ending"])
+@pytest.mark.parametrize("at", [2, 23, 55], ids=["kind", "client", "ending"])
 def test_a_record_beside_a_broken_one_is_not_lost(at: int) -> None:
     frame = bytearray(records.encode(FULL))
     frame[at] ^= 0xFF

@@ -126,12 +126,17 @@ def test_a_number_that_no_worker_can_have_meant_is_said_and_not_shown_as_a_conne
     assert notice.message.startswith("a record can't be read: kind 1")
 
 
+def test_a_notice_of_a_route_that_can_be_none_is_said_to_be_unreadable() -> None:
+    (notice,), _ = decode(encode(Notice(3, 0, "error", "so", -2)))
+    assert isinstance(notice, Notice) and notice.message.startswith("a record can't be read: kind 2")
+
+
 # The line
 
 
 def line_of(record: ConnectionRecord) -> Dict[str, Any]:
     """Its `connection` line without what each line has."""
-    fields = json.loads(connection_line.encode(record, "2026-01-01T00:00:00.000000Z", 4711, "sysctl"))
+    fields = json.loads(connection_line.encode(record, "2026-01-01T00:00:00.000000Z", 4711, "sysctl", "default"))
     assert [fields.pop(name) for name in ("timestamp", "event", "pid")] == ["2026-01-01T00:00:00.000000Z", "connection", 4711]
     assert fields.pop("level") == ENDING_FIELDS[record.ending].level
     return dict(fields)
@@ -141,7 +146,7 @@ def line_of(record: ConnectionRecord) -> Dict[str, Any]:
 @example(FULL)
 @example(EMPTY)
 def test_a_connections_line_is_what_an_encoder_makes_of_its_fields(record: ConnectionRecord) -> None:
-    line = connection_line.encode(record, "2026-01-01T00:00:00.000000Z", 4711, "sysctl")
+    line = connection_line.encode(record, "2026-01-01T00:00:00.000000Z", 4711, "sysctl", "default")
     assert line == encoder.with_json(json.loads(line)) + b"\n"
     assert len(line) < 1500
 
@@ -171,6 +176,7 @@ def test_the_fields_of_a_connection_are_those_of_its_line_in_their_order() -> No
         "reason": "server_reset",
         "termination_state": "SD",
         "witness": "sysctl",
+        "route": "default",
     }
     assert list(line_of(EMPTY)) == list(line_of(FULL)) == list(connection_line.NAMES)
 

@@ -35,8 +35,8 @@ HEAD = ["timestamp", "level", "event", "pid"]
 CONNECTION_FIELDS = """connection_id worker client_address client_port upstream_address upstream_port
     upstream_local_address upstream_local_port duration_us connect_us rx_bytes tx_bytes upstream_tx_bytes discarded_bytes
     unacknowledged_bytes client_timestamps client_syn_tsval upstream_timestamps witness upstream_rtt_us upstream_retransmits
-    reason termination_state""".split()
-METRICS_FIELDS = """start_time uptime_s interval_s downstream_cx_total downstream_cx_overflow downstream_cx_denied
+    reason termination_state route""".split()
+METRICS_FIELDS = """route start_time uptime_s interval_s downstream_cx_total downstream_cx_overflow downstream_cx_denied
     downstream_cx_rx_bytes_total downstream_cx_tx_bytes_total upstream_cx_total upstream_cx_rx_bytes_total
     upstream_cx_tx_bytes_total upstream_cx_connect_fail upstream_cx_connect_timeout downstream_cx_timestamps_total
     upstream_cx_timestamps_total upstream_cx_policy_refused_total downstream_flow_control_paused_reading_total
@@ -109,23 +109,25 @@ def desk() -> Iterator[Desk]:
 
 I64, U64, BYTE = st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**64 - 1), st.integers(0, 255)
 ANY_CLIENT = st.binary(min_size=len(CLIENT), max_size=len(CLIENT)) | st.sampled_from([CLIENT, UPSTREAM])
+U16 = st.integers(0, 65535)
 ANY_BODY = st.tuples(
-    *(st.integers(0, 65535), U64, I64, ANY_CLIENT, I64, st.integers(0, 30), BYTE, st.integers(-128, 127), I64, ANY_CLIENT),
+    *(U16, U16, U64, I64, ANY_CLIENT, I64, st.integers(0, 30), BYTE, st.integers(-128, 127), I64, ANY_CLIENT),
     *(I64, st.integers(-128, 127), ANY_CLIENT, I64, I64, U64, U64, U64, U64, U64),
 ).map(lambda numbers: records._HEADER.pack(records._HEADER.size + records._BODY.size, 1) + records._BODY.pack(*numbers))
-ANY_NOTICE = st.tuples(st.integers(0, 65535), I64, st.integers(0, 5), st.binary(max_size=60)).map(
+ANY_NOTICE = st.tuples(U16, I64, st.integers(0, 5), st.integers(-3, 3), st.binary(max_size=60)).map(
     lambda given: (
-        records._HEADER.pack(records._HEADER.size + records._NOTICE_BODY.size + len(given[3]), 2)
-        + records._NOTICE_BODY.pack(*given[:3])
-        + given[3]
+        records._HEADER.pack(records._HEADER.size + records._NOTICE_BODY.size + len(given[4]), 2)
+        + records._NOTICE_BODY.pack(*given[:4])
+        + given[4]
     )
 )
 WHATEVER = st.lists(st.binary(max_size=200) | ANY_BODY | ANY_NOTICE, max_size=4).map(b"".join)
 
 
-def test_a_record_with_a_witness_of_no_word_costs_its_line_alone(desk: Desk) -> None:
-    for number, witness in enumerate((1, 200, 0)):
-        desk.writers[0].put(CLOSED._replace(connection_id=number, witness=witness))
+@pytest.mark.parametrize("field", ["witness", "route"])
+def test_a_record_with_a_number_that_has_no_word_costs_its_line_alone(desk: Desk, field: str) -> None:
+    for connection, number in enumerate((0, 200, 0)):
+        desk.writers[0].put(CLOSED._replace(connection_id=connection, **{field: number}))
     desk.close()
     assert [(line["event"], line.get("connection_id")) for line in desk.lines()] == [
         ("connection", 0),
@@ -283,6 +285,17 @@ def test_a_connection_line_has_its_fields_and_no_other(desk: Desk) -> None:
     assert (line["witness"], line["worker"], line["reason"], line["termination_state"]) == ("sysctl", 1, "closed", "--")
 
 
+def test_lines_name_their_route_by_the_number_in_the_record() -> None:
+    with desk_with(route_names=("oe-primary", "oe-backup")) as desk:
+        for route in (1, 0):
+            desk.writers[0].put(CLOSED._replace(route=route))
+            desk.writers[0].put(Notice(0, 0, "warning", "of a route", route))
+        desk.writers[0].put(Notice(0, 0, "warning", "of none"))
+        desk.close()
+        told = [line.get("route") for line in desk.lines()]
+    assert told == ["oe-backup", "oe-backup", "oe-primary", "oe-primary", None]
+
+
 @pytest.mark.parametrize("ending", list(Ending))
 def test_how_bad_an_ending_is_shows_as_the_level_of_its_line(desk: Desk, ending: Ending) -> None:
     desk.writers[0].put(CLOSED._replace(ending=ending, upstream=None, witness=0))
@@ -324,7 +337,7 @@ def test_lines_below_the_level_are_left_out_and_not_counted_as_dropped(threshold
 
 def test_a_metrics_line_has_every_field_of_the_design(desk: Desk) -> None:
     line = desk.metrics()
-    assert list(line)[:7] == [*HEAD, "start_time", "uptime_s", "interval_s"]
+    assert list(line)[:8] == [*HEAD, "route", "start_time", "uptime_s", "interval_s"]
     assert set(METRICS_FIELDS) <= set(line)
     buckets = {f"{name}_us_le_{2**power}" for name in ("connect", "relay") for power in range(21)}
     lag = {
@@ -368,17 +381,22 @@ def fill(shared_counters: SharedCounters, rows: slice, value: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "value"),
-    [(slice(FIRST_WORKER_ROW, FIRST_WORKER_ROW + 1), 2**63 - 1), (slice(None), 2**63 - 1), (slice(None), 2**64 - 1)],
+    ("rows", "value", "route"),
+    [
+        (slice(FIRST_WORKER_ROW, FIRST_WORKER_ROW + 1), 2**63 - 1, "r" * 63),  # the longest name that a route has
+        (slice(None), 2**63 - 1, "r" * 63),
+        (slice(None), 2**64 - 1, "default"),
+    ],
     ids=["one row at 2**63 - 1", "all rows at 2**63 - 1", "all rows at 2**64 - 1"],
 )
-def test_a_metrics_line_fits_and_is_whole_however_high_the_counters_are(desk: Desk, rows: slice, value: int) -> None:
-    fill(desk.shared_counters, rows, value)
-    line = desk.metrics()  # lines() holds that none is too long
+def test_a_metrics_line_fits_and_is_whole_however_high_the_counters_are(rows: slice, value: int, route: str) -> None:
+    with desk_with(route_names=(route,)) as desk:
+        fill(desk.shared_counters, rows, value)
+        line = desk.metrics()  # lines() holds that none is too long
+        writers = len(desk.shared_counters.rows[rows])
+        workers = len(desk.shared_counters.rows[FIRST_WORKER_ROW:][rows if rows.start is None else slice(0, 1)])
     assert set(METRICS_FIELDS) <= set(line)
-    assert line["relay_us_max"] == value / 1000
-    writers = len(desk.shared_counters.rows[rows])
-    workers = len(desk.shared_counters.rows[FIRST_WORKER_ROW:][rows if rows.start is None else slice(0, 1)])
+    assert (line["route"], line["relay_us_max"]) == (route, value / 1000)
     assert line["upstream_cx_connect_fail"] == value * writers
     assert line["relay_us_count"] == value * workers * histogram.BUCKETS
 

@@ -43,7 +43,7 @@ class Stand:
         self.events: List[Any] = []
         self.backoffs: List[float] = []
         self.loop, self.exited, self.counters = EventLoop(), wakeup.create(), SharedCounters.create(workers)
-        config = Config(targets=(), workers=workers, runtime="threads")
+        config = Config(routes=(), workers=workers, runtime="threads")
         unused: Any = None
         shared = WorkerShared(config, (), unused, unused, -1, {}, False, self.counters.fd, -1, self.exited)
         self.pool = WorkerPool(self.loop, self, shared, self.counters)

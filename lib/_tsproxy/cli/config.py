@@ -1,6 +1,7 @@
-"""Parses options into one frozen Config: each value is checked here, once. An error names the option, value and allowed range.
+"""Parses options into one frozen Config with its Route: each value is checked here, once.
 
-Knows the options' meanings and ranges, and which CPUs this process may use. Knows nothing of sockets or workers.
+An error names the option, value and allowed range. Knows the options' meanings and ranges, and which CPUs this process may
+use. Knows nothing of sockets or workers.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ MODES = ("strip", "rewrite", "preserve")
 FULL_ACTIONS = ("reject", "queue")
 ZERO_COPY = ("auto", "never")
 RUNTIMES = ("auto", "interpreters", "processes", "threads")
+DEFAULT_ROUTE = "default"  # of the command line
 SWITCH = ("on", "off")
 LEVELS = ("debug", "info", "warning", "error")
 
 _DURATIONS = {"us": 1, "ms": 1000, "s": 1_000_000, "m": 60_000_000, "h": 3_600_000_000}
 _SIZES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)", re.ASCII)
+_INTERFACE = re.compile(r"(?!\.{1,2}$)[\w.-]{1,15}", re.ASCII)  # IFNAMSIZ is 16, with the NUL
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*", re.ASCII | re.IGNORECASE)  # a part of an address for inet_aton(3)
 _IPV4_MAPPED_BITS = 96  # ::ffff:0:0/96, RFC 4291, section 2.5.5.2
 
@@ -30,11 +33,19 @@ class UsageError(ValueError):
     """A command line that is not valid; its text is the one line to print before exit 2."""
 
 
-class BadValue(UsageError):
+class BadOption(UsageError):
+    """What is wrong with one option; its text begins with the option's name, as it is spelled where it was given."""
+
+    def __init__(self, option: str, problem: str) -> None:
+        super().__init__(f"{option}: {problem}")
+        self.option = option
+
+
+class BadValue(BadOption):
     """An option's value that is not allowed: names the option, what was given, what is allowed."""
 
     def __init__(self, option: str, given: object, allowed: str) -> None:
-        super().__init__(f"{option}: given {given!r}; allowed: {allowed}")
+        super().__init__(option, f"given {given!r}; allowed: {allowed}")
 
 
 class Target(NamedTuple):
@@ -54,33 +65,42 @@ class Target(NamedTuple):
         return f"[{self.host}{zone}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-class Config(NamedTuple):
-    """The options, validated. Times are in the unit of the name; 0 means off where a time may be off."""
+class Route(NamedTuple):
+    """What is accepted where, and relayed to which targets, validated. Times are in the unit of the name; 0 means off."""
 
     targets: Tuple[Target, ...]
+    name: str = DEFAULT_ROUTE
     listen_options: Tuple[str, ...] = ()  # which of --port and --bind were given
     port: int = 8080
     bind: str = "127.0.0.1"
     timestamps: str = "strip"
-    static_timestamp: int = 0
     trust_host: bool = False
     max_connections: int = 1000
     max_connections_per_client: int = 0
     on_full: str = "reject"
     buffer_size: int = 65536
     zero_copy: str = "auto"
+    connect_timeout_s: float = 5.0
+    idle_timeout_s: float = 0.0
+    half_close_timeout_s: float = 300.0
+    user_timeout_ms: int = 10000
+    keepalive_s: int = 30
+    sources: Tuple[str, ...] = ()
+    interface: Optional[str] = None
+    dscp: Optional[int] = None
+    allow: Tuple[IPNetwork, ...] = ()
+
+
+class Config(NamedTuple):
+    """The options of the process, validated, and its routes."""
+
+    routes: Tuple[Route, ...]
+    static_timestamp: int = 0
     workers: int = 1
     runtime: str = "auto"
     cpus: Tuple[int, ...] = ()
     busy_poll_us: int = 0
-    connect_timeout_s: float = 5.0
-    idle_timeout_s: float = 0.0
-    half_close_timeout_s: float = 300.0
     drain_timeout_s: float = 30.0
-    user_timeout_ms: int = 10000
-    keepalive_s: int = 30
-    sources: Tuple[str, ...] = ()
-    allow: Tuple[IPNetwork, ...] = ()
     reuse_port: bool = False
     user: Optional[str] = None
     metrics_interval_s: float = 10.0
@@ -214,6 +234,13 @@ def _is_ipv6(text: str, scope: Optional[str]) -> bool:
     return ":" in text and is_address(text) and (scope is None or ":" in _plain(text))
 
 
+def interface(option: str, given: str) -> str:
+    """The name of a network interface. Whether there is one of that name is for the kernel to say."""
+    if not _INTERFACE.fullmatch(given):
+        raise BadValue(option, given, "an interface's name: 1 to 15 letters, digits, dots, dashes and underscores, e.g. eth1")
+    return given
+
+
 def usable_cpus() -> FrozenSet[int]:
     """The CPUs of this process's affinity mask; all that are online if a sandbox refuses sched_getaffinity(2)."""
     try:
@@ -254,7 +281,7 @@ def user_name(option: str, given: str) -> str:
 
 
 class _Option(NamedTuple):
-    """The field of Config for an option, and its parser."""
+    """The field of Route or Config for an option, and its parser."""
 
     field: str
     parse: Callable[[str, str], Any]
@@ -265,6 +292,8 @@ MOST_UPSTREAMS = 64  # addresses to try for one connection; also how many --targ
 OPTIONS: Mapping[str, _Option] = {
     "--port": _Option("port", whole(0, 65535, "a port")),
     "--bind": _Option("bind", address),
+    "--interface": _Option("interface", interface),
+    "--dscp": _Option("dscp", whole(0, 63, "a DSCP")),
     "--timestamps": _Option("timestamps", one_of(MODES)),
     "--static-timestamp": _Option("static_timestamp", whole(0, 2**32 - 1, "a TSval")),
     "--max-connections": _Option("max_connections", whole(1, 1_000_000)),
@@ -294,67 +323,74 @@ REPEATED: Mapping[str, _Option] = {
 }
 
 
+ROUTE_FIELDS = frozenset(Route._fields)
+
+
 def parse(options: Mapping[str, Any]) -> Config:
     """docopt's dictionary (long option -> text, list of texts, bool or None) into a Config, or UsageError."""
-    fields: Dict[str, Any] = {}
+    found: Dict[str, Any] = {}
     for name, (field, parser) in OPTIONS.items():
         if options.get(name) is not None:
-            fields[field] = parser(name, options[name])
+            found[field] = parser(name, options[name])
     for name, (field, parser) in REPEATED.items():
-        fields[field] = tuple(parser(name, given) for given in options.get(name) or ())
-    fields["reuse_port"] = bool(options.get("--reuse-port"))
-    fields["listen_options"] = tuple(name for name in ("--port", "--bind") if options.get(name) is not None)
-    fields["trust_host"] = bool(options.get("--trust-host"))
-    fields["connection_log"] = fields.get("connection_log", "on") == "on"
-    _contradictions(options, fields)
-    _timestamps(options, fields)
-    _defaults(fields)
-    return Config(**fields)
+        found[field] = tuple(parser(name, given) for given in options.get(name) or ())
+    found["reuse_port"] = bool(options.get("--reuse-port"))
+    found["listen_options"] = tuple(name for name in ("--port", "--bind") if options.get(name) is not None)
+    found["trust_host"] = bool(options.get("--trust-host"))
+    found["connection_log"] = found.get("connection_log", "on") == "on"
+    _contradictions(options, found)
+    _timestamps(options, found)
+    _defaults(found)
+    route = Route(**{field: value for field, value in found.items() if field in ROUTE_FIELDS})
+    return Config((route,), **{field: value for field, value in found.items() if field not in ROUTE_FIELDS})
 
 
-def _contradictions(options: Mapping[str, Any], fields: Dict[str, Any]) -> None:
+def _contradictions(options: Mapping[str, Any], found: Dict[str, Any]) -> None:
     """UsageError for options that contradict each other."""
-    cpus = fields.get("cpus")
-    if cpus and options.get("--workers") is not None and fields["workers"] != len(cpus):
+    cpus = found.get("cpus")
+    if cpus and options.get("--workers") is not None and found["workers"] != len(cpus):
         raise UsageError(
-            f"--workers={fields['workers']} contradicts --cpus={options['--cpus']}: "
+            f"--workers={found['workers']} contradicts --cpus={options['--cpus']}: "
             f"--cpus sets one worker a CPU ({len(cpus)}); give one of the two"
         )
-    if len(fields["targets"]) > MOST_UPSTREAMS:
-        raise UsageError(f"--target: given {len(fields['targets'])} times; allowed: up to {MOST_UPSTREAMS} times")
-    _reachable_sources(fields)
+    require_reachable(found)
 
 
-def _timestamps(options: Mapping[str, Any], fields: Dict[str, Any]) -> None:
+def _timestamps(options: Mapping[str, Any], found: Dict[str, Any]) -> None:
     """Set the mode: rewriting to 0 is stripping. UsageError for a TSval without rewriting."""
-    mode, spoof = fields.get("timestamps"), bool(options.get("--spoof-timestamps"))
+    mode, spoof = found.get("timestamps"), bool(options.get("--spoof-timestamps"))
     if spoof and mode not in (None, "rewrite"):
         raise UsageError(
             f"--spoof-timestamps contradicts --timestamps={mode}: it means --timestamps=rewrite; give one of the two"
         )
     rewrite = spoof or mode == "rewrite"
-    if not rewrite and "static_timestamp" in fields:
+    if not rewrite and "static_timestamp" in found:
         raise UsageError(
             f"--static-timestamp: given {options['--static-timestamp']!r}; "
             "allowed: only with --timestamps=rewrite (or --spoof-timestamps)"
         )
     if rewrite:
-        fields["timestamps"] = "rewrite" if fields.get("static_timestamp") else "strip"
+        found["timestamps"] = "rewrite" if found.get("static_timestamp") else "strip"
 
 
-def _reachable_sources(fields: Dict[str, Any]) -> None:
-    """UsageError if there are sources, but none of a literal target's family."""
-    families = {":" in source for source in fields["sources"]}
-    for wanted in fields["targets"]:
+def require_reachable(found: Mapping[str, Any], dashes: str = "--") -> None:
+    """BadOption for too many targets, or for sources of which none has a literal target's family.
+
+    `found` has fields of a Route; `dashes` is what stands before an option's name in the place where they were given.
+    """
+    if len(found["targets"]) > MOST_UPSTREAMS:
+        raise BadOption(f"{dashes}target", f"given {len(found['targets'])} times; allowed: up to {MOST_UPSTREAMS} times")
+    families = {":" in source for source in found["sources"]}
+    for wanted in found["targets"]:
         if families and wanted.is_literal and (":" in wanted.host) not in families:
             kind = "IPv6" if ":" in wanted.host else "IPv4"
-            given = ", ".join(fields["sources"])
-            raise UsageError(f"--source: given {given}; allowed: at least one {kind} address, to reach --target={wanted}")
+            problem = f"given {', '.join(found['sources'])}; allowed: at least one {kind} address, to reach"
+            raise BadOption(f"{dashes}source", f"{problem} {dashes}target={wanted}")
 
 
-def _defaults(fields: Dict[str, Any]) -> None:
+def _defaults(found: Dict[str, Any]) -> None:
     """Defaults that depend on this host."""
-    if fields.get("cpus"):
-        fields["workers"] = len(fields["cpus"])
-    elif "workers" not in fields:
-        fields["workers"] = len(usable_cpus())
+    if found.get("cpus"):
+        found["workers"] = len(found["cpus"])
+    elif "workers" not in found:
+        found["workers"] = len(usable_cpus())

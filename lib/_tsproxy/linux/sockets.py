@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import struct
 from socket import SocketType
@@ -18,7 +19,7 @@ from _tsproxy.linux.needs import needing
 TAG = 4
 # DSCP of upstream sockets where rules are relied on. Packets that the kernel sends when the socket no longer exists have it,
 # on every kernel (tw_tos and tw_tclass of TIME_WAIT, include/net/inet_timewait_sock.h); the priority only on some. The rules
-# match the packet by it and set it to 0, so it is not on the wire. From the pool for local use (RFC 2474, section 6).
+# match the packet by it and set what is wanted, so it is not on the wire. From the pool for local use (RFC 2474, section 6).
 TAG_DSCP = 3
 _LINGER_ZERO = struct.pack("ii", 1, 0)
 _KEEPALIVE_PROBES = 3
@@ -258,18 +259,50 @@ class SourceUnavailable(OSError):
     """EADDRNOTAVAIL or ENODEV of bind(2): this host has no such address, or no such interface."""
 
 
-def dial(family: int, source: Optional[Address], for_rules: bool = False) -> SocketType:
+class InterfaceUnavailable(OSError):
+    """ENODEV of SO_BINDTODEVICE: this network namespace has no interface of that name."""
+
+
+def bind_to_interface(sock: SocketType, name: str) -> None:
+    """Let the socket send and receive by this interface, or in this VRF, alone (SO_BINDTODEVICE, socket(7)).
+
+    InterfaceUnavailable if there is none; PermissionError without CAP_NET_RAW before Linux 5.7. An interface that is made
+    anew under its name is another one to the kernel: a socket that was bound to the old one stays without.
+    """
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, os.fsencode(name) + b"\0")
+    except OSError as error:
+        if error.errno == errno.ENODEV:
+            raise InterfaceUnavailable(*error.args) from None
+        raise
+
+
+class Egress(NamedTuple):
+    """Socket options of upstream connections alone."""
+
+    interface: str = ""
+    dscp: int = 0
+
+
+_ANYHOW = Egress()
+
+
+def dial(family: int, source: Optional[Address], for_rules: bool = False, egress: Egress = _ANYHOW) -> SocketType:
     """An unconnected, non-blocking upstream socket with TAG, bound to `source` if one is given. OSError of socket(2) and so on.
 
-    It has no keepalive yet. `for_rules`: packet filter rules are relied on, so its packets have TAG_DSCP as well.
+    It has no keepalive yet. `for_rules`: packet filter rules are relied on, so its packets have TAG_DSCP, in whose place the
+    rules set the other one.
     bind(2) needs no port here, so EADDRNOTAVAIL from it means the address: SourceUnavailable. From connect(2) it means ports.
     """
     sock = SocketType(family, _STREAM)
     try:
-        if for_rules:
-            _set_dscp(sock, family, TAG_DSCP)
+        dscp = TAG_DSCP if for_rules else egress.dscp
+        if dscp:
+            _set_dscp(sock, family, dscp)
         sock.setsockopt(_SOCKET, _PRIORITY, TAG)  # after IP_TOS, which sets it, too (ip(7))
         set_at_once(sock)
+        if egress.interface:
+            bind_to_interface(sock, egress.interface)  # before bind(2): an address of a VRF is one of its interfaces' alone
         if source is not None:
             # The port is chosen at connect(), by the 4-tuple; bind() would reserve one for all targets.
             sock.setsockopt(socket.IPPROTO_IP, uapi.IP_BIND_ADDRESS_NO_PORT, 1)
@@ -288,6 +321,7 @@ def reuseaddr_socket(family: int) -> socket.socket:
 
 
 def _set_dscp(sock: SocketType, family: int, dscp: int) -> None:
+    """Of all packets to come, the SYN too. The kernel keeps the two bits of ECN, which are its own on a TCP socket (ip(7))."""
     level, name = (socket.IPPROTO_IPV6, socket.IPV6_TCLASS) if family == socket.AF_INET6 else (socket.IPPROTO_IP, socket.IP_TOS)
     sock.setsockopt(level, name, dscp << 2)
 

@@ -135,7 +135,7 @@ class ByRules(MonitoredGate):
     witness = int(Lever.NFTABLES)
 
     def __init__(self, policy: Policy, evidence: Evidence, asked: Mapping[int, Wakeup], *, for_rules: bool) -> None:
-        """`for_rules`: the rules match the DSCP mark that upstream sockets can set, and clear it."""
+        """`for_rules`: the rules match the DSCP mark that upstream sockets can set, and replace it."""
         super().__init__(policy, evidence, asked)
         self.for_rules = for_rules
 

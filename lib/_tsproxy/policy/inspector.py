@@ -70,7 +70,7 @@ class Inspector:
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self._sysctl: Optional[Sysctl] = None
-        # Whether the rules clear sockets.TAG_DSCP, so that upstream sockets may set it: by the first check that held.
+        # Whether the rules replace sockets.TAG_DSCP, so that upstream sockets may set it: by the first check that held.
         self.rules_clear_mark: Optional[bool] = None
         self._rehearsed: Dict[int, float] = {}  # family -> when the rules last held in a rehearsal
         self._saw_segments: Set[int] = set()  # families of which a rehearsal has seen each segment
@@ -110,7 +110,7 @@ class Inspector:
         return "" if self.policy.fits(seen) else f"the witness SYN ({FAMILY_NAMES[family]}) carries {what}"
 
     def _check_rules(self, family: int, seen: Syn, deadline: float) -> str:
-        """Why rules that hold for our SYN are not enough; "" if they are. Rules that match sockets.TAG_DSCP clear it."""
+        """Why rules that hold for our SYN are not enough; "" if they are. Rules that match sockets.TAG_DSCP replace it."""
         marked = seen.dscp == sockets.TAG_DSCP
         if marked and (self.policy.mode == "rewrite" or self.rules_clear_mark):
             return f"{rehearsal.MISBEHAVES}: {rehearsal.TIME_WAIT} (they do not know the mark of its answer, DSCP {seen.dscp})"

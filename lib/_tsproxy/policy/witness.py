@@ -148,7 +148,7 @@ def _bound_to_lo(sock: _Sock) -> _Sock:
     EPERM without CAP_NET_RAW before Linux 5.7: then bind(2) and the routes decide, as for any program (ip_nonlocal_bind).
     """
     with contextlib.suppress(PermissionError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, os.fsencode(namespaces.loopback()) + b"\0")
+        sockets.bind_to_interface(sock, namespaces.loopback())
     return sock
 
 

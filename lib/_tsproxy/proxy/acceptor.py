@@ -12,7 +12,7 @@ import socket
 import time
 from typing import Callable, Optional
 
-from _tsproxy.cli.config import Config
+from _tsproxy.cli.config import Route
 from _tsproxy.linux import sockets, uapi
 from _tsproxy.linux.addresses import pack, raw_ip
 from _tsproxy.proxy.clients import Clients
@@ -38,7 +38,7 @@ class Acceptor:
 
     def __init__(
         self,
-        config: Config,
+        route: Route,
         shared_counters: SharedCounters,
         row: memoryview,
         clients: Clients,
@@ -51,11 +51,11 @@ class Acceptor:
         `dispatch` owns the client's descriptor if it returns True; False: no inbox has room. `log_ratelimited` gets level and
         text of a line. Connection ids continue those of an earlier acceptor.
         """
-        self._config, self._shared_counters, self._counters, self._clients = config, shared_counters, row, clients
+        self._route, self._shared_counters, self._counters, self._clients = route, shared_counters, row, clients
         self._dispatch, self._log_ratelimited = dispatch, log_ratelimited
         self.upstreams = b""  # packed addresses to try, one after the other; set by the owner
-        self._allowed = [(net.version, int(net.network_address), int(net.netmask)) for net in config.allow]
-        self._queues = config.on_full == "queue"
+        self._allowed = [(net.version, int(net.network_address), int(net.netmask)) for net in route.allow]
+        self._queues = route.on_full == "queue"
         self._resume_at = 0.0
         self._logged_at = -_LOG_S
         self._full_logged_at = -_FULL_LOG_S
@@ -72,7 +72,7 @@ class Acceptor:
 
     def _is_full(self) -> bool:
         """Whether --max-connections is reached; logged once a minute."""
-        limit = self._config.max_connections
+        limit = self._route.max_connections
         if self._connection_id - self._ended < limit:  # more have ended since, if any
             return False
         self._ended = self._shared_counters.total(Counter.ENDED)

@@ -144,13 +144,17 @@ class Connector:
 
     def _connect_from_any_source(self, address: Address) -> socket.SocketType:
         """A socket in SYN_SENT. Without timestamps ports in TIME_WAIT can't be reused, so each source address is tried."""
-        code = 0
+        code, egress = 0, self._context.settings.egress
         for source in self._context.sources(address.family):
             try:
-                sock = sockets.dial(address.family, source, self._context.gate.for_rules)
+                sock = sockets.dial(address.family, source, self._context.gate.for_rules, egress)
             except sockets.SourceUnavailable:
                 self._log_source_gone(source)
                 continue
+            except sockets.InterfaceUnavailable:
+                self._log_interface_gone()
+                code = errno.ENODEV
+                break
             code = sock.connect_ex(address.sockaddr)
             if code == 0 or code in uapi.RETRY:
                 return sock
@@ -165,6 +169,12 @@ class Connector:
         """bind(2) failed: a source address was removed. The others are used; without any the ending is CONNECT_FAILED."""
         gone = f"--source={source.ip}" if source else "the source"
         text = f"{gone} is no address of this host any more: connections come from the others, if there are any"
+        self._context.log_ratelimited("error", gone, text)
+
+    def _log_interface_gone(self) -> None:
+        """SO_BINDTODEVICE failed: there is no such interface any more. It may come again, as an address may."""
+        gone = f"--interface={self._context.settings.egress.interface}"
+        text = f"{gone} is no interface of this host any more: connections fail until there is one again"
         self._context.log_ratelimited("error", gone, text)
 
     def _await_answer(self, sock: socket.SocketType, now: int) -> None:
@@ -246,7 +256,8 @@ class Connector:
         if self._failure in _ADVICE:
             self._context.log_ratelimited("error", self._failure.name, f"{about}: {_ADVICE[self._failure]}")
         elif self._context.settings.log_debug:
-            self._context.records.put(Notice(self._context.number, time.time_ns(), "debug", about))
+            route = self._context.settings.route
+            self._context.records.put(Notice(self._context.number, time.time_ns(), "debug", about, route))
 
     def close(self) -> None:
         """Called once, when connected or at the session's end. The garbage collector is off, so no cycle may be left."""

@@ -14,7 +14,7 @@ from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequenc
 
 from _tsproxy.linux.addresses import Address, unpack
 from _tsproxy.linux.limits import PIPES_A_WORKER
-from _tsproxy.linux.sockets import Tuning
+from _tsproxy.linux.sockets import Egress, Tuning
 from _tsproxy.loop.event_loop import EventLoop
 from _tsproxy.proxy.buffers import Buffers, PrefixViews
 from _tsproxy.proxy.gate import PolicyGate
@@ -40,6 +40,8 @@ class SessionSettings(NamedTuple):
     log_connections: bool
     log_debug: bool
     zero_copy: bool
+    egress: Egress = Egress()
+    route: int = 0  # its number
 
 
 class WorkerContext:
@@ -122,7 +124,7 @@ class WorkerContext:
         now = time.monotonic_ns()
         if now - self._logged[about] >= _LOG_NS:
             self._logged[about] = now
-            self.records.put(Notice(self.number, time.time_ns(), level, message))
+            self.records.put(Notice(self.number, time.time_ns(), level, message, self.settings.route))
 
     def report(self, bug: Exception) -> None:
         """Count a bug and log its traceback."""

@@ -381,6 +381,7 @@ class Session:
         context, message, connector = self._context, self._message, self._connector
         return ConnectionRecord(
             context.number,
+            context.settings.route,
             message.connection_id,
             time.time_ns(),
             message.client,

@@ -118,6 +118,7 @@ class Worker:
             context.records.put(
                 ConnectionRecord(
                     worker=context.number,
+                    route=context.settings.route,
                     connection_id=message.connection_id,
                     closed_at_ns=time.time_ns(),
                     client=message.client,

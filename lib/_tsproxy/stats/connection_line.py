@@ -36,17 +36,18 @@ NAMES = (
     "reason",
     "termination_state",
     "witness",
+    "route",
 )
 _HEAD = '{"timestamp":"%s","level":"%s","event":"connection","pid":%d,'
-_TEXTS = frozenset({"reason", "termination_state", "witness"})  # the addresses have their quotes, or are null
+_TEXTS = frozenset({"reason", "termination_state", "witness", "route"})  # the addresses have their quotes, or are null
 _TEMPLATE = _HEAD + ",".join(f'"{name}":"%s"' if name in _TEXTS else f'"{name}":%s' for name in NAMES) + "}\n"
 _BOOLEANS = {None: "null", False: "false", True: "true"}
 _NULLS = ("null", "null")
 
 
-def encode(record: ConnectionRecord, timestamp: str, pid: int, witness: str) -> bytes:
-    """The line with its newline; `witness` is the name of the record's."""
-    (worker, connection_id, _, client, duration_us, ending, _, client_timestamps, client_syn_tsval, upstream, connect_us,
+def encode(record: ConnectionRecord, timestamp: str, pid: int, witness: str, route: str) -> bytes:
+    """The line with its newline; `witness` and `route` are the names of the record's."""
+    (worker, _, connection_id, _, client, duration_us, ending, _, client_timestamps, client_syn_tsval, upstream, connect_us,
      upstream_timestamps, local, rtt_us, retransmits, rx, tx, upstream_tx, discarded, unacknowledged) = record  # fmt: skip
     reason, termination_state, level = ENDING_FIELDS[ending]
     line = _TEMPLATE % (
@@ -73,6 +74,7 @@ def encode(record: ConnectionRecord, timestamp: str, pid: int, witness: str) -> 
         reason,
         termination_state,
         witness,
+        route,
     )
     return line.encode("ascii")
 

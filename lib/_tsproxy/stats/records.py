@@ -22,9 +22,9 @@ from _tsproxy.stats.endings import Ending
 
 _HEADER = struct.Struct("=HB")  # size of the whole frame, kind
 _CONNECTION, _NOTICE = 1, 2
-_BODY = struct.Struct(f"=HQq{PACKED_SIZE}sqBBbq{PACKED_SIZE}sqb{PACKED_SIZE}sqqQQQQQ")
+_BODY = struct.Struct(f"=HHQq{PACKED_SIZE}sqBBbq{PACKED_SIZE}sqb{PACKED_SIZE}sqqQQQQQ")
 _CONNECTION_FRAME = struct.Struct(_HEADER.format + _BODY.format[1:])
-_NOTICE_BODY = struct.Struct("=HqB")
+_NOTICE_BODY = struct.Struct("=HqBi")
 _PIPE_BYTES = 1 << 20  # fs.pipe-max-size, what an unprivileged process may ask for
 _READ_BYTES = 1 << 16
 _INT = struct.Struct("i")  # what FIONREAD answers (ioctl_tty(2))
@@ -36,6 +36,7 @@ class ConnectionRecord(NamedTuple):
     """The access-log entry of one session. Addresses are packed; None: not known."""
 
     worker: int
+    route: int  # its number, by which the reporter knows its name
     connection_id: int
     closed_at_ns: int  # CLOCK_REALTIME
     client: bytes
@@ -64,6 +65,7 @@ class Notice(NamedTuple):
     at_ns: int
     level: str
     message: str
+    route: Optional[int] = None  # the number of the one that it is about
 
 
 Record = Union[ConnectionRecord, Notice]
@@ -71,23 +73,28 @@ _ENDINGS = tuple(Ending)
 _BOOLEANS = {0: False, 1: True, -1: None}
 
 
+def _number(route: Optional[int]) -> int:
+    return -1 if route is None else route
+
+
 def encode(record: Record) -> bytes:
     """The frame of one record."""
     if isinstance(record, ConnectionRecord):
         return _encode_connection(record)
     text = record.message.encode("utf-8", "backslashreplace")[: uapi.PIPE_BUF - _HEADER.size - _NOTICE_BODY.size]
-    body = _NOTICE_BODY.pack(record.worker, record.at_ns, NOTICE_LEVELS.index(record.level)) + text
+    body = _NOTICE_BODY.pack(record.worker, record.at_ns, NOTICE_LEVELS.index(record.level), _number(record.route)) + text
     return _HEADER.pack(_HEADER.size + len(body), _NOTICE) + body
 
 
 def _encode_connection(record: ConnectionRecord) -> bytes:
     """None is -1, or an address of zeros. Written out: it is done for each connection."""
-    (worker, connection_id, closed_at_ns, client, duration_us, ending, witness, client_timestamps, client_syn_tsval,
+    (worker, route, connection_id, closed_at_ns, client, duration_us, ending, witness, client_timestamps, client_syn_tsval,
      upstream, connect_us, upstream_timestamps, local, rtt_us, retransmits, *counts) = record  # fmt: skip
     return _CONNECTION_FRAME.pack(
         _CONNECTION_FRAME.size,
         _CONNECTION,
         worker,
+        route,
         connection_id,
         closed_at_ns,
         client,
@@ -137,20 +144,22 @@ def _malformed(kind: int, body: bytes) -> Notice:
 
 
 def _notice(body: bytes) -> Notice:
-    worker, at_ns, level = _NOTICE_BODY.unpack_from(body)
-    if at_ns < 0:
+    worker, at_ns, level, route = _NOTICE_BODY.unpack_from(body)
+    if at_ns < 0 or route < -1:
         raise ValueError
-    return Notice(worker, at_ns, NOTICE_LEVELS[level], body[_NOTICE_BODY.size :].decode("utf-8", "replace"))
+    text = body[_NOTICE_BODY.size :].decode("utf-8", "replace")
+    return Notice(worker, at_ns, NOTICE_LEVELS[level], text, None if route == -1 else route)
 
 
 def _connection(kind: int, body: bytes) -> ConnectionRecord:
     """The record in a frame. ValueError, or the like, if it is malformed: a corrupt worker may write any bytes."""
-    (worker, connection_id, closed_at_ns, client, duration_us, ending, witness, client_timestamps, client_syn_tsval, upstream,
-     connect_us, upstream_timestamps, local, rtt_us, retransmits, *counts) = _BODY.unpack(body)  # fmt: skip
+    (worker, route, connection_id, closed_at_ns, client, duration_us, ending, witness, client_timestamps, client_syn_tsval,
+     upstream, connect_us, upstream_timestamps, local, rtt_us, retransmits, *counts) = _BODY.unpack(body)  # fmt: skip
     if kind != _CONNECTION or closed_at_ns < 0 or duration_us < 0 or not is_packed(client):
         raise ValueError
     return ConnectionRecord(
         worker,
+        route,
         connection_id,
         closed_at_ns,
         client,

@@ -40,10 +40,11 @@ class Reporter:
         level: str = "info",
         interval_s: float = 10.0,
         witness_names: Sequence[str] = ("none",),
+        route_names: Sequence[str] = ("default",),
     ) -> None:
-        """`witness_names` has the `witness` field of a line, by the number in its record."""
+        """`witness_names` and `route_names` have these fields of a line, by the number in its record."""
         self._shared_counters, self._pipe, self._interval_s = shared_counters, pipe, interval_s
-        self._witness_names = witness_names
+        self._witness_names, self._route_names = witness_names, route_names
         self._threshold = NOTICE_LEVELS.index(level)
         self._line_writer = LineWriter(fd, time.monotonic, self._count_dropped, _log_to_stderr)
         self._log_queue: Deque[Tuple[int, str, str, Fields]] = deque()
@@ -148,15 +149,17 @@ class Reporter:
             self._put_connection(record)
         else:
             event = record.level if record.level in ("warning", "error") else "debug"
-            self._put_line(record.at_ns, record.level, event, {"worker": record.worker, "message": record.message})
+            about = {} if record.route is None else {"route": self._route_names[record.route]}
+            self._put_line(record.at_ns, record.level, event, {**about, "worker": record.worker, "message": record.message})
 
     def _put_connection(self, record: ConnectionRecord) -> None:
         if NOTICE_LEVELS.index(ENDING_FIELDS[record.ending].level) >= self._threshold:
             timestamp = self._stamps.rfc3339(record.closed_at_ns)
-            self._line_writer.put(connection_line.encode(record, timestamp, os.getpid(), self._witness_names[record.witness]))
+            names = self._witness_names[record.witness], self._route_names[record.route]
+            self._line_writer.put(connection_line.encode(record, timestamp, os.getpid(), *names))
 
     def _put_metrics(self, at_ns: int) -> None:
-        fields = self._rates.fields()
+        fields: Fields = {"route": self._route_names[0], **self._rates.fields()}
         fields.update(metrics.latencies(self._shared_counters))
         self._put_line(at_ns, "info", "metrics", fields)
 

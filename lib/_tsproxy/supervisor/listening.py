@@ -9,10 +9,10 @@ import errno
 import ipaddress
 import os
 import socket
-from typing import Dict, Iterator, List, Mapping, Optional, Sequence
+from typing import Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence
 
 from _tsproxy.cli import exits
-from _tsproxy.cli.config import Config
+from _tsproxy.cli.config import Route
 from _tsproxy.cli.exits import Exit
 from _tsproxy.linux import reuseport, sockets, systemd
 from _tsproxy.linux.addresses import Address, from_sockaddr
@@ -31,11 +31,16 @@ _ANY: Dict[int, str] = {socket.AF_INET: "0.0.0.0", socket.AF_INET6: "::"}
 _LOOPBACK: Dict[int, str] = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
 
 
-def listeners(
-    config: Config, upstreams: Sequence[Address], sources: Sequence[Address], environment: Mapping[str, str]
-) -> List[socket.socket]:
+class Ends(NamedTuple):
+    """What a route connects to, and from which addresses of --source."""
+
+    upstreams: Sequence[Address]
+    sources: Sequence[Address]
+
+
+def listeners(route: Route, reuse_port: bool, ends: Ends, environment: Mapping[str, str]) -> List[socket.socket]:
     """The inherited sockets, or a new one, each with TCP_SAVE_SYN. Exit 2 or 69 if there is none."""
-    found = _inherited(config, upstreams, sources, environment) or [_own(config, upstreams, sources)]
+    found = _inherited(route, reuse_port, ends, environment) or [_own(route, reuse_port, ends)]
     for listener in found:
         sockets.save_syns(listener)
     return found
@@ -46,70 +51,71 @@ def family_of(ip: str) -> int:
     return socket.AF_INET6 if ":" in ip else socket.AF_INET
 
 
-def is_local(address: Address) -> bool:
-    """Whether it is an address of this network namespace: bind(2) takes it."""
+def is_local(address: Address, interface: str = "") -> bool:
+    """Whether it is an address of this network namespace, or of a socket that is bound to `interface`: bind(2) takes it."""
     try:
         with socket.socket(address.family, socket.SOCK_STREAM) as probe:
+            if interface:
+                sockets.bind_to_interface(probe, interface)
             probe.bind(address._replace(port=0).sockaddr)
     except OSError:  # or socket(2) does not have the family
         return False
     return True
 
 
-def unbounded(config: Config, found: Sequence[socket.socket]) -> Optional[str]:
+def unbounded(route: Route, found: Sequence[socket.socket]) -> Optional[str]:
     """The warning for a listener that other hosts can reach, where no option limits one client; None if there is no need."""
-    if config.max_connections_per_client or config.idle_timeout_s or config.allow:
+    if route.max_connections_per_client or route.idle_timeout_s or route.allow:
         return None
     addresses = [from_sockaddr(listener.family, listener.getsockname()) for listener in found]
     reachable = [str(address) for address in addresses if not ipaddress.ip_address(address.ip).is_loopback]
     if not reachable:
         return None
     return (
-        f"one client of {', '.join(reachable)} can hold all {config.max_connections} connections for ever: "
+        f"one client of {', '.join(reachable)} can hold all {route.max_connections} connections for ever: "
         "missing --max-connections-per-client, --idle-timeout or --allow"
     )
 
 
-def _inherited(
-    config: Config, upstreams: Sequence[Address], sources: Sequence[Address], environment: Mapping[str, str]
-) -> List[socket.socket]:
+def _inherited(route: Route, reuse_port: bool, ends: Ends, environment: Mapping[str, str]) -> List[socket.socket]:
     try:
         found = [systemd.listener_from(handed) for handed in systemd.inherited(environment, os.getpid())]
     except systemd.BadHandover as problem:
         raise Exit(exits.USAGE, str(problem)) from None
-    ours = (*config.listen_options, *(["--reuse-port"] if config.reuse_port else []))
+    ours = (*route.listen_options, *(["--reuse-port"] if reuse_port else []))
     if found and ours:
         raise Exit(exits.USAGE, f"{ours[0]}: given with LISTEN_FDS; allowed: only without inherited listeners")
     for listener in found:
         if sockets.shares_our_namespace(listener):
             address = from_sockaddr(listener.family, listener.getsockname())
-            _refuse_loop(address, sockets.accepts_ipv4(listener), upstreams, sources)
+            _refuse_loop(address, sockets.accepts_ipv4(listener), ends)
         sockets.reset_inherited_options(listener)
-        tuning_of(config).apply(listener)
+        tuning_of(route).apply(listener)
     return found
 
 
-def _own(config: Config, upstreams: Sequence[Address], sources: Sequence[Address]) -> socket.socket:
-    address = Address(family_of(config.bind), config.bind, config.port)
-    _refuse_loop(address, True, upstreams, sources)
+def _own(route: Route, reuse_port: bool, ends: Ends) -> socket.socket:
+    address = Address(family_of(route.bind), route.bind, route.port)
+    _refuse_loop(address, True, ends)
     try:
-        listener = sockets.listener(address, _BACKLOG, tuning_of(config), config.reuse_port)
+        listener = sockets.listener(address, _BACKLOG, tuning_of(route), reuse_port)
     except OSError as error:
         hint = _HINTS.get(error.errno or 0, "")
         raise Exit(exits.CANNOT_BIND, f"can't listen on {address}: {error.strerror}{hint}") from None
-    if config.reuse_port:
+    if reuse_port:
         reuseport.attach(listener)
     return listener
 
 
-def _refuse_loop(listening: Address, takes_ipv4: bool, upstreams: Sequence[Address], sources: Sequence[Address]) -> None:
+def _refuse_loop(listening: Address, takes_ipv4: bool, ends: Ends) -> None:
     """Exit 2 for a target that is the listener itself: each client would connect on until --max-connections."""
-    for upstream in upstreams:
-        if upstream.port == listening.port and any(_takes(listening, takes_ipv4, end) for end in _ends(upstream, sources)):
+    for upstream in ends.upstreams:
+        reached = _reached(upstream, ends.sources) if upstream.port == listening.port else ()
+        if any(_takes(listening, takes_ipv4, end) for end in reached):
             raise Exit(exits.USAGE, f"--target: given {str(upstream)!r}; allowed: any address but tsproxy's own")
 
 
-def _ends(upstream: Address, sources: Sequence[Address]) -> Iterator[Address]:
+def _reached(upstream: Address, sources: Sequence[Address]) -> Iterator[Address]:
     """The addresses that connect(2) may reach. For 0.0.0.0 and :: its loopback address or, in IPv4, the bound source.
 
     (tcp_v6_connect() and ip_route_output_key_hash_rcu() in net/.)

@@ -65,6 +65,7 @@ class Supervisor:
 
     def __init__(self, prepared: Prepared, notifier: Notifier, signals: Signals) -> None:
         self._prepared, self._config, self._signals = prepared, prepared.shared.config, signals
+        (self._route,) = self._config.routes
         self._counters, self._resolver = prepared.counters, prepared.resolver
         self._started_at = time.monotonic()
         self._terminated_by: List[str] = []  # names of signals, in order
@@ -77,7 +78,7 @@ class Supervisor:
         self._listeners = [Listener(self._loop, self._acceptor, sock) for sock in ours]
         self._calls = ThreadsafeCalls()
         self._watchdog = Watchdog(self._loop, notifier, self._pool, self._status)
-        self._drift = Drift(prepared.shared.lever, self._log, partial(self._pool.notify, Command.POLICY_FAILED))
+        self._drift = Drift(prepared.shared.lever, self._log_of_route, partial(self._pool.notify, Command.POLICY_FAILED))
 
     def _make_reporter(self) -> Reporter:
         return Reporter(
@@ -87,18 +88,19 @@ class Supervisor:
             level=self._config.log_level,
             interval_s=self._config.metrics_interval_s,
             witness_names=levers.WITNESS_NAMES,
+            route_names=[route.name for route in self._config.routes],
         )
 
     def _make_acceptor(self) -> Acceptor:
-        config = self._config
-        slots = slots_for(config.max_connections, config.max_connections_per_client)
+        route = self._route
+        slots = slots_for(route.max_connections, route.max_connections_per_client)
         acceptor = Acceptor(
-            config,
+            route,
             self._counters,
             self._counters.rows[ACCEPTOR_ROW],
-            Clients(self._counters, slots, config.max_connections_per_client),
+            Clients(self._counters, slots, route.max_connections_per_client),
             dispatch=self._pool.dispatch,
-            log_ratelimited=lambda level, why: self._log(level, level, why),
+            log_ratelimited=lambda level, why: self._log_of_route(level, level, why),
         )
         acceptor.upstreams = self._resolver.packed
         return acceptor
@@ -150,11 +152,11 @@ class Supervisor:
         with needing("getsockname(2)", "for the addresses it listens on"):
             fields = start_line.fields(self._prepared, self._calls.kind)
         self._reporter.log("start", **fields)
-        for warning in (listening.unbounded(self._config, self._prepared.listeners), self._resolver.excess):
+        for warning in (listening.unbounded(self._route, self._prepared.listeners), self._resolver.excess):
             if warning:
-                self._log("warning", "warning", warning)
+                self._log_of_route("warning", "warning", warning)
         for target, reason in self._resolver.failures:
-            self._log("warning", "warning", f"can't resolve {target}: {reason}; the other targets are in use")
+            self._log_of_route("warning", "warning", f"can't resolve {target}: {reason}; the other targets are in use")
         children.reap_others(self._pool.children)
         self._watchdog.notify(READY=1)
 
@@ -258,7 +260,7 @@ class Supervisor:
     def _on_resolver(self, event: str, level: str, message: str) -> None:
         """Other addresses are in use before the line says so."""
         self._set_upstreams()
-        self._log(event, level, message)
+        self._log_of_route(event, level, message)
 
     def _set_upstreams(self) -> None:
         self._acceptor.upstreams = self._resolver.packed
@@ -322,8 +324,13 @@ class Supervisor:
     def _log(self, event: str, level: str, message: str) -> None:
         self._reporter.log(event, level, message=message)
 
+    def _log_of_route(self, event: str, level: str, message: str) -> None:
+        """Log what is about its connections, targets, policy or limits."""
+        self._reporter.log(event, level, route=self._route.name, message=message)
+
 
 def _worker_accepts(prepared: Prepared) -> bool:
     """With one worker no client need be dispatched: unless clients are counted here, or SCM_RIGHTS has not that much room."""
     config = prepared.shared.config
-    return config.workers == 1 and not config.max_connections_per_client and len(prepared.listeners) <= _MOST_LISTENERS
+    (route,) = config.routes
+    return config.workers == 1 and not route.max_connections_per_client and len(prepared.listeners) <= _MOST_LISTENERS

@@ -10,21 +10,25 @@ import contextlib
 import os
 import pwd
 import socket
-from typing import List, Mapping, NamedTuple, Optional, Tuple
+import time
+from typing import Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 from _tsproxy.cli import exits
-from _tsproxy.cli.config import Config
+from _tsproxy.cli.config import Config, Route
 from _tsproxy.cli.exits import Exit
-from _tsproxy.linux import limits, privileges, systemd, wakeup
+from _tsproxy.linux import limits, privileges, sockets, systemd, wakeup
 from _tsproxy.linux.addresses import Address
-from _tsproxy.policy import advice
+from _tsproxy.policy import advice, witness
 from _tsproxy.policy.evidence import FAMILY_NAMES, Answer, Evidence
-from _tsproxy.policy.inspector import Inspector, PolicyCheck
+from _tsproxy.policy.inspector import CHECK_TIMEOUT_S, Inspector, PolicyCheck
 from _tsproxy.policy.levers import Lever, Policy
+from _tsproxy.policy.syn import Syn
+from _tsproxy.policy.witness import NoWitness
 from _tsproxy.proxy.clients import slots_for
 from _tsproxy.stats.counters import SharedCounters, bytes_for
 from _tsproxy.stats.records import RecordPipe
 from _tsproxy.supervisor import listening, runners
+from _tsproxy.supervisor.listening import Ends
 from _tsproxy.supervisor.resolver import Resolver
 from _tsproxy.supervisor.signals import Signals
 from _tsproxy.supervisor.worker_args import WorkerShared
@@ -52,23 +56,27 @@ def prepare(config: Config, environment: Mapping[str, str], notifier: systemd.No
     The first look-up of names may take minutes: SIGTERM, SIGINT or SIGHUP end it, with Exit.
     """
     account = _account(config)
-    names = [target for target in config.targets if not target.is_literal]
+    (route,) = config.routes
+    names = [target for target in route.targets if not target.is_literal]
     if names:
         notifier.extend(_LOOK_UP_S * len(names), STATUS=f"resolving {', '.join(map(str, names))}")
-    resolver = _resolve_unless(config, signals)
-    inspector = Inspector(policy_of(config, resolver))
-    policy_check = _require_policy(config, inspector)
-    nofile = _raise_limits(config)
-    sources = _require_sources(config)
+    resolver = _resolve_unless(route, signals)
+    inspector = Inspector(policy_of(config, route, resolver))
+    policy_check = _require_policy(route, inspector)
+    require_dscp(route, inspector.policy, policy_check)
+    nofile = _raise_limits(config, route)
+    _require_interface(route)
+    sources = _require_sources(route)
     runtime = _runtime(config)
     # From here on clients can connect: what may refuse to start comes before it.
-    listeners = listening.listeners(config, resolver.addresses, sources, environment)
+    listeners = listening.listeners(route, config.reuse_port, Ends(resolver.addresses, sources), environment)
     _renounce(account)
     if account:
         runtime = _runtime(config)  # again: the user may have no right to read the Python that an interpreter starts from
+        _require_interface(route)  # again: before Linux 5.7 the user has no right to
     config = config._replace(runtime=runtime)
     evidence, records = Evidence.create(), RecordPipe.create()
-    counters = SharedCounters.create(config.workers, slots_for(config.max_connections, config.max_connections_per_client))
+    counters = SharedCounters.create(config.workers, slots_for(route.max_connections, route.max_connections_per_client))
     shared = WorkerShared(
         config=config,
         sources=sources,
@@ -84,19 +92,39 @@ def prepare(config: Config, environment: Mapping[str, str], notifier: systemd.No
     return Prepared(shared, counters, records, listeners, resolver, inspector, evidence, nofile)
 
 
-def policy_of(config: Config, resolver: Resolver) -> Policy:
+def policy_of(config: Config, route: Route, resolver: Resolver) -> Policy:
     """The policy asked for, for the families of the targets' addresses."""
     families = tuple(dict.fromkeys(address.family for address in resolver.addresses))
-    return Policy(config.timestamps, config.static_timestamp, config.trust_host, families)
+    return Policy(route.timestamps, config.static_timestamp, route.trust_host, families)
 
 
-def _require_policy(config: Config, inspector: Inspector) -> PolicyCheck:
+def _require_policy(route: Route, inspector: Inspector) -> PolicyCheck:
     policy_check = check_twice(inspector)
     if policy_check.lever is not None:
         return policy_check
     if policy_check.families and len(policy_check.of(Answer.ABSENT)) == len(policy_check.families):
         raise Exit(exits.NOT_YET, f"{policy_check.problem}; no target has another address")
-    raise Exit(exits.POLICY, advice.unattainable(policy_check, inspector.policy, [str(target) for target in config.targets]))
+    raise Exit(exits.POLICY, advice.unattainable(policy_check, inspector.policy, [str(target) for target in route.targets]))
+
+
+def require_dscp(route: Route, policy: Policy, policy_check: PolicyCheck) -> None:
+    """Exit 2 if rules would set another DSCP than --dscp: the witness SYNs had TAG_DSCP, and show what became of it."""
+    if route.dscp is None:
+        return
+    syns = policy_check.syns or _witnessed(policy)
+    found = {syn.dscp for syn in syns.values()} - {sockets.TAG_DSCP, route.dscp}
+    if found:
+        allowed = f"{min(found)}, which packet filter rules set here (generate nftables --dscp={route.dscp} prints others)"
+        raise Exit(exits.USAGE, f"--dscp: given '{route.dscp}'; allowed: {allowed}")
+
+
+def _witnessed(policy: Policy) -> Dict[int, Syn]:
+    """Witness SYNs where the policy asks for none, by family; where one can't be had nothing is known."""
+    syns: Dict[int, Syn] = {}
+    for family in policy.families:
+        with contextlib.suppress(NoWitness):
+            syns[family] = witness.capture_syn(family, time.monotonic() + CHECK_TIMEOUT_S)
+    return syns
 
 
 def check_twice(inspector: Inspector) -> PolicyCheck:
@@ -140,62 +168,76 @@ def _renounce(account: Optional[pwd.struct_passwd]) -> None:
         raise Exit(exits.FAILED, f"--user={account.pw_name}: root can't be dropped for good: {problem}") from None
 
 
-def _raise_limits(config: Config) -> int:
+def _raise_limits(config: Config, route: Route) -> int:
     """The descriptor limit in force. Exit 2 if it, or RLIMIT_FSIZE, is too low for the options."""
-    counters_bytes = bytes_for(config.workers, slots_for(config.max_connections, config.max_connections_per_client))
+    counters_bytes = bytes_for(config.workers, slots_for(route.max_connections, route.max_connections_per_client))
     if limits.largest_file() < counters_bytes:
         given = f"the limit on file sizes (RLIMIT_FSIZE, ulimit -f): given {limits.largest_file():.0f} bytes"
         raise Exit(exits.USAGE, f"{given}; allowed: at least {counters_bytes}, for the counters in shared memory")
-    needed = limits.descriptors_for(config.max_connections, config.workers)
+    needed = limits.descriptors_for(route.max_connections, config.workers)
     got = limits.raise_nofile(needed)
     if got < needed:
         room = limits.connections_within(got, config.workers)
         raise Exit(
             exits.USAGE,
-            f"--max-connections: given {config.max_connections}; allowed: up to {room} with this process's hard limit of "
+            f"--max-connections: given {route.max_connections}; allowed: up to {room} with this process's hard limit of "
             f"{got} descriptors (raise it with ulimit -Hn {needed} or LimitNOFILE={needed})",
         )
     return got
 
 
-def _require_sources(config: Config) -> Tuple[Address, ...]:
+def _require_interface(route: Route) -> None:
+    """Exit 75 if there is no interface of that name: as an address, it may come later. Exit 2 without the right to it."""
+    if route.interface is None:
+        return
+    try:
+        with socket.socket() as probe:
+            sockets.bind_to_interface(probe, route.interface)
+    except sockets.InterfaceUnavailable:
+        given = f"--interface: given {route.interface!r}"
+        raise Exit(exits.NOT_YET, f"{given}; allowed: an interface of this host (ip -brief link)") from None
+    except PermissionError:
+        raise Exit(exits.USAGE, f"--interface={route.interface}: takes Linux 5.7 or later, or CAP_NET_RAW") from None
+
+
+def _require_sources(route: Route) -> Tuple[Address, ...]:
     """The addresses of --source. Exit 75 if one is not of this host: bind(2) finds out now, not with the first client.
 
     It may be a typing error, or an address that comes later: by DHCP, with a fail-over, or after IPv6 duplicate address
     detection. No errno distinguishes these, so it is the exit code for which a service manager tries again.
     """
-    sources = _sources(config)
+    sources = _sources(route)
     for source in sources:
-        if not listening.is_local(source):
+        if not listening.is_local(source, route.interface or ""):
             raise Exit(exits.NOT_YET, f"--source: given {source.ip!r}; allowed: an address of this host (ip -brief address)")
     return sources
 
 
-def _sources(config: Config) -> Tuple[Address, ...]:
-    return tuple(Address(listening.family_of(source), source, 0) for source in config.sources)
+def _sources(route: Route) -> Tuple[Address, ...]:
+    return tuple(Address(listening.family_of(source), source, 0) for source in route.sources)
 
 
-def resolve(config: Config) -> Resolver:
+def resolve(route: Route) -> Resolver:
     """The targets' addresses. Exit 75 only if none of the targets can be resolved.
 
     Any answer of getaddrinfo(3), EAI_NONAME too, may change in a minute: the network is not up yet, the record not published,
     a negative answer cached (RFC 2308).
     """
-    resolver = _resolver(config)
+    resolver = _resolver(route)
     resolver.resolve()
     return _require_answer(resolver)
 
 
-def _resolve_unless(config: Config, signals: Signals) -> Resolver:
+def _resolve_unless(route: Route, signals: Signals) -> Resolver:
     """The same, but Exit 0 on SIGTERM, SIGINT or SIGHUP."""
-    resolver = _resolver(config)
+    resolver = _resolver(route)
     if not resolver.resolve_unless(signals):
         raise Exit(exits.DRAINED, "ended by a signal while the targets' names were looked up; nothing was begun")
     return _require_answer(resolver)
 
 
-def _resolver(config: Config) -> Resolver:
-    return Resolver(config.targets, [source.family for source in _sources(config)])
+def _resolver(route: Route) -> Resolver:
+    return Resolver(route.targets, [source.family for source in _sources(route)])
 
 
 def _require_answer(resolver: Resolver) -> Resolver:

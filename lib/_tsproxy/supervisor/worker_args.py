@@ -11,11 +11,11 @@ import time
 import traceback
 from typing import Dict, NamedTuple, Set, Tuple, Union
 
-from _tsproxy.cli.config import Config
+from _tsproxy.cli.config import Config, Route
 from _tsproxy.linux import cpus, sockets
 from _tsproxy.linux.addresses import Address
 from _tsproxy.linux.needs import Refused
-from _tsproxy.linux.sockets import Tuning
+from _tsproxy.linux.sockets import Egress, Tuning
 from _tsproxy.linux.wakeup import Wakeup
 from _tsproxy.policy import gates, levers, syn
 from _tsproxy.policy.evidence import Evidence
@@ -89,16 +89,17 @@ def _prepare_thread(args: WorkerArgs) -> None:
 
 def _context(args: WorkerArgs, row: memoryview, records: RecordWriter) -> WorkerContext:
     shared, config = args.shared, args.shared.config
+    (route,) = config.routes
     gate = gates.gate_for(shared.lever, shared.policy, Evidence(shared.evidence_fd), shared.asked, for_rules=shared.for_rules)
     return WorkerContext(
         args.number,
-        settings_of(config),
+        settings_of(config, route, 0),
         gate,
         syn.offered_tsval,
         row,
         records,
         shared.sources,
-        config.buffer_size,
+        route.buffer_size,
         spin_ns=config.busy_poll_us * 1000,
     )
 
@@ -106,9 +107,9 @@ def _context(args: WorkerArgs, row: memoryview, records: RecordWriter) -> Worker
 def _attach_listeners(worker: Worker, args: WorkerArgs, counters: SharedCounters, row: memoryview) -> None:
     """Let the worker accept by itself, if it has listeners, from START_ACCEPTING on."""
     if args.listeners:
-        context = worker.context
+        context, (route,) = worker.context, args.shared.config.routes
         acceptor = Acceptor(
-            args.shared.config,
+            route,
             counters,
             row,
             Clients(counters, 0, 0),
@@ -118,19 +119,26 @@ def _attach_listeners(worker: Worker, args: WorkerArgs, counters: SharedCounters
         worker.listen(acceptor, [Listener(context.loop, acceptor, sockets.listener_from_fd(fd)) for fd in args.listeners])
 
 
-def settings_of(config: Config) -> SessionSettings:
-    """The part of the Config that a session needs."""
+def settings_of(config: Config, route: Route, number: int) -> SessionSettings:
+    """The part of the options that a session of the route with this number needs."""
     return SessionSettings(
-        tuning=tuning_of(config),
-        connect_timeout_ns=round(config.connect_timeout_s * 1e9),
-        idle_timeout_ns=round(config.idle_timeout_s * 1e9),
-        half_close_timeout_ns=round(config.half_close_timeout_s * 1e9),
+        tuning=tuning_of(route),
+        connect_timeout_ns=round(route.connect_timeout_s * 1e9),
+        idle_timeout_ns=round(route.idle_timeout_s * 1e9),
+        half_close_timeout_ns=round(route.half_close_timeout_s * 1e9),
         log_connections=config.connection_log,
         log_debug=config.log_level == "debug",
-        zero_copy=config.zero_copy == "auto",
+        zero_copy=route.zero_copy == "auto",
+        egress=egress_of(route),
+        route=number,
     )
 
 
-def tuning_of(config: Config) -> Tuning:
+def tuning_of(route: Route) -> Tuning:
     """The socket options of both legs."""
-    return Tuning(config.keepalive_s, config.user_timeout_ms)
+    return Tuning(route.keepalive_s, route.user_timeout_ms)
+
+
+def egress_of(route: Route) -> Egress:
+    """The socket options of the upstream leg alone."""
+    return Egress(route.interface or "", route.dscp or 0)

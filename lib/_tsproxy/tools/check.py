@@ -16,7 +16,7 @@ from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from _tsproxy.capture.outgoing import Capture, Seen
 from _tsproxy.cli import exits
-from _tsproxy.cli.config import Config
+from _tsproxy.cli.config import Config, Route
 from _tsproxy.linux import facts, netfilter, sockets, uapi, wakeup
 from _tsproxy.linux.addresses import Address
 from _tsproxy.policy import advice, syn, witness
@@ -26,7 +26,8 @@ from _tsproxy.policy.inspector import CHECK_TIMEOUT_S, Inspector, PolicyCheck
 from _tsproxy.policy.levers import MONITORED, Lever, Policy
 from _tsproxy.policy.syn import Syn
 from _tsproxy.policy.witness import NoWitness
-from _tsproxy.supervisor.startup import check_twice, policy_of, resolve
+from _tsproxy.supervisor.startup import check_twice, policy_of, require_dscp, resolve
+from _tsproxy.supervisor.worker_args import egress_of
 from _tsproxy.tools import check_report
 from _tsproxy.tools.check_report import Connection, Report, Row
 
@@ -35,7 +36,8 @@ _FOLLOW_S = 2.0  # how long the wire is watched after the connections were close
 
 def run(config: Config, as_json: bool) -> int:
     """Print the report, for people or as one JSON object; 0 if the policy would hold, else 78."""
-    report = update(config)
+    (route,) = config.routes
+    report = update(config, route)
     if as_json:
         sys.stdout.buffer.write(check_report.as_json(report))
     else:
@@ -44,20 +46,22 @@ def run(config: Config, as_json: bool) -> int:
     return exits.DRAINED if report.holds else exits.POLICY
 
 
-def update(config: Config) -> Report:
+def update(config: Config, route: Route) -> Report:
     """All of it, in order: the host, the levers, the witnesses on loopback, then the targets. Exit 75 if none resolves."""
-    resolver = resolve(config)
-    policy = policy_of(config, resolver)
+    resolver = resolve(route)
+    policy = policy_of(config, route, resolver)
     with contextlib.closing(Inspector(policy)) as inspector:
         policy_check = check_twice(inspector)
+        require_dscp(route, policy, policy_check)
         tried = inspector.rehearsed
         rows, syns = _loopback(policy, policy_check)
-        attempts = list(_attempts(config, inspector, policy_check, resolver.addresses))
+        attempts = list(_attempts(route, inspector, policy_check, resolver.addresses))
     wires, refusals = _wires(policy, policy_check, attempts)
     problems = [policy_check.problem, *(wire.note for wire in wires if wire.shows == "leak"), *refusals]
     missing = list(dict.fromkeys(problem for problem in problems if problem))
     return Report(
-        config=config,
+        route=route,
+        static_timestamp=config.static_timestamp,
         lever=None if missing else policy_check.lever,
         host=facts.read_all(),
         levers=[_sysctl(policy, policy_check, syns), _rules(policy_check, syns, tried)],
@@ -66,15 +70,15 @@ def update(config: Config) -> Report:
         unresolved=[f"{target}: {reason}" for target, reason in resolver.failures],
         left_out=resolver.left_out,
         missing=missing,
-        fixes=_fixes(config, policy, policy_check, missing),
+        fixes=_fixes(route, policy, policy_check, missing),
     )
 
 
-def _fixes(config: Config, policy: Policy, policy_check: PolicyCheck, missing: Sequence[str]) -> List[str]:
+def _fixes(route: Route, policy: Policy, policy_check: PolicyCheck, missing: Sequence[str]) -> List[str]:
     if not missing:
         return []
     found = policy_check._replace(lever=None, problem=missing[0])
-    return advice.fixes(found, policy, [str(target) for target in config.targets])
+    return advice.fixes(found, policy, [str(target) for target in route.targets])
 
 
 # The levers
@@ -152,7 +156,7 @@ class _Attempt(NamedTuple):
 
 
 def _attempts(
-    config: Config, inspector: Inspector, policy_check: PolicyCheck, addresses: Sequence[Address]
+    route: Route, inspector: Inspector, policy_check: PolicyCheck, addresses: Sequence[Address]
 ) -> Iterator[_Attempt]:
     """One for each address, one after the other; none where the policy does not hold."""
     if policy_check.lever is None:
@@ -163,7 +167,7 @@ def _attempts(
     evidence, asked = Evidence.create(), {family: wakeup.create() for family in FAMILY_NAMES}
     try:
         gate = gate_for(policy_check.lever, inspector.policy, evidence, asked, for_rules=bool(inspector.rules_clear_mark))
-        tries = [_try(config, gate, address, _fresh(inspector, policy_check.lever, evidence, address)) for address in addresses]
+        tries = [_try(route, gate, address, _fresh(inspector, policy_check.lever, evidence, address)) for address in addresses]
         yield from _with_the_wire(tries, capture, blind)
     finally:
         for wake in asked.values():
@@ -204,19 +208,20 @@ def _capture(policy: Policy, addresses: Sequence[Address]) -> Tuple[Optional[Cap
         return None, f"no packet socket here: {error.strerror or error}"
 
 
-def _try(config: Config, gate: LeverGate, address: Address, obstacle: str) -> _Try:
+def _try(route: Route, gate: LeverGate, address: Address, obstacle: str) -> _Try:
     """Connect as a worker would, and close in order. What stands in the way of one connection is told, not raised."""
     if obstacle or not gate.may_connect(address.family):
         return _Try(Connection(str(address), "not tried", obstacle or "the policy does not hold any more"), address)
     try:
-        sock = sockets.dial(address.family, _source(config, address.family), gate.for_rules)
+        source = _source(route, address.family)
+        sock = sockets.dial(address.family, source, gate.for_rules, egress_of(route))
     except OSError as error:
         return _Try(Connection(str(address), "failed", error.strerror or str(error)), address)
     with contextlib.closing(sock):
         begun = time.monotonic_ns()
         number = sock.connect_ex(address.sockaddr)
         ours = sock.getsockname()
-        return _Try(_outcome(sock, address, gate, config.connect_timeout_s, begun, number), address, ours)
+        return _Try(_outcome(sock, address, gate, route.connect_timeout_s, begun, number), address, ours)
 
 
 def _with_the_wire(tries: Sequence[_Try], capture: Optional[Capture], blind: str) -> Iterator[_Attempt]:
@@ -229,9 +234,9 @@ def _with_the_wire(tries: Sequence[_Try], capture: Optional[Capture], blind: str
         yield _Attempt(one.connection, seen, blind or ("" if seen else "no SYN was sent" if not one.ours else "no SYN left"))
 
 
-def _source(config: Config, family: int) -> Optional[Address]:
+def _source(route: Route, family: int) -> Optional[Address]:
     """The first --source of that family."""
-    return next((Address(family, ip, 0) for ip in config.sources if (":" in ip) == (family == socket.AF_INET6)), None)
+    return next((Address(family, ip, 0) for ip in route.sources if (":" in ip) == (family == socket.AF_INET6)), None)
 
 
 def _outcome(sock: socket.SocketType, to: Address, gate: LeverGate, patience_s: float, begun: int, number: int) -> Connection:

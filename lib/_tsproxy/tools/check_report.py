@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, TextIO
 
 import _tsproxy
-from _tsproxy.cli.config import Config
+from _tsproxy.cli.config import Route
 from _tsproxy.linux.printable import printable
 from _tsproxy.policy.levers import Lever
 from _tsproxy.stats import encoder
@@ -42,7 +42,8 @@ class Connection(NamedTuple):
 class Report:
     """All that was found. `lever` is what the policy would rest on, None if it would not hold."""
 
-    config: Config
+    route: Route
+    static_timestamp: int
     lever: Optional[Lever]
     host: Dict[str, str]
     levers: List[Row]
@@ -61,15 +62,15 @@ class Report:
 
 def as_json(report: Report) -> bytes:
     """One line. Not cut to a pipe's atomic write as the log lines are: who asked reads all of it."""
-    config = report.config
+    route = report.route
     fields: Dict[str, Any] = {
         "version": _tsproxy.__version__,
         "holds": report.holds,
-        "timestamps": config.timestamps,
-        "static_timestamp": config.static_timestamp,
-        "trust_host": config.trust_host,
+        "timestamps": route.timestamps,
+        "static_timestamp": report.static_timestamp,
+        "trust_host": route.trust_host,
         "witness": report.lever.label if report.lever is not None else None,
-        "targets": [str(target) for target in config.targets],
+        "targets": [str(target) for target in route.targets],
         "unresolved": report.unresolved,
         "left_out": report.left_out,
         "host": report.host,
@@ -92,9 +93,9 @@ def as_table(report: Report, stream: TextIO) -> str:
 
 
 def _head(report: Report, style: Style) -> List[str]:
-    config = report.config
-    levers = f"rewrite to TSval {config.static_timestamp}" if config.timestamps == "rewrite" else config.timestamps
-    text = f"tsproxy check: {levers}, to {', '.join(map(str, config.targets))}"
+    route = report.route
+    levers = f"rewrite to TSval {report.static_timestamp}" if route.timestamps == "rewrite" else route.timestamps
+    text = f"tsproxy check: {levers}, to {', '.join(map(str, route.targets))}"
     return [style.paint(line, BOLD) for line in terminal.wrapped(text, WIDTH)]
 
 
@@ -152,7 +153,7 @@ def _targets(report: Report, style: Style) -> List[str]:
 
 def _verdict(report: Report, style: Style) -> List[str]:
     if report.lever is not None:
-        return [style.paint(line, GREEN) for line in terminal.wrapped(_yes(report.config, report.lever), WIDTH)]
+        return [style.paint(line, GREEN) for line in terminal.wrapped(_yes(report.lever), WIDTH)]
     lines = [style.paint("NO: the policy would not hold here", RED)]
     for problem in report.missing:
         lines += _columns("missing", 8, problem)
@@ -164,7 +165,7 @@ def _verdict(report: Report, style: Style) -> List[str]:
     ]
 
 
-def _yes(config: Config, lever: Lever) -> str:
+def _yes(lever: Lever) -> str:
     return {
         Lever.NONE: "YES: timestamps are relayed as the kernel makes them, and counted",
         Lever.SYSCTL: "YES: the policy holds by this namespace's sysctl",

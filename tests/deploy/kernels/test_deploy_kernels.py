@@ -28,6 +28,7 @@ SELECTED = [
     "tests/root/test_wire.py::test_rewrite_gives_each_packet_the_constant_and_nothing_else",
     f"{REHEARSAL}[ours, strip-without]",
     f"{REHEARSAL}[ours, rewrite-without]",
+    "tests/root/test_egress.py::test_an_interface_may_be_a_vrf_whose_addresses_are_no_addresses_outside_it",
     "tests/root/test_saved_syn.py::test_the_kernels_own_saved_syn_is_read",
     "tests/root/test_saved_syn.py::test_a_syn_behind_headers_that_the_kernel_takes_is_read",
     "tests/root/test_drift.py::test_a_lever_that_goes_under_load_lets_no_byte_out_beside_a_timestamp",

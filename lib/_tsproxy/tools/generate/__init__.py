@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Callable, Mapping
+from typing import Callable, Mapping, Optional
 
 from _tsproxy.cli import exits
-from _tsproxy.cli.config import Config
+from _tsproxy.cli.config import Config, Route
 from _tsproxy.cli.exits import Exit
 from _tsproxy.tools.generate import completion, fields, man, prometheus, setups, shippers
 
-KINDS: Mapping[str, Callable[[Config], str]] = {
+KINDS: Mapping[str, Callable[[Config, Route], str]] = {
     "nftables": setups.nftables,
     "netns": setups.netns,
     "systemd": setups.systemd,
@@ -52,10 +52,12 @@ def run(kind: str, config: Config) -> int:
     """Print the set-up of that kind for what `config` asks. Exit 2 for a kind that is none or can't do it."""
     if kind not in KINDS:
         raise Exit(exits.USAGE, f"KIND: given {kind!r}; allowed: {' or '.join(KINDS)}; {' or '.join(ALONE)} alone")
-    _require_mode(kind, config.timestamps)
+    (route,) = config.routes
+    _require_mode(kind, route.timestamps)
     if kind != REWRITING:
-        _require_port(kind, config.port)
-    print(KINDS[kind](config), end="")
+        _require_port(kind, route.port)
+        _require_no_interface(kind, route.interface)
+    print(KINDS[kind](config, route), end="")
     return exits.DRAINED
 
 
@@ -73,3 +75,10 @@ def _require_port(kind: str, port: int) -> None:
     """The set-up names the port, so it can't be left to the kernel."""
     if port == 0:
         raise Exit(exits.USAGE, f"--port: given '0'; allowed with generate {kind}: a port from 1 to 65535")
+
+
+def _require_no_interface(kind: str, interface: Optional[str]) -> None:
+    """In a namespace of its own tsproxy has other interfaces than this host's."""
+    if interface is not None:
+        allowed = f"none (it is in a namespace of its own; generate {REWRITING} leaves it where the interface is)"
+        raise Exit(exits.USAGE, f"--interface: given {interface!r}; allowed with generate {kind}: {allowed}")

@@ -11,7 +11,7 @@ from _tsproxy.stats.metrics import HISTOGRAMS
 from _tsproxy.tools.generate import fields, templates
 
 _GAUGES = ("downstream_cx_active", "upstream_cx_active")
-_LEFT_OUT = ("start_time", "uptime_s", "interval_s", "rx_bytes_per_s", "tx_bytes_per_s")  # which Prometheus computes
+_COMPUTED = ("start_time", "uptime_s", "interval_s", "rx_bytes_per_s", "tx_bytes_per_s")  # by Prometheus itself
 
 
 class Metric(NamedTuple):
@@ -39,7 +39,7 @@ def metrics() -> Iterator[Metric]:
     for field in fields.EVENTS["metrics"]:
         if field in _GAUGES:
             yield Metric(field, f"gauge tsproxy_{field}", f"tsproxy_{field}")
-        elif field not in _LEFT_OUT and not field.startswith(made_of_histograms):
+        elif field not in (*_COMPUTED, "route") and not field.startswith(made_of_histograms):
             name = f"tsproxy_{field}" if field.endswith("_total") else f"tsproxy_{field}_total"
             yield Metric(field, f"counter {name}", name)
     for field, (_, limits_us) in HISTOGRAMS.items():

@@ -1,4 +1,4 @@
-"""`generate nftables|netns|systemd|docker|kubernetes`: what their templates leave open, computed from the Config.
+"""`generate nftables|netns|systemd|docker|kubernetes`: what their templates leave open, computed from the Config and its Route.
 
 Knows which template makes which set-up. Knows nothing of what may be asked for: see `run`.
 """
@@ -12,7 +12,7 @@ import shlex
 from typing import Dict, List, Tuple
 
 from _tsproxy.cli import exits, program
-from _tsproxy.cli.config import Config, usable_cpus
+from _tsproxy.cli.config import Config, Route, usable_cpus
 from _tsproxy.cli.exits import Exit
 from _tsproxy.linux.limits import descriptors_for
 from _tsproxy.linux.sockets import TAG, TAG_DSCP
@@ -46,62 +46,73 @@ _INNER_NOBODY = f"OWNER={_NOBODY}:{_NOBODY} # nobody; generate --user=NAME takes
 _DOCKERFILE = "$(dockerfile | sed 's/^/        /')"  # compose.yaml stands in a here-document of docker.sh
 
 
-def _fill(name: str, kind: str, config: Config, **values: object) -> str:
+def _fill(name: str, kind: str, config: Config, route: Route, **values: object) -> str:
     """The template with what each heading says, too: what was asked for, and the command that prints this again."""
-    again = shlex.join([program.name(), "generate", kind, *words(config)])
-    return templates.fill(name, COMMAND=again, TARGETS=", ".join(map(str, config.targets)), **values)
+    again = shlex.join([program.name(), "generate", kind, *words(config, route)])
+    return templates.fill(name, COMMAND=again, TARGETS=", ".join(map(str, route.targets)), **values)
 
 
-def nftables(config: Config) -> str:
+def nftables(config: Config, route: Route) -> str:
     """Rules for `nft -f -`, which can be loaded again and again: for tsproxy's own sockets, by their tag, IPv4 and IPv6."""
-    stripping = config.timestamps == "strip"
+    stripping = route.timestamps == "strip"
     user = config.user if stripping else None
     who, uid = (_WHO.format(user), f'meta skuid {{ 0, "{user}" }} ') if user else ("", "")
     tags = templates.fill("nftables-tags.nft", TAG=TAG, DSCP=TAG_DSCP, WHO=who, UID=uid)
+    dscp = _wanted_dscp(route)
     name = "nftables-strip.nft" if stripping else "nftables-rewrite.nft"
-    return _fill(name, "nftables", config, TAGS=tags, MARK=_MARK, TSVAL=config.static_timestamp)
+    return _fill(name, "nftables", config, route, TAGS=tags, MARK=_MARK, TSVAL=config.static_timestamp, SET=dscp)
 
 
-def netns(config: Config) -> str:
+def _wanted_dscp(route: Route) -> int:
+    """What the rules set in the place of the tag, by which they know a packet: so it can't be the tag itself."""
+    if route.dscp == TAG_DSCP:
+        raise Exit(exits.USAGE, f"--dscp: given '{TAG_DSCP}'; allowed with generate nftables: any other (it is tsproxy's tag)")
+    return route.dscp or 0
+
+
+def netns(config: Config, route: Route) -> str:
     """A script: without an argument it makes a namespace with a way out, with `down` it takes everything away again."""
-    ipv6 = any(":" in target.host for target in config.targets)
+    ipv6 = any(":" in target.host for target in route.targets)
     return _fill(
         "netns.sh",
         "netns",
         config,
-        SOURCES=" ".join(config.sources),
+        route,
+        SOURCES=" ".join(route.sources),
         ADDRESS='"10.203.116.2 fd74:7370::2"' if ipv6 else "10.203.116.2",
         GATEWAY='"10.203.116.1 fd74:7370::1"' if ipv6 else "10.203.116.1",
-        OPTIONS=_inside_namespace(config),
-        RUN=_inside_namespace(config._replace(user=config.user or "nobody")),
-        LISTEN=_listening(config),
+        OPTIONS=_inside_namespace(config, route),
+        RUN=_inside_namespace(config._replace(user=config.user or "nobody"), route),
+        LISTEN=_listening(route),
     )
 
 
-def _inside_namespace(config: Config) -> str:
-    return shlex.join(words(config, without=("--port", "--bind")))
+def _inside_namespace(config: Config, route: Route) -> str:
+    return shlex.join(words(config, route, without=("--port", "--bind")))
 
 
-def _listening(config: Config) -> str:
+def _listening(route: Route) -> str:
     """Where clients connect, as systemd and Docker write it: 127.0.0.1:8080 or [::1]:8080."""
-    return f"[{config.bind}]:{config.port}" if ":" in config.bind else f"{config.bind}:{config.port}"
+    return f"[{route.bind}]:{route.port}" if ":" in route.bind else f"{route.bind}:{route.port}"
 
 
-def systemd(config: Config) -> str:
+def systemd(config: Config, route: Route) -> str:
     """The script of netns and the units, each under a heading that names its file: the listener in the host's namespace."""
     units: Dict[str, Dict[str, object]] = {
         "tsproxy-netns.service": {},
-        "tsproxy.socket": {"LISTEN": _setting(_listening(config)), "REUSE": _REUSE_PORT if config.reuse_port else ""},
+        "tsproxy.socket": {"LISTEN": _setting(_listening(route)), "REUSE": _REUSE_PORT if config.reuse_port else ""},
         "tsproxy.service": {
-            "OPTIONS": " ".join(map(_command_word, words(config, without=(*_SOCKETS_OWN, "--user")))),
+            "OPTIONS": " ".join(map(_command_word, words(config, route, without=(*_SOCKETS_OWN, "--user")))),
             "USER": _DYNAMIC_USER if config.user in (None, "nobody") else f"User={_setting(str(config.user))}",
             "STOP_S": _stopping_s(config, 10),
-            "NOFILE": _descriptors(config),
+            "NOFILE": _descriptors(config, route),
             "PIN": _PIN if config.cpus else "",
         },
     }
     parts = {f"/etc/systemd/system/{name}": templates.fill(name, **values) for name, values in units.items()}
-    return in_parts(_fill("systemd.txt", "systemd", config), {"/usr/local/sbin/tsproxy-netns": netns(config), **parts})
+    return in_parts(
+        _fill("systemd.txt", "systemd", config, route), {"/usr/local/sbin/tsproxy-netns": netns(config, route), **parts}
+    )
 
 
 def _setting(text: str) -> str:
@@ -114,17 +125,18 @@ def _command_word(text: str) -> str:
     return _setting(text).replace("$", "$$")
 
 
-def docker(config: Config) -> str:
+def docker(config: Config, route: Route) -> str:
     """A script that builds an image around the bundle and runs it; `down` undoes it, `compose` prints a compose file."""
-    published, inside = f"{_listening(config)}:{config.port}", _inside_container(config)
-    values = {"STOP_S": _stopping_s(config, 5), "NOFILE": _descriptors(config)}
+    published, inside = f"{_listening(route)}:{route.port}", _inside_container(config, route)
+    values = {"STOP_S": _stopping_s(config, 5), "NOFILE": _descriptors(config, route)}
     compose = {"DOCKERFILE": _DOCKERFILE, "PUBLISH": published, "ARGUMENTS": _yaml_list(inside), **values}
     return _fill(
         "docker.sh",
         "docker",
         config,
+        route,
         IMAGE=_IMAGE,
-        SOURCES=_INNER_SOURCES if config.sources else "",
+        SOURCES=_INNER_SOURCES if route.sources else "",
         OWNER=_docker_owner(config),
         PUBLISH=shlex.quote(published),
         OPTIONS=shlex.join(inside),
@@ -141,26 +153,27 @@ def _docker_owner(config: Config) -> str:
     return f"OWNER=$(id -u {name}):$(id -g {name})"
 
 
-def kubernetes(config: Config) -> str:
+def kubernetes(config: Config, route: Route) -> str:
     """A Deployment whose pods have the sysctl off, its disruption budget and a Service, for `kubectl apply -f -`."""
-    if config.sources:
-        said = f"--source: given {config.sources[0]!r}; allowed with generate kubernetes: none (pods are given theirs)"
+    if route.sources:
+        said = f"--source: given {route.sources[0]!r}; allowed with generate kubernetes: none (pods are given theirs)"
         raise Exit(exits.USAGE, said)
     uid, gid = _pod_owner(config)
-    per_connection = 2 * config.buffer_size + _KERNEL_BYTES
+    per_connection = 2 * route.buffer_size + _KERNEL_BYTES
     return _fill(
         "kubernetes.yaml",
         "kubernetes",
         config,
+        route,
         IMAGE=_IMAGE,
         UID=uid,
         GID=gid,
-        ARGUMENTS=_yaml_list(_inside_container(config)),
-        PORT=config.port,
-        PORT_HEX=f"{config.port:04X}",
+        ARGUMENTS=_yaml_list(_inside_container(config, route)),
+        PORT=route.port,
+        PORT_HEX=f"{route.port:04X}",
         CPUS=1 if config.workers == len(usable_cpus()) else config.workers,
         PYTHON_MIB=_PYTHON_MIB,
-        MEMORY_MIB=_PYTHON_MIB + math.ceil(config.max_connections * per_connection / _MIB),
+        MEMORY_MIB=_PYTHON_MIB + math.ceil(route.max_connections * per_connection / _MIB),
         GONE_S=_GONE_S,
         STOP_S=_stopping_s(config, _GONE_S + 10),
     )
@@ -180,9 +193,9 @@ def _pod_owner(config: Config) -> Tuple[int, int]:
     return account.pw_uid, account.pw_gid
 
 
-def _inside_container(config: Config) -> List[str]:
+def _inside_container(config: Config, route: Route) -> List[str]:
     """tsproxy's options in a container: it listens on all of its addresses, and is unprivileged from the start."""
-    return words(config._replace(bind="::" if ":" in config.bind else "0.0.0.0", user=None))
+    return words(config._replace(user=None), route._replace(bind="::" if ":" in route.bind else "0.0.0.0"))
 
 
 def _yaml_list(inside: List[str]) -> str:
@@ -195,5 +208,5 @@ def _stopping_s(config: Config, grace_s: int) -> int:
     return math.ceil(config.drain_timeout_s) + grace_s
 
 
-def _descriptors(config: Config) -> int:
-    return descriptors_for(config.max_connections, config.workers)
+def _descriptors(config: Config, route: Route) -> int:
+    return descriptors_for(route.max_connections, config.workers)

@@ -1,27 +1,28 @@
-"""A Config back as the words of a command line."""
+"""A Config and its Route back as the words of a command line."""
 
 from __future__ import annotations
 
 from typing import Any, Iterator, List, Sequence
 
-from _tsproxy.cli.config import OPTIONS, REPEATED, Config, usable_cpus
+from _tsproxy.cli.config import OPTIONS, REPEATED, Config, Route, usable_cpus
 
-_DEFAULTS = Config._field_defaults
-
-
-def words(config: Config, without: Sequence[str] = ()) -> List[str]:
-    """The options that make this Config and differ from their defaults, but for those in `without`."""
-    return [word for word in _words(config) if word.partition("=")[0] not in without]
+_DEFAULTS = {**Config._field_defaults, **Route._field_defaults}
 
 
-def _words(config: Config) -> Iterator[str]:
+def words(config: Config, route: Route, without: Sequence[str] = ()) -> List[str]:
+    """The options that make this Config with this Route and differ from their defaults, but for those in `without`."""
+    return [word for word in _words(config, route) if word.partition("=")[0] not in without]
+
+
+def _words(config: Config, route: Route) -> Iterator[str]:
+    values = {**config._asdict(), **route._asdict()}
     for name, option in REPEATED.items():
-        yield from (f"{name}={value}" for value in getattr(config, option.field))
+        yield from (f"{name}={value}" for value in values[option.field])
     for name, option in OPTIONS.items():
-        value = getattr(config, option.field)
+        value = values[option.field]
         if value != _default(option.field, config):
             yield f"{name}={_spelled(value)}"
-    yield from (switch for switch, on in _switches(config) if on)
+    yield from (switch for switch, on in _switches(config, route) if on)
 
 
 def _default(field: str, config: Config) -> Any:
@@ -31,9 +32,9 @@ def _default(field: str, config: Config) -> Any:
     return _DEFAULTS[field]
 
 
-def _switches(config: Config) -> Iterator[tuple[str, bool]]:
+def _switches(config: Config, route: Route) -> Iterator[tuple[str, bool]]:
     yield "--reuse-port", config.reuse_port
-    yield "--trust-host", config.trust_host
+    yield "--trust-host", route.trust_host
 
 
 def _spelled(value: Any) -> str:
