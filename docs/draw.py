@@ -103,6 +103,35 @@ def latency() -> str:
     return charts.document("A round trip, in microseconds", about, bars)
 
 
+def rates() -> str:
+    """What a CPU of each relay does: messages, and connections of both kinds."""
+    relays = measured("versus, ten rounds", NOTES.read_text())
+    titles = {
+        "round trips/s": "32 connections: round trips a second (more is better)",
+        "one after the other/s": "connections a second, one after the other (more is better)",
+        "32 under way/s": "connections a second, 32 under way at once (more is better)",
+    }
+    bars = [_rate_bars(title, {name: of[column] for name, of in relays.items()}) for column, title in titles.items()]
+    about = "one CPU for each relay; naked is a loop in C, the limit; before is the code of the morning; Debian's Python 3.11"
+    return charts.document("What one CPU does", about, bars)
+
+
+def pythons() -> str:
+    """The same by Python, as Debian builds it."""
+    found = measured("versus, five rounds", NOTES.read_text())
+    titles = {
+        "round trips/s": "32 connections: round trips a second (more is better)",
+        "32 under way/s": "connections a second, 32 under way at once (more is better)",
+    }
+    ours = {name: of for name, of in found.items() if name[0].isdigit()}
+    bars = [_rate_bars(title, {name: of[column] for name, of in ours.items()}) for column, title in titles.items()]
+    return charts.document("tsproxy by Python", "the bundle, one worker on one CPU, Debian's own builds", bars)
+
+
+def _rate_bars(title: str, values: Dict[str, float]) -> charts.Bars:
+    return charts.Bars(title, values, {name: f"{value:,.0f}" for name, value in values.items()})
+
+
 def _bars(title: str, values: Dict[str, float]) -> charts.Bars:
     return charts.Bars(title, values, {name: f"{value:g} us" for name, value in values.items()})
 
@@ -184,7 +213,13 @@ def processes() -> str:
 
 # All of it
 
-DRAWN: Mapping[str, Callable[[], str]] = {"overview": overview, "processes": processes, "latency": latency}
+DRAWN: Mapping[str, Callable[[], str]] = {
+    "overview": overview,
+    "processes": processes,
+    "latency": latency,
+    "rates": rates,
+    "pythons": pythons,
+}
 
 
 def files() -> Dict[Path, str]:
