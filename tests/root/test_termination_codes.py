@@ -150,7 +150,8 @@ class Stand:
         self._undo.callback(client.close)
         client.bind((CLIENT, 0))
         client.settimeout(PATIENCE)
-        client.connect(self.proxy.address)
+        with contextlib.suppress(ConnectionResetError):  # a refused one may be reset before connect(2) has returned
+            client.connect(self.proxy.address)
         return client
 
     def connecting(self) -> socket.socket:

@@ -11,7 +11,7 @@ import select
 import socket
 import threading
 from pathlib import Path
-from typing import Iterator, List, Tuple
+from typing import Any, Iterator, List, Tuple
 
 import pytest
 from _tsproxy.linux import cpus, limits, privileges, sockets, uapi, wakeup
@@ -195,6 +195,22 @@ def test_an_idle_peer_is_asked_more_than_once_within_its_time(
         Tuning(keepalive_s, user_timeout_ms).apply(sock)
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == gap_s
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == count
+
+
+class Noting(socket.socket):
+    """Notes which options are set, in order."""
+
+    def setsockopt(self, level: int, name: int, *value: Any) -> None:
+        self.noted = [*getattr(self, "noted", []), (level, name)]
+        super().setsockopt(level, name, *value)
+
+
+def test_the_time_that_may_send_a_probe_at_once_is_set_after_what_the_next_one_is_due_by() -> None:
+    """On a connection that was idle for so long TCP_KEEPIDLE fires the timer, in the middle of the calls."""
+    with Noting() as sock:
+        Tuning(keepalive_s=1, user_timeout_ms=500).set_keepalive(sock)
+        options = [(socket.IPPROTO_TCP, name) for name in (socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_KEEPIDLE)]
+        assert sock.noted == [*options[:2], (socket.SOL_SOCKET, socket.SO_KEEPALIVE), options[2]]
 
 
 def test_without_a_user_timeout_three_probes_decide() -> None:

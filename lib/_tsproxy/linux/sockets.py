@@ -150,11 +150,12 @@ class Tuning(NamedTuple):
         """Send keepalive probes. The time of the first one counts from the last segment, whenever this is called (tcp(7))."""
         tcp = socket.IPPROTO_TCP
         if self.keepalive_s:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            # TCP_KEEPIDLE last: if so long has passed already, it sends the first probe, and the next one is due by the others.
             gap_s, count = self._probes
-            sock.setsockopt(tcp, socket.TCP_KEEPIDLE, self.keepalive_s)
             sock.setsockopt(tcp, socket.TCP_KEEPINTVL, gap_s)
             sock.setsockopt(tcp, socket.TCP_KEEPCNT, count)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.setsockopt(tcp, socket.TCP_KEEPIDLE, self.keepalive_s)
 
     @property
     def _probes(self) -> Tuple[int, int]:
