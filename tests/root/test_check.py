@@ -6,23 +6,31 @@ import contextlib
 import json
 import os
 import re
+import socket
 import subprocess
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import pytest
 from _tsproxy.policy import rehearsal
-from harness import CHECKOUT, Exchange
+from common.segments import ACK, FIN, RST, SYN, mss, timestamp
+from far_end import Peer
+from harness import CHECKOUT, Exchange, wait_until
 from namespaces import Namespace
 from pty_session import PtySession
 from rules import generated
 from unprivileged import as_nobody
+from wire import UPSTREAM, Wire
 
 pytestmark = pytest.mark.root
 
 STRIP = "meta priority 0:4 reset tcp option timestamp"
 OUTPUT = "type filter hook output priority mangle; policy accept;"
-REWRITE = generated("--timestamps=rewrite", "--static-timestamp=287454020")
+SPOOF = ["--spoof-timestamps", "--static-timestamp=287454020"]
+REWRITE = generated(*SPOOF)
+NOWHERE = "192.0.2.1:9"  # there is no route: no SYN leaves, and nothing is followed for two seconds
 
 
 def rules(rule: str) -> str:
@@ -136,8 +144,8 @@ def wire(*exchanges: Exchange) -> List[str]:
 
 
 def test_each_target_is_listed_once(spaces: Any) -> None:
-    _, found = facts(spaces(tcp_timestamps="0"), "-t", "127.0.0.1:1", "-t", "127.0.0.1:2")
-    assert found["targets"] == ["127.0.0.1:1", "127.0.0.1:2"]
+    _, found = facts(spaces(tcp_timestamps="0"), "-t", "192.0.2.1:1", "-t", "192.0.2.1:2")
+    assert found["targets"] == ["192.0.2.1:1", "192.0.2.1:2"]
 
 
 @pytest.mark.parametrize("target", ["127.0.0.1:9", "[::1]:9"])
@@ -199,9 +207,122 @@ def test_over_a_real_link_a_clean_syn_is_seen_leaving_its_interface(spaces: Any)
     assert shows(found, "to 10.77.0.2") == {f"SYN to {exchange.target} on v0": "ok"}
 
 
-# rewrite, preserve, --trust-host
+# What follows the SYN
 
-SPOOF = ["--spoof-timestamps", "--static-timestamp=287454020"]
+
+@contextlib.contextmanager
+def raw_far_end(text: str = "", sysctl: str = "1") -> Iterator[Peer]:
+    """Behind a veth of a namespace with that sysctl and those rules: wire.clean."""
+    with contextlib.closing(Wire(split=False, sysctl=sysctl)) as wire:
+        if text:
+            wire.rules(text)
+        with contextlib.closing(Peer(wire, 4)) as peer:
+            yield peer
+
+
+@contextlib.contextmanager
+def checking(peer: Peer, *options: str) -> Iterator[Future[Any]]:
+    """facts(), while the far end is played."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(facts, peer.wire.clean, "-t", peer.target, *options)
+
+
+def sparing(which: str, *options: str) -> str:
+    """The rules of `generate`, but for segments of that kind through the veth; all of them hold on loopback."""
+    return generated(*options).replace("chain ours {", f'chain ours {{\n oifname "{UPSTREAM}" tcp flags {which} return')
+
+
+def strips_syns_alone() -> str:
+    """Through the veth, that is: neither a later segment on its way out, nor what the far end sends."""
+    return sparing("& syn != syn").replace("ct mark 0x74730001 tcp", 'iifname "lo" ct mark 0x74730001 tcp')
+
+
+def judge(peer: Peer, code: int, found: Dict[str, Any]) -> None:
+    """The witness, the rehearsal and the SYN are clean; a later segment is not."""
+    name = f"SYN to {peer.target} on {UPSTREAM}"
+    assert (code, shows(found, "SYN")) == (78, {"IPv4 SYN on loopback": "ok", name: "leak"})
+    assert re.match(rf"a later segment \(flags 0x..\) to {peer.target} leaves {UPSTREAM} with TSval \d", found["missing"][0])
+
+
+def test_rules_that_strip_syns_alone_are_caught_in_a_later_segment_when_a_timestamp_comes_unasked() -> None:
+    with raw_far_end(strips_syns_alone()) as peer, checking(peer) as result:
+        flow = peer.accept()
+        flow.send(SYN | ACK, mss() + timestamp(7))
+        judge(peer, *result.result())
+
+
+def test_rules_that_strip_syns_alone_are_caught_by_what_follows_an_attempt_that_timed_out() -> None:
+    """A simultaneous open (RFC 9293, section 3.5) that is finished too late: no connection shows that TSopt was negotiated."""
+    with raw_far_end(strips_syns_alone()) as peer, checking(peer, "--connect-timeout=2s") as result:
+        flow = peer.accept()
+        flow.send(SYN, mss() + timestamp(7))
+        flow.expect(SYN | ACK)
+        wait_until(lambda: not is_opening(peer.wire.clean), "the attempt is given up")
+        flow.send(ACK, timestamp(8))
+        flow.expect_any([FIN | ACK, RST, RST | ACK])
+        code, found = result.result()
+    judge(peer, code, found)
+    assert (found["connections"][0]["outcome"], len(found["missing"])) == ("timed out", 1)
+
+
+@pytest.mark.parametrize(("spared", "flags"), [("& syn != syn", "0x10"), ("& fin == fin", "0x11")], ids=["all but SYNs", "FIN"])
+def test_rules_that_do_not_rewrite_each_segment_are_caught_in_a_later_one(spared: str, flags: str) -> None:
+    with contextlib.closing(Wire(split=False)) as wire:
+        wire.rules(sparing(spared, *SPOOF))
+        exchange = wire.far_end(4)
+        code, found = facts(wire.clean, "-t", exchange.target, *SPOOF)
+    assert (code, found["connections"][0]["relays"]) == (78, True)
+    (missing,) = found["missing"]
+    assert missing.startswith(f"a later segment (flags {flags}) to {exchange.target} leaves {UPSTREAM} with TSval ")
+
+
+def test_an_answer_that_comes_after_the_connect_timeout_is_watched_too() -> None:
+    with raw_far_end(sysctl="0") as peer, checking(peer, "--connect-timeout=100ms") as result:
+        flow = peer.accept()
+        wait_until(lambda: not is_opening(peer.wire.clean), "the attempt is given up")
+        flow.send(SYN | ACK, mss())
+        flow.expect(RST)
+        code, found = result.result()
+    assert (code, found["connections"][0]["outcome"]) == (0, "timed out")
+    assert found["witnesses"][-1]["note"] == "no timestamp, nor in 1 segments that followed"
+
+
+def is_opening(namespace: Namespace) -> bool:
+    """Whether a connection there is in SYN_SENT or SYN_RECV (include/net/tcp_states.h)."""
+    with namespace, open("/proc/thread-self/net/tcp") as file:
+        return any(line.split()[3] in ("02", "03") for line in file)
+
+
+def test_a_capture_that_lost_packets_gives_no_yes(spaces: Any) -> None:
+    """Without CAP_NET_ADMIN its buffer has the size of net.core.rmem_max; others send more to the port than it holds."""
+    clean, ended = spaces(tcp_timestamps="0"), threading.Event()
+    small = ["setpriv", "--bounding-set=-net_admin", *CHECKOUT]
+    with far_end(clean) as exchange, clean, socket.create_connection((exchange.host, exchange.port)) as sender:
+        with exchange.accept() as receiver, ThreadPoolExecutor(2) as pool:
+            pool.submit(pour, sender, ended)
+            pool.submit(drain, receiver)
+            try:
+                code, found = facts(clean, "-t", exchange.target, command=small)
+            finally:
+                ended.set()
+    assert (code, found["witness"], found["fixes"]) == (78, None, [])
+    assert found["witnesses"][-1]["shows"] == "unknown"
+    assert re.match(r"not all was watched: \d+ packets to these ports were dropped", found["missing"][0])
+
+
+def pour(sender: socket.socket, ended: threading.Event) -> None:
+    """Some 100 MB/s at most, as the other tests want the machine, too."""
+    while not ended.wait(0.01):
+        sender.sendall(bytes(1 << 20))
+    sender.shutdown(socket.SHUT_WR)
+
+
+def drain(receiver: socket.socket) -> None:
+    while receiver.recv(1 << 20):
+        pass
+
+
+# rewrite, preserve, --trust-host
 
 
 def test_rewrite_holds_where_the_rules_are(spaces: Any) -> None:
@@ -259,13 +380,10 @@ def test_a_trusted_host_is_believed_until_a_connection_shows_otherwise(spaces: A
 
 def test_a_target_that_refuses_times_out_or_has_no_route_changes_nothing(spaces: Any) -> None:
     clean = spaces(rules("tcp dport 7 drop"), tcp_timestamps="0")
-    outcomes = {}
-    for target in ("127.0.0.1:9", "127.0.0.1:7", "192.0.2.1:9"):
-        code, found = facts(clean, "-t", target, "--connect-timeout=50ms")
-        assert code == 0
-        (one,) = found["connections"]
-        assert one["relays"] is None
-        outcomes[one["address"]] = one["outcome"], one["note"]
+    targets = [f"--target={target}" for target in ("127.0.0.1:9", "127.0.0.1:7", "192.0.2.1:9")]
+    code, found = facts(clean, *targets, "--connect-timeout=50ms")
+    assert (code, {one["relays"] for one in found["connections"]}) == (0, {None})
+    outcomes = {one["address"]: (one["outcome"], one["note"]) for one in found["connections"]}
     assert outcomes == {
         "127.0.0.1:9": ("failed", "Connection refused"),
         "127.0.0.1:7": ("timed out", "no answer within 0.05 s"),
@@ -283,7 +401,7 @@ def test_a_target_that_can_not_be_resolved_ends_with_75_as_for_relaying() -> Non
 
 
 def test_one_target_of_two_that_can_not_be_resolved_is_shown(spaces: Any) -> None:
-    code, found = facts(spaces(tcp_timestamps="0"), "-t", "127.0.0.1:9", "-t", "no-such-host.invalid:443")
+    code, found = facts(spaces(tcp_timestamps="0"), "-t", NOWHERE, "-t", "no-such-host.invalid:443")
     assert code == 0
     assert [text.split(":")[0] for text in found["unresolved"]] == ["no-such-host.invalid"]
 
@@ -351,7 +469,7 @@ def test_output_that_can_not_show_marks_gets_plain_ascii(spaces: Any) -> None:
 
 @pytest.mark.parametrize(("no_colour", "coloured"), [("", True), ("1", False)])
 def test_a_terminal_gets_colours_unless_no_color_says_no(spaces: Any, no_colour: str, coloured: bool) -> None:
-    command = [*spaces(tcp_timestamps="0").enter, *CHECKOUT, "check", "-t", "127.0.0.1:9"]
+    command = [*spaces(tcp_timestamps="0").enter, *CHECKOUT, "check", "-t", NOWHERE]
     with PtySession(command, env={"NO_COLOR": no_colour}) as session:
         assert session.wait() == 0
     assert (b"\x1b[32m" in session.output) == coloured
@@ -359,7 +477,7 @@ def test_a_terminal_gets_colours_unless_no_color_says_no(spaces: Any, no_colour:
 
 
 def test_who_stops_reading_is_no_traceback(spaces: Any) -> None:
-    command = [*spaces(tcp_timestamps="0").enter, *CHECKOUT, "check", "-t", "127.0.0.1:9"]
+    command = [*spaces(tcp_timestamps="0").enter, *CHECKOUT, "check", "-t", NOWHERE]
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer) as stdout:
@@ -382,7 +500,7 @@ def test_a_namespace_with_a_name_is_called_by_it_and_a_strange_one_stops_nothing
     script = """mount -t tmpfs tmpfs /run && mkdir /run/netns && name=$(printf 'b\\303\\266rse') && touch "/run/netns/$name" &&
         mount --bind /proc/self/ns/net "/run/netns/$name" && exec "$@" """
     inside = ["unshare", "--mount", "sh", "-c", script, "sh", *CHECKOUT]
-    assert "börse" in facts(clean, "-t", "127.0.0.1:9", command=inside)[1]["host"]["network_namespace"]
-    code, out = check(clean, "-t", "127.0.0.1:9", command=inside, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert "börse" in facts(clean, "-t", NOWHERE, command=inside)[1]["host"]["network_namespace"]
+    code, out = check(clean, "-t", NOWHERE, command=inside, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert code == 0
     assert '"b?rse"' in out

@@ -72,6 +72,10 @@ class Capture:
         ends = Address(family, ips[0], source), Address(family, ips[1], destination)
         return Seen(printable(packet.interface), *ends, frame.data[frame.at + _FLAGS], frame.data)
 
+    def lost(self) -> int:
+        """How many packets to these ports were dropped so far, in either direction, because the buffer was full."""
+        return self._tap.drops()
+
     def close(self) -> None:
         """Stop watching."""
         self._tap.close()

@@ -1,7 +1,8 @@
 """`check`: would the timestamp policy hold here? Each lever, each witness: yes (0), no (78), no target resolves (75).
 
 It decides as relaying does, with the same Inspector and the same gate. No SYN leaves for a target before the loopback
-witness is clean: that SYN would be the leak. What a target answers does not change what is true of the policy.
+witness is clean: that SYN would be the leak. What a target answers does not change what is true of the policy. A capture
+that lost packets can't tell: no (78).
 """
 
 from __future__ import annotations
@@ -57,27 +58,29 @@ def update(config: Config, route: Route) -> Report:
         rows, syns = _loopback(policy, policy_check)
         attempts = list(_attempts(route, inspector, policy_check, resolver.addresses))
     wires, refusals = _wires(policy, policy_check, attempts)
+    lost = _lost(policy, attempts)
     problems = [policy_check.problem, *(wire.note for wire in wires if wire.shows == "leak"), *refusals]
-    missing = list(dict.fromkeys(problem for problem in problems if problem))
+    wrong = list(dict.fromkeys(problem for problem in problems if problem))
+    missing = [*wrong, *(row.note for row in lost)]
     return Report(
         route=route,
         static_timestamp=config.static_timestamp,
         lever=None if missing else policy_check.lever,
         host=facts.read_all(),
         levers=[_sysctl(policy, policy_check, syns), _rules(policy_check, syns, tried)],
-        witnesses=[*rows, *wires],
+        witnesses=[*rows, *wires, *lost],
         connections=[attempt.connection for attempt in attempts],
         unresolved=[f"{target}: {reason}" for target, reason in resolver.failures],
         left_out=resolver.left_out,
         missing=missing,
-        fixes=_fixes(route, policy, policy_check, missing),
+        fixes=_fixes(route, policy, policy_check, wrong),
     )
 
 
-def _fixes(route: Route, policy: Policy, policy_check: PolicyCheck, missing: Sequence[str]) -> List[str]:
-    if not missing:
+def _fixes(route: Route, policy: Policy, policy_check: PolicyCheck, wrong: Sequence[str]) -> List[str]:
+    if not wrong:
         return []
-    found = policy_check._replace(lever=None, problem=missing[0])
+    found = policy_check._replace(lever=None, problem=wrong[0])
     return advice.fixes(found, policy, [str(target) for target in route.targets])
 
 
@@ -153,6 +156,7 @@ class _Attempt(NamedTuple):
     connection: Connection
     seen: List[Seen]
     blind: str  # why the wire was not watched; "" if it was
+    lost: int = 0  # packets that the capture dropped, of whichever connection
 
 
 def _attempts(
@@ -226,12 +230,26 @@ def _try(route: Route, gate: LeverGate, address: Address, obstacle: str) -> _Try
 
 def _with_the_wire(tries: Sequence[_Try], capture: Optional[Capture], blind: str) -> Iterator[_Attempt]:
     """Each connection with all that left for it, to its end and for some time after it: FIN, answers to the far end's."""
-    if capture and any(one.connection.outcome == "connected" for one in tries):
-        time.sleep(_FOLLOW_S)
-    left = capture.take() if capture else []
+    left = _left(tries, capture) if capture else []
+    lost = capture.lost() if capture else 0
     for one in tries:
-        seen = [segment for segment in left if one.ours and _is_ours(segment, one.ours, one.target)]
-        yield _Attempt(one.connection, seen, blind or ("" if seen else "no SYN was sent" if not one.ours else "no SYN left"))
+        seen = [segment for segment in left if _is_ours(segment, one)]
+        yield _Attempt(one.connection, seen, blind or ("" if seen else _unseen(one, lost)), lost)
+
+
+def _left(tries: Sequence[_Try], capture: Capture) -> List[Seen]:
+    """What left so far; where one of our SYNs did, what follows as well: one that was given up may still be answered."""
+    left = capture.take()
+    if any(_is_ours(segment, one) for segment in left for one in tries):
+        time.sleep(_FOLLOW_S)
+        left += capture.take()
+    return left
+
+
+def _unseen(one: _Try, lost: int) -> str:
+    if not one.ours:
+        return "no SYN was sent"
+    return "its SYN may be among the packets that were dropped" if lost else "no SYN left"
 
 
 def _source(route: Route, family: int) -> Optional[Address]:
@@ -253,9 +271,11 @@ def _outcome(sock: socket.SocketType, to: Address, gate: LeverGate, patience_s: 
     return Connection(str(to), "connected", what, took_us, info.timestamps, gate.may_relay(sock, info))
 
 
-def _is_ours(seen: Seen, ours: Sequence[object], target: Address) -> bool:
+def _is_ours(seen: Seen, one: _Try) -> bool:
     """A packet filter may have changed one of the addresses."""
-    return seen.source.port == ours[1] and (seen.source.ip == ours[0] or seen.destination == target._replace(scope=0))
+    if not one.ours or seen.source.port != one.ours[1]:
+        return False
+    return seen.source.ip == one.ours[0] or seen.destination == one.target._replace(scope=0)
 
 
 def _wires(policy: Policy, policy_check: PolicyCheck, attempts: Sequence[_Attempt]) -> Tuple[List[Row], List[str]]:
@@ -265,6 +285,15 @@ def _wires(policy: Policy, policy_check: PolicyCheck, attempts: Sequence[_Attemp
         rows = [Row("SYN on the wire", None, "unknown", f"not watched: {attempts[0].blind}")]
     refused = [attempt.connection for attempt in attempts if attempt.connection.relays is False]
     return rows, [f"the connection to {one.address} would not be relayed: {one.note}" for one in refused]
+
+
+def _lost(policy: Policy, attempts: Sequence[_Attempt]) -> List[Row]:
+    """A row where a leak may be among what the capture dropped: then there is no yes."""
+    lost = max((attempt.lost for attempt in attempts), default=0)
+    if not lost or policy.mode == "preserve":
+        return []
+    note = f"not all was watched: {lost} packets to these ports were dropped, more than could be read; run check again"
+    return [Row("SYN on the wire", None, "unknown", note)]
 
 
 def _wire_rows(policy: Policy, attempt: _Attempt) -> Iterator[Row]:

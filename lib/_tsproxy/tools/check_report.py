@@ -157,12 +157,9 @@ def _verdict(report: Report, style: Style) -> List[str]:
     lines = [style.paint("NO: the policy would not hold here", RED)]
     for problem in report.missing:
         lines += _columns("missing", 8, problem)
-    return [
-        *lines,
-        "",
-        "An administrator runs one of these, once:",
-        *(f"  {printable(fix, kept=chr(10))}" for fix in report.fixes),
-    ]
+    if report.fixes:
+        lines += ["", "An administrator runs one of these, once:"]
+    return lines + [f"  {printable(fix, kept=chr(10))}" for fix in report.fixes]
 
 
 def _yes(lever: Lever) -> str:
