@@ -302,8 +302,12 @@ def ipv6(namespace: Namespace, on: bool) -> None:
     namespace.run("sysctl", "-wq", f"net.ipv6.conf.all.disable_ipv6={int(not on)}")
 
 
-def test_a_family_that_is_switched_off_is_left_out_and_taken_up_when_it_comes(namespace: Namespace) -> None:
-    namespace.sysctl("tcp_timestamps", "0")
+@pytest.mark.parametrize("lever", ["sysctl", "nftables"])
+def test_a_family_that_is_switched_off_is_left_out_and_taken_up_when_it_comes(namespace: Namespace, lever: str) -> None:
+    if lever == "sysctl":
+        namespace.sysctl("tcp_timestamps", "0")
+    else:
+        namespace.run("nft", "-f", "-", input=generated())
     ipv6(namespace, on=False)
     with namespace:
         four = Exchange(echo)
