@@ -33,11 +33,14 @@ class Gate(Preserve):
         super().__init__()
         self.answers: Dict[int, Optional[bool]] = {}
         self.asked: List[int] = []
-        self.fails = False
+        self.fails = self.absent = False
 
     def may_connect(self, family: int) -> Optional[bool]:  # type: ignore[override]
         self.asked.append(family)
         return self.answers[family]
+
+    def is_absent(self, family: int) -> bool:
+        return self.absent
 
     def ends(self, family: int, established: bool) -> bool:
         return self.fails
@@ -171,3 +174,9 @@ def test_a_policy_that_fails_takes_a_syn_back_and_sends_none(unanswered: Stand) 
     unanswered.context.loop.close_pending()
     assert (unanswered.sent(), unanswered.waiting()) == (1, 0)
     assert unanswered.session.failed == [Ending.POLICY]
+
+
+def test_a_family_that_this_host_lacks_is_no_failure_of_the_policy(both: Stand) -> None:
+    both.gate.answers, both.gate.absent = dict.fromkeys(FAMILIES, False), True
+    both.connector.connect()
+    assert (both.sent(), both.session.failed) == (0, [Ending.CONNECT_FAILED])
