@@ -105,6 +105,7 @@ def hurt(listener: socket.socket) -> None:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 4096)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000)
 
 
 def test_no_option_that_hurts_is_inherited_by_what_is_accepted() -> None:
@@ -121,6 +122,7 @@ def test_no_option_that_hurts_is_inherited_by_what_is_accepted() -> None:
             assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1
             assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE) == 1, "urgent bytes are relayed in line"
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_CORK) == 0
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 0
         assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT) == meant > 0
 
 

@@ -240,30 +240,29 @@ def test_a_connection_whose_syn_left_twice_is_not_proved() -> None:
 
 
 class Moving(contextlib.ExitStack):
-    """An exchange at 127.0.0.2, known by a name whose records a test changes; and one at ::1 with the same port."""
+    """An exchange at one address, known by a name whose records a test changes; and later at another, same port."""
 
-    def __init__(self, host: Namespace, tmp_path: Path) -> None:
+    def __init__(self, host: Namespace, tmp_path: Path, home: str) -> None:
         super().__init__()
         self.host = host
         with host:
-            self.names = self.enter_context(contextlib.closing(Names("127.0.0.2")))
-            self.four = self.enter_context(contextlib.closing(Exchange(echo, host="127.0.0.2")))
+            self.names = self.enter_context(contextlib.closing(Names(home)))
+            self.exchange = self.enter_context(contextlib.closing(Exchange(echo, host=home)))
         self._wrap = asking_here(tmp_path)
 
     def start(self, *options: str) -> Proxy:
-        words = ["-t", f"exchange.test:{self.four.port}", "-p0", "--metrics-interval=0", *options]
+        words = ["-t", f"exchange.test:{self.exchange.port}", "-p0", "--metrics-interval=0", *options]
         proxy = Proxy([*self.host.enter, *self._wrap, *CHECKOUT], *words)
         self.callback(proxy.close)
         return proxy
 
-    def move(self) -> Exchange:
-        """It is at ::1 now, and only there."""
-        self.names.address = "::1"
-        self.four.close()
+    def move(self, address: str) -> Exchange:
+        """It is there now, and only there."""
+        self.names.address = address
+        self.exchange.close()
         with self.host:
-            six = Exchange(echo, host="::1", port=self.four.port)
-        self.enter_context(contextlib.closing(six))
-        return six
+            self.exchange = Exchange(echo, host=address, port=self.exchange.port)
+        return self.enter_context(contextlib.closing(self.exchange))
 
     def ask(self, proxy: Proxy) -> bool:
         """Whether a new client is served."""
@@ -273,35 +272,42 @@ class Moving(contextlib.ExitStack):
         return False
 
 
+MOVES = {"IPv6": ("127.0.0.2", "::1", "ip", "ip6 "), "IPv4": ("::1", "127.0.0.2", "ip6", "ip ")}
+
+
 @pytest.mark.parametrize("options", [(), REWRITE], ids=["strip", "rewrite"])
+@pytest.mark.parametrize("family", MOVES)
 def test_a_name_that_moves_to_a_family_without_rules_gets_no_syn_there(
-    namespace: Namespace, tmp_path: Path, options: Tuple[str, ...]
+    namespace: Namespace, tmp_path: Path, family: str, options: Tuple[str, ...]
 ) -> None:
-    rules = "".join(line + "\n" for line in generated(*options).splitlines() if "ip6 " not in line)
-    namespace.run("nft", "-f", "-", input=rules.replace("table inet", "table ip"))
-    with Moving(namespace, tmp_path) as moving:
+    home, away, kind, foreign = MOVES[family]
+    rules = "".join(line + "\n" for line in generated(*options).splitlines() if f" {foreign}" not in line)
+    namespace.run("nft", "-f", "-", input=rules.replace("table inet", f"table {kind}"))
+    with Moving(namespace, tmp_path, home) as moving:
         proxy = moving.start(*options)
         assert moving.ask(proxy)
-        six = moving.move()
-        wait_until(lambda: not moving.ask(proxy) and proxy.metrics()["upstream_cx_policy_refused_total"], "refused over IPv6")
+        there = moving.move(away)
+        refused = f"refused over {family}"
+        wait_until(lambda: not moving.ask(proxy) and proxy.metrics()["upstream_cx_policy_refused_total"], refused)
         drift = proxy.line("timestamps_drift")
-        assert "IPv6 SYN with mss" in drift["message"]
-        assert six._open == [], "a SYN has left"
-        with namespace:
-            moving.four = Exchange(echo, host="127.0.0.2", port=moving.four.port)
-        moving.enter_context(contextlib.closing(moving.four))
-        moving.names.address = "127.0.0.2"
-        wait_until(lambda: moving.ask(proxy), "served over IPv4 again", 60)
+        assert f"{family} SYN with mss" in drift["message"]
+        assert there._open == [], "a SYN has left"
+        moving.move(home)
+        wait_until(lambda: moving.ask(proxy), "served again", 60)
         served = [line for line in proxy.lines if line["event"] == "connection" and line["reason"] == "closed"]
-        assert {(line["upstream_address"], line["upstream_timestamps"]) for line in served} == {("127.0.0.2", bool(options))}
+        assert {(line["upstream_address"], line["upstream_timestamps"]) for line in served} == {(home, bool(options))}
 
 
 def ipv6(namespace: Namespace, on: bool) -> None:
     namespace.run("sysctl", "-wq", f"net.ipv6.conf.all.disable_ipv6={int(not on)}")
 
 
-def test_a_family_that_is_switched_off_is_left_out_and_taken_up_when_it_comes(namespace: Namespace) -> None:
-    namespace.sysctl("tcp_timestamps", "0")
+@pytest.mark.parametrize("lever", ["sysctl", "nftables"])
+def test_a_family_that_is_switched_off_is_left_out_and_taken_up_when_it_comes(namespace: Namespace, lever: str) -> None:
+    if lever == "sysctl":
+        namespace.sysctl("tcp_timestamps", "0")
+    else:
+        namespace.run("nft", "-f", "-", input=generated())
     ipv6(namespace, on=False)
     with namespace:
         four = Exchange(echo)

@@ -20,8 +20,8 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
 from common.segments import ACK, FIN, PSH, RST, SYN, URG, Segment, icmp_error, mss, packed, timestamp
-from far_end import Flow, Peer, forget_connections
-from harness import ROOT, Proxy, reset, wait_until
+from far_end import Flow, Peer, fill_conntrack, forget_connections
+from harness import ROOT, Proxy, leave_out, reset, wait_until
 from namespaces import require_root
 from program import on_time, slow_but
 from rules import REWRITE, TSVAL, generated
@@ -514,7 +514,28 @@ def timed_out(stage: Stage, flow: Flow) -> Callable[[], None]:
     return lambda: None
 
 
+def full(stage: Stage, flow: Flow) -> Callable[[], None]:
+    """Others have filled the table: these connections have no entry and get none. What asks whether all came is not tracked."""
+    most = int(stage.wire.clean.run("cat", "/proc/sys/net/netfilter/nf_conntrack_max"))
+    if not 0 < most <= 1 << 20:
+        leave_out(f"nf_conntrack_max is {most}: a full conntrack is NOT tested here")
+    chains = [
+        f"chain {hook} {{\n type filter hook {hook} priority raw; tcp {end} 1 notrack\n }}"
+        for hook, end in (("prerouting", "dport"), ("output", "sport"))
+    ]
+    stage.wire.rules("table inet asking {{\n{}\n}}\n".format("\n".join(chains)))
+    with stage.wire.clean:
+        forget_connections()
+        fill_conntrack()
+    begun = len(stage.peer.seen)
+    flow.send(ACK, unoffered(flow), sequence=flow.sequence - (1 << 20))
+    flow.until_answered()
+    assert flow.theirs not in {segment.source for segment in stage.peer.since(begun)}, "Linux drops what has no entry"
+    return lambda: None
+
+
 FORGETTING = {
+    "conntrack is full": full,
     "conntrack is flushed": flushed,
     "conntrack does not track": untracked,
     "the rules are loaded again": reloaded,

@@ -195,7 +195,11 @@ THIS_KERNEL: Tuple[str, ...] = ()
 BEFORE_615 = (sys.executable, REFUSING, OLDER, "--")
 
 
-@pytest.mark.parametrize(("side", "wrap"), [("client", THIS_KERNEL), ("exchange", THIS_KERNEL), ("client", BEFORE_615)])
+@pytest.mark.parametrize(
+    ("side", "wrap"),
+    [("client", THIS_KERNEL), ("exchange", THIS_KERNEL), ("client", BEFORE_615)],
+    ids=["client", "exchange", "client, before 6.15"],
+)
 def test_a_window_that_was_closed_for_long_hides_neither_life_nor_death(wire: Wire, side: str, wrap: Tuple[str, ...]) -> None:
     """The kernel doubles the time between probes: after 6 s of a closed window the next one is up to 6 s away."""
     line = Line(wire, side, wrap=wrap)

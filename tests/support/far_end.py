@@ -11,6 +11,7 @@ behind the tap. Each wait has a deadline; all that was seen stays for the verdic
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import select
@@ -206,3 +207,41 @@ def forget_connections() -> None:
         netlink.send(struct.pack("=IHHIIBBH", 20, kind, 5, 1, 0, 0, 0, 0))  # NLM_F_REQUEST | NLM_F_ACK
         code = struct.unpack_from("=i", netlink.recv(64), 16)[0]
     assert code == 0, os.strerror(-code)
+
+
+def fill_conntrack() -> None:
+    """Fill the conntrack table of this thread's namespace, with UDP entries that nothing displaces (IPS_ASSURED).
+
+    Only the initial namespace may write nf_conntrack_max, but each namespace is counted by itself.
+    """
+    stands_for = b"\x7f\xfe\xfd\xfc"  # the source address
+    batch = b"".join(_entry(stands_for, port) for port in range(512))
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12) as netlink:
+        netlink.setsockopt(270, 5, 1)  # SOL_NETLINK, NETLINK_NO_ENOBUFS: the first error is enough
+        for number in range(1 << 16):
+            netlink.send(batch.replace(stands_for, struct.pack("!I", 0x0A000000 + number)))
+            with contextlib.suppress(BlockingIOError):  # only an error is answered
+                code = struct.unpack_from("=i", netlink.recv(256, socket.MSG_DONTWAIT), 16)[0]
+                assert code == -errno.ENOMEM, os.strerror(-code)
+                return
+    raise AssertionError("conntrack does not fill up")
+
+
+def _entry(source: bytes, port: int) -> bytes:
+    """IPCTNL_MSG_CT_NEW of a UDP flow from there to 127.0.0.1: include/uapi/linux/netfilter/nfnetlink_conntrack.h."""
+    nested, here = 1 << 15, socket.inet_aton("127.0.0.1")
+
+    def tuple_of(one: bytes, other: bytes, from_port: int, to_port: int) -> bytes:
+        addresses = _attribute(1, one) + _attribute(2, other)
+        ports = _attribute(1, b"\x11") + _attribute(2, struct.pack("!H", from_port)) + _attribute(3, struct.pack("!H", to_port))
+        return _attribute(1 | nested, addresses) + _attribute(2 | nested, ports)
+
+    both = _attribute(1 | nested, tuple_of(source, here, port, 9)) + _attribute(2 | nested, tuple_of(here, source, 9, port))
+    confirmed_and_assured, an_hour = struct.pack("!I", 4 | 8), struct.pack("!I", 3600)
+    body = struct.pack("=BBH", socket.AF_INET, 0, 0) + both + _attribute(3, confirmed_and_assured) + _attribute(7, an_hour)
+    # NLM_F_REQUEST | NLM_F_EXCL | NLM_F_CREATE
+    return struct.pack("=IHHII", 16 + len(body), 1 << 8, 1 | 0x200 | 0x400, 1, 0) + body
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)

@@ -270,3 +270,58 @@ def test_state_is_seen_in_each_of_its_forms(text: str) -> None:
 )
 def test_what_is_no_state_is_let_be(text: str) -> None:
     assert state(ast.parse(text)) == []
+
+
+# One way to a SYN
+
+
+CONNECTING = {"connect", "connect_ex", "create_connection", "_connect_from_any_source", "_send_syn"}
+# No socket: a Connector's own connect(), which asks the gate.
+ASKING = {"Connector.ready: self.connect", "Connector.on_deadline: self.connect", "Connector.on_policy_failed: self.connect"}
+ASKING |= {"Session.start: self._connector.connect"}
+
+
+def mentions(tree: ast.Module, names: Set[str]) -> Set[str]:
+    """Where a function has such an attribute, or a module such a name: called or only handed on."""
+    homes = {
+        id(node): f"{parent.name}.{method.name}"
+        for parent in ast.walk(tree)
+        if isinstance(parent, ast.ClassDef)
+        for method in parent.body
+        if isinstance(method, ast.FunctionDef)
+        for node in ast.walk(method)
+    }
+    return {
+        f"{homes.get(id(node), 'elsewhere')}: {ast.unparse(node)}"
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.Attribute) and node.attr in names) or (isinstance(node, ast.Name) and node.id in names)
+    }
+
+
+def test_the_proxy_connects_in_one_place_which_only_the_gates_answer_leads_to() -> None:
+    """What the gate's answers do: test_connector.py."""
+    found = {where for source in (LIB / "_tsproxy/proxy").rglob("*.py") for where in mentions(parsed(source), CONNECTING)}
+    assert found - ASKING == {
+        "Connector.connect: self._send_syn",
+        "Connector._send_syn: self._connect_from_any_source",
+        "Connector._connect_from_any_source: sock.connect_ex",
+    }
+    for room in ("linux", "loop", "stats"):  # what the proxy may import
+        for source in (LIB / "_tsproxy" / room).rglob("*.py"):
+            assert mentions(parsed(source), {"connect", "connect_ex", "create_connection"}) == set(), source
+
+
+def parsed(source: Path) -> ast.Module:
+    return ast.parse(source.read_text())
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("class A:\n def f(self, s):\n  s.connect(1)", "A.f: s.connect"),
+        ("class A:\n def f(self):\n  return self._send_syn", "A.f: self._send_syn"),
+        ("from socket import create_connection\ncreate_connection(1)", "elsewhere: create_connection"),
+    ],
+)
+def test_a_connect_is_seen_wherever_it_is(text: str, where: str) -> None:
+    assert mentions(ast.parse(text), CONNECTING) == {where}

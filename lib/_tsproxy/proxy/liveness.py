@@ -14,7 +14,9 @@ Keepalive is left to the kernel: it runs only while nothing is outstanding, when
 With a closed window the kernel doubles the time between probes up to two minutes (RTO_MAX), so a dead peer would be noticed
 late. A check that finds no progress therefore limits that time: by TCP_RTO_MAX_MS (Linux 6.15). Before that by a
 TCP_USER_TIMEOUT that always expires in the future, since no probe is scheduled after it
-(tcp_clamp_probe0_to_user_timeout()); each check moves it on. Both are undone when the peer makes progress.
+(tcp_clamp_probe0_to_user_timeout()); each check moves it on. Both are undone when the peer makes progress. By that option two
+probes are up to a third of the timeout and max(timeout, 5 s) apart. It takes two, and a check, so death is noticed after three
+timeouts, or after one and 10 s.
 
 After close(2) only the kernel holds the unsent bytes, and delivers them to a peer that acknowledges. It gives up such an orphan
 when the window has been closed until the time between probes is two minutes (tcp_orphan_retries()).

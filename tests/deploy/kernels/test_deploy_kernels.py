@@ -20,6 +20,7 @@ from progress import Progress
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(3600)]
 SUITES = ("bullseye", "bookworm", "trixie", "trixie-backports")
 REHEARSAL = "tests/root/test_evidence.py::test_rules_have_to_hold_against_what_a_far_end_can_do_not_for_our_syn_alone"
+HOSTILE = "tests/root/test_hostile_exchange.py::test_a_hostile_far_end_gets_no_timestamp_when"
 SELECTED = [
     "tests/root/test_check.py::test_in_a_clean_namespace_the_policy_holds_and_the_target_is_tried[checkout]",
     "tests/root/test_check.py::test_where_timestamps_are_on_no_syn_leaves_and_the_fixes_are_told[1]",
@@ -37,6 +38,13 @@ SELECTED = [
     "tests/process/test_restart.py::test_an_overlap_by_reuse_port_loses_no_client_of_a_storm[interpreters 2]",
     "tests/root/test_liveness.py::test_a_reader_that_pauses_for_many_user_timeouts_gets_every_byte[client-auto]",
     "tests/root/test_liveness.py::test_a_reader_that_pauses_for_many_user_timeouts_gets_every_byte[exchange-auto]",
+    "tests/root/test_liveness.py::test_a_peer_that_goes_while_data_is_under_way_is_noticed",
+    "tests/root/test_liveness.py::test_a_window_that_was_closed_for_long_hides_neither_life_nor_death[client, before 6.15]",
+    f"{HOSTILE}[sysctl, IPv4-a SYN-ACK has a timestamp that was not offered]",
+    f"{HOSTILE}[nftables strip, IPv4-a SYN-ACK has a timestamp that was not offered]",
+    f"{HOSTILE}[nftables strip, IPv4-a connection in TIME_WAIT is reset and probed]",
+    f"{HOSTILE}[nftables strip, IPv6-a connection in TIME_WAIT is reset and probed]",
+    f"{HOSTILE}[nftables rewrite, IPv4-a connection in TIME_WAIT is reset and probed]",
 ]
 INIT = """#!/bin/sh
 mount -t proc proc /proc && mount -t sysfs sys /sys && mount -t devtmpfs dev /dev
