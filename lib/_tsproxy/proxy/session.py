@@ -40,7 +40,6 @@ _Relayed = Tuple[bytes, Optional[int], int, int, int, int, int, int]
 _NOT_READABLE, _NOT_WRITABLE = ~(READABLE | MORE), ~WRITABLE  # events of the direction's sink, and of its source
 _CUTTING = frozenset({Ending.POLICY, Ending.BUG})  # always reset: bytes must not be sent, or may be incomplete
 _GRAINS_NS = 256 * TICK_NS  # an idle timeout may fire 1/256 of its length late, or one tick
-_CONNECTS_ENDED, _ENDED = int(Counter.CONNECTS_ENDED), int(Counter.ENDED)
 _ENDING_COUNTERS = {Ending.POLICY: Counter.POLICY_REFUSED, Ending.POLICY_DRIFT: Counter.POLICY_ENDED}
 
 
@@ -369,13 +368,13 @@ class Session:
         loop.timers.disarm(self)
 
     def _count_end(self, ending: Ending) -> None:
-        context, counters = self._context, self._context.counters
+        context = self._context
         if ending in _ENDING_COUNTERS:
             context.count(_ENDING_COUNTERS[ending])
         if self._directions:
-            counters[_CONNECTS_ENDED] += 1
+            context.count(Counter.CONNECTS_ENDED)
         context.count_client(self._message.client_slot, ended=True)
-        counters[_ENDED] += 1
+        context.count(Counter.ENDED)
 
     def _record(self, ending: Ending, peers: Peers, left: int) -> ConnectionRecord:
         context, message, connector = self._context, self._message, self._connector
