@@ -96,44 +96,45 @@ def measured(title: str, text: str) -> Dict[str, Dict[str, float]]:
 
 def latency() -> str:
     """A round trip through each relay: its median, and the slowest of a hundred."""
-    relays = measured("closed loop, 1 connection, 64 bytes", NOTES.read_text())
     titles = {"p50 us": "p50: half of the round trips are faster", "p99 us": "p99: one of a hundred is slower"}
-    bars = [_bars(title, {name: figures[column] for name, figures in relays.items()}) for column, title in titles.items()]
     about = "closed loop, 1 connection, 64 bytes; a virtual machine with 2 CPUs, Python 3.11; direct is no relay at all"
+    bars = _bars(measured("closed loop, 1 connection, 64 bytes", NOTES.read_text()), titles, lambda value: f"{value:g} us")
     return charts.document("A round trip, in microseconds", about, bars)
+
+
+_RATES = {
+    "round trips/s": "32 connections: round trips a second (more is better)",
+    "one after the other/s": "connections a second, one after the other (more is better)",
+    "32 under way/s": "connections a second, 32 under way at once (more is better)",
+}
 
 
 def rates() -> str:
     """What a CPU of each relay does: messages, and connections of both kinds."""
-    relays = measured("versus, ten rounds", NOTES.read_text())
-    titles = {
-        "round trips/s": "32 connections: round trips a second (more is better)",
-        "one after the other/s": "connections a second, one after the other (more is better)",
-        "32 under way/s": "connections a second, 32 under way at once (more is better)",
-    }
-    bars = [_rate_bars(title, {name: of[column] for name, of in relays.items()}) for column, title in titles.items()]
     about = "one CPU for each relay; naked is a loop in C, the limit; before is the code of the morning; Debian's Python 3.11"
-    return charts.document("What one CPU does", about, bars)
+    return charts.document("What one CPU does", about, _bars(measured("versus, ten rounds", NOTES.read_text()), _RATES, _rate))
 
 
 def pythons() -> str:
     """The same by Python, as Debian builds it."""
     found = measured("versus, five rounds", NOTES.read_text())
-    titles = {
-        "round trips/s": "32 connections: round trips a second (more is better)",
-        "32 under way/s": "connections a second, 32 under way at once (more is better)",
-    }
     ours = {name: of for name, of in found.items() if name[0].isdigit()}
-    bars = [_rate_bars(title, {name: of[column] for name, of in ours.items()}) for column, title in titles.items()]
-    return charts.document("tsproxy by Python", "the bundle, one worker on one CPU, Debian's own builds", bars)
+    titles = {column: title for column, title in _RATES.items() if column != "one after the other/s"}
+    about = "the bundle, one worker on one CPU, Debian's own builds"
+    return charts.document("tsproxy by Python", about, _bars(ours, titles, _rate))
 
 
-def _rate_bars(title: str, values: Dict[str, float]) -> charts.Bars:
-    return charts.Bars(title, values, {name: f"{value:,.0f}" for name, value in values.items()})
+def _rate(value: float) -> str:
+    return f"{value:,.0f}"
 
 
-def _bars(title: str, values: Dict[str, float]) -> charts.Bars:
-    return charts.Bars(title, values, {name: f"{value:g} us" for name, value in values.items()})
+def _bars(relays: Dict[str, Dict[str, float]], titles: Mapping[str, str], label: Callable[[float], str]) -> List[charts.Bars]:
+    """Bars for each of these columns, under its title."""
+    found = []
+    for column, title in titles.items():
+        values = {name: figures[column] for name, figures in relays.items()}
+        found.append(charts.Bars(title, values, {name: label(value) for name, value in values.items()}))
+    return found
 
 
 # The other pictures

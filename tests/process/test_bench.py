@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 
 import pytest
 from harness import ROOT, Exchange, echo, wait_until
-from program import slow_but
+from program import command_file, slow_but
 
 BENCH = ROOT / "bench"
 SMALL = {
@@ -255,10 +255,7 @@ def test_help_tells_how_to_read_the_result(name: str) -> None:
 @pytest.fixture
 def bare_python(tmp_path: Path) -> str:
     """A Python without any third-party package."""
-    script = tmp_path / "bare-python"
-    script.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
-    script.chmod(0o755)
-    return str(script)
+    return command_file(tmp_path / "bare-python", sys.executable, "-I", "-S")
 
 
 def test_versus_without_a_compiler_says_so_in_one_line(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import List, NamedTuple
 import pytest
 from harness import CHECKOUT, ROOT
 from namespaces import Namespace, require_root
+from program import command_file
 
 pytestmark = pytest.mark.root
 
@@ -60,9 +61,7 @@ def words(lines: List[str]) -> str:
 def run(tmp_path: Path, commands: List[str]) -> List[List[str]]:
     """What each command says, in one shell in a namespace of its own."""
     (tmp_path / "bin").mkdir()
-    tsproxy = tmp_path / "bin" / "tsproxy"
-    tsproxy.write_text(f'#!/bin/sh\nexec {" ".join(CHECKOUT)} "$@"\n')
-    tsproxy.chmod(0o755)
+    command_file(tmp_path / "bin" / "tsproxy", *CHECKOUT)
     work = tmp_path / "work"
     work.mkdir()
     namespace = Namespace()

@@ -23,7 +23,7 @@ from common.segments import ACK, FIN, PSH, RST, SYN, URG, Segment, icmp_error, m
 from far_end import Flow, Peer, fill_conntrack, forget_connections
 from harness import ROOT, Proxy, leave_out, reset, wait_until
 from namespaces import require_root
-from program import on_time, slow_but
+from program import command_file, on_time, slow_but
 from rules import REWRITE, TSVAL, generated
 from wire import Wire
 
@@ -658,10 +658,7 @@ def test_no_syn_with_a_timestamp_leaves_once_the_rules_are_gone_and_the_evidence
 @pytest.fixture
 def python(tmp_path: Path) -> str:
     """A Python whose scripts are on time."""
-    script = tmp_path / "python"
-    script.write_text(f'#!/bin/sh\nexec {" ".join(on_time())} {sys.executable} "$@"\n')
-    script.chmod(0o755)
-    return str(script)
+    return command_file(tmp_path / "python", *on_time(), sys.executable)
 
 
 def hostile(*words: str) -> subprocess.CompletedProcess[str]:

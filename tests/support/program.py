@@ -23,6 +23,13 @@ RUNTIMES = ("threads", "processes", "interpreters")
 RUNTIME = "interpreters" if sys.version_info >= (3, 13) else "processes"  # what `auto` takes on the Python at hand
 
 
+def command_file(path: Path, *words: str) -> str:
+    """A program there that is these words, and what it is given; its path."""
+    path.write_text(f'#!/bin/sh\nexec {" ".join(words)} "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
 def slow_but(first: Iterable[str], values: Iterable[str]) -> List[Any]:
     """Parameters: those of the first look as they are, the others marked slow."""
     return [value if value in first else pytest.param(value, marks=pytest.mark.slow) for value in values]

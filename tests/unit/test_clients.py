@@ -229,8 +229,8 @@ def test_with_queue_nobody_is_taken_beyond_the_limit_though_a_listener_is_ready(
     pool: Any = FullPool()
     wanted = config.Route(targets=(), max_connections=1, on_full="queue")
     with model(limit=0) as world, socket.create_server(("127.0.0.1", 0)) as listener:
-        world.shared_counters.worker(0)[Counter.ACCEPTED] = 1
         acceptor = acceptor_of(wanted, world, pool)
+        world.shared_counters.worker(0)[Counter.ACCEPTED] = 1
         with socket.create_connection(listener.getsockname(), PATIENCE) as client:
             client.sendall(b"x")
             assert not acceptor.accept(bind_accept4(listener))

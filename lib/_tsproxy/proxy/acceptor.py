@@ -60,7 +60,7 @@ class Acceptor:
         self._logged_at = -_LOG_S
         self._full_logged_at = -_FULL_LOG_S
         self._connection_id = shared_counters.total(Counter.ACCEPTED)
-        self._ended = 0  # sessions that had ended when that was last read
+        self._most_active = route.max_connections  # what is active now, or more: as last read, and what came since
         self._waiting: Optional[Message] = None
 
     @property
@@ -73,10 +73,9 @@ class Acceptor:
     def _is_full(self) -> bool:
         """Whether --max-connections is reached; logged once a minute."""
         limit = self._route.max_connections
-        if self._connection_id - self._ended < limit:  # more have ended since, if any
+        if self._most_active < limit:
             return False
-        self._ended = self._shared_counters.total(Counter.ENDED)
-        active = metrics.active(self._shared_counters)
+        self._most_active = active = metrics.active(self._shared_counters)
         if active < limit:
             return False
         now = time.monotonic()
@@ -134,6 +133,7 @@ class Acceptor:
             self._reject(fd, Counter.CLIENT_OVERFLOW)
             return
         self._connection_id += 1
+        self._most_active += 1
         self._counters[Counter.ACCEPTED] += 1
         message = Message(Command.CLIENT, fd, self._connection_id, accepted_ns, packed, self.upstreams, client_slot)
         if not self._dispatch(message):
