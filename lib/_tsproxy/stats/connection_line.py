@@ -1,4 +1,4 @@
-"""The `connection` line of a record, by a template: a third of the time that a dict and an encoder take.
+"""The `connection` line of a record, by a template, which is faster than a dict and an encoder.
 
 Knows the names and the order of the fields. Knows nothing of who writes the line. All texts in it are addresses or this
 program's own words, so none needs an escape (RFC 8259, section 7), and a line is never longer than 1,500 bytes.
