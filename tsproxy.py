@@ -3,8 +3,11 @@
 
 Usage:
   tsproxy.py --target=<host:port>... [--source=<address>]... [--interface=<name>] [--allow=<cidr>]... [options]
+  tsproxy.py --routes=<file> [options]
   tsproxy.py check --target=<host:port>... [--source=<address>]... [--interface=<name>] [--allow=<cidr>]... [--json] [options]
+  tsproxy.py check --routes=<file> [--json] [options]
   tsproxy.py generate KIND --target=<host:port>... [--source=<address>]... [--interface=<name>] [--allow=<cidr>]... [options]
+  tsproxy.py generate KIND --routes=<file> [options]
   tsproxy.py generate (rsyslog|syslog-ng|vector|fluent-bit|filebeat|promtail|alloy|journald|logrotate|fields)
   tsproxy.py generate (prometheus|grafana|man|completion)
   tsproxy.py audit FILE... [--from=<cidr>]... [--target=<host:port>]... [--lines=<file>] [--json] [--svg=<file>]
@@ -15,7 +18,7 @@ Usage:
   tsproxy.py (-h | --help)
   tsproxy.py (-V | --version)
 
-Without a command it relays: clients connect to it, it connects to the target.
+Without a command it relays: clients connect to it, it connects to the target; with --routes, to the targets of many routes.
 check     would the timestamp policy hold here? Each lever, each witness, what is missing, the fix. Exit 0 only if so.
 generate  print the one-time set-up, with its undo: nftables, netns, systemd, docker or kubernetes; or what ships the
           lines: a log shipper's configuration, or fields, their names in ECS and OpenTelemetry; or prometheus, which makes
@@ -30,6 +33,8 @@ bundle    write OUT, the whole program as one plain-text script to copy onto a h
 
 Where to:
   -t --target=<host:port>      Upstream; repeat it for ordered failover; [::1]:443 for IPv6.
+  --routes=<file>              Many routes, a section each: its name, and its options without dashes (port = 9001). SIGHUP reads
+                               the file again.
   --source=<address>           Local address of upstream connections; repeat it to spread them.
   --interface=<name>           Interface or VRF of upstream connections, and of no other (Linux 5.7). With audit: look at this
                                interface instead of at files, until Ctrl-C, and judge then.
@@ -88,7 +93,8 @@ Audit:
 Exit codes: 0 drained, 1 failed while running, 2 usage or a bad value, 69 can't bind, 75 what may come by itself is missing
 (no target can be resolved yet, no such --source yet, no task, memory or descriptor left): try again, 78 the timestamp
 policy can't be honoured. audit: 0 CLEAN or CONSTANT, 78 LEAK, 65 UNDECIDED, or no capture.
-Signals: SIGTERM, SIGINT, SIGHUP drain (a second one ends now), SIGUSR1 prints a metrics line.
+Signals: SIGTERM, SIGINT, SIGHUP drain (a second one ends now); with --routes SIGHUP reads the file again. SIGUSR1 prints the
+metrics.
 """
 
 import sys

@@ -87,6 +87,7 @@ def test_shells_complete_commands_kinds_options_values_and_files(complete: Compl
         "tsproxy check --js": "--json",
         "tsproxy top li": "lines.json",
         "tsproxy bundle li": "lines.json",
+        "tsproxy --routes li": "lines.json",
     }.items():
         assert complete(typed) == " ".join([*typed.split()[:-1], completed])
 

@@ -95,6 +95,8 @@ class Config(NamedTuple):
     """The options of the process, validated, and its routes."""
 
     routes: Tuple[Route, ...]
+    routes_file: Optional[str] = None  # absolute: where the routes are read from, also by a reload
+    defaults: Optional[Route] = None  # of the file's routes: what the command line says
     static_timestamp: int = 0
     workers: int = 1
     runtime: str = "auto"
@@ -342,7 +344,7 @@ def parse(options: Mapping[str, Any]) -> Config:
     _timestamps(options, found)
     _defaults(found)
     route = Route(**{field: value for field, value in found.items() if field in ROUTE_FIELDS})
-    return Config((route,), **{field: value for field, value in found.items() if field not in ROUTE_FIELDS})
+    return Config(routes=(route,), **{field: value for field, value in found.items() if field not in ROUTE_FIELDS})
 
 
 def _contradictions(options: Mapping[str, Any], found: Dict[str, Any]) -> None:

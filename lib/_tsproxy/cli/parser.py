@@ -51,7 +51,8 @@ def _excerpt(manual: str, normalized: Sequence[str]) -> str:
     """For relaying, the manual without the other usage lines: docopt multiplies them out, which takes 7 ms of a start."""
     if not all(arg.startswith("--") for arg in normalized) or normalized in (["--help"], ["--version"]):
         return manual
-    others = {f"  {usage}" for usage in usages(manual)[1:]}
+    ours = _usage(manual, (), [arg.partition("=")[0] for arg in normalized])
+    others = {f"  {usage}" for usage in usages(manual) if usage != ours}
     return "\n".join(line for line in manual.split("\n") if line not in others)
 
 
@@ -164,7 +165,9 @@ def _command(manual: str, table: Dict[str, ManualOption], args: List[str]) -> No
 
 def _usage(manual: str, operands: Sequence[str], given: Sequence[str] = ()) -> str:
     """The usage line of the command; of several the one that names its second operand or its first option."""
-    lines = [line for line in usages(manual) if (operands[0] if operands else "--target") in line.split()[1]]
+    lines = [
+        line for line in usages(manual) if line.split()[1].startswith(operands[0] if operands else ("--target", "--routes"))
+    ]
     by_operand = (line for line in lines if operands[1:] and operands[1] in re.findall(r"[(|]([a-z-]+)", line))
     return next(by_operand, max(lines, key=lambda line: [f"{name}=" in line for name in given]))
 

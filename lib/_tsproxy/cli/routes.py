@@ -7,11 +7,12 @@ file, line and section before it. Knows options and text. Knows nothing of socke
 from __future__ import annotations
 
 import difflib
+import os
 import re
-from typing import Any, Callable, Collection, Dict, List, Mapping, NamedTuple, Tuple
+from typing import Any, Callable, Collection, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 from _tsproxy.cli import config, ini
-from _tsproxy.cli.config import OPTIONS, REPEATED, ROUTE_FIELDS, SWITCH, BadOption, BadValue, Route, UsageError
+from _tsproxy.cli.config import OPTIONS, REPEATED, ROUTE_FIELDS, SWITCH, BadOption, BadValue, Config, Route, UsageError
 from _tsproxy.cli.ini import BadFile, Section, shown
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
@@ -52,11 +53,27 @@ OF_PROCESS = frozenset({name[2:] for name in OPTIONS} - KEYS.keys() | {"reuse-po
 """The long names of options that are of the process, so that they stand on the command line alone."""
 
 
-def load(path: str, base: Route, inherited: Collection[str] = ()) -> Tuple[Route, ...]:
+_IN_THE_FILE = ("--target", "--port", "--bind", "--source", "--interface", "--allow")
+
+
+def config_of(options: Mapping[str, Any], inherited: Optional[Collection[str]] = ()) -> Config:
+    """docopt's dictionary into a Config with the one route of the command line, or those of --routes. UsageError as load()."""
+    settings = config.parse(options)
+    path = options.get("--routes")
+    if path is None:
+        return settings
+    for name in _IN_THE_FILE:
+        if options.get(name):
+            raise UsageError(f"{name}: given with --routes; allowed: only in the file, for each route")
+    (base,) = settings.routes
+    return settings._replace(routes=load(path, base, inherited), routes_file=os.path.abspath(path), defaults=base)
+
+
+def load(path: str, base: Route, inherited: Optional[Collection[str]] = ()) -> Tuple[Route, ...]:
     """The routes of a file. UsageError with the one line to print.
 
     `base` has what holds where the file says nothing. `inherited` are the names of sockets that a service manager has handed
-    over: a route of such a name listens there, and has neither port nor bind.
+    over: a route of such a name listens there, and has neither port nor bind. None: not known, so any route may have none.
     """
     try:
         with open(path, "rb") as file:
@@ -68,7 +85,7 @@ def load(path: str, base: Route, inherited: Collection[str] = ()) -> Tuple[Route
     return parse(data, path, base, inherited)
 
 
-def parse(data: bytes, file: str, base: Route, inherited: Collection[str] = ()) -> Tuple[Route, ...]:
+def parse(data: bytes, file: str, base: Route, inherited: Optional[Collection[str]] = ()) -> Tuple[Route, ...]:
     """The same for a file that has been read. `file` is its name in messages."""
     sections = ini.read(data, file)
     shared = next((section for section in sections if section.name == ini.DEFAULT), Section(ini.DEFAULT, 0, {}))
@@ -77,7 +94,7 @@ def parse(data: bytes, file: str, base: Route, inherited: Collection[str] = ()) 
     if not found:
         raise UsageError(f"{file}: given no route; allowed: at least one section, e.g. [oe-primary]")
     _distinct(file, found)
-    _all_named(file, inherited, [route.name for _, route in found])
+    _all_named(file, inherited or (), [route.name for _, route in found])
     return tuple(route for _, route in found)
 
 
@@ -126,7 +143,7 @@ def _refused(name: str, key: ini.Key, allowed: str) -> str:
     return f"{name}: given '{shown(' '.join(value.text for value in key.values))}'; allowed: {allowed}"
 
 
-def _route(read: _Read, shared: Section, defaults: Dict[str, Any], inherited: Collection[str]) -> Route:
+def _route(read: _Read, shared: Section, defaults: Dict[str, Any], inherited: Optional[Collection[str]]) -> Route:
     """The route of a section, with what [DEFAULT] and `base` say where the section says nothing."""
     section = read.section
     if not _NAME.fullmatch(section.name):
@@ -134,7 +151,8 @@ def _route(read: _Read, shared: Section, defaults: Dict[str, Any], inherited: Co
     keys = {**shared.keys, **section.keys}
     listening = tuple(name for name in ("port", "bind") if name in keys)
     found = {**defaults, **read.values(), "name": section.name, "listen_options": listening}
-    _require_listener(read, keys, inherited)
+    if inherited is not None:
+        _require_listener(read, keys, inherited)
     if not found.get("targets"):
         raise read.bad(section.line, "target: given nothing; allowed: at least one, e.g. target = exchange.example:443")
     route = read.base._replace(**found)

@@ -13,7 +13,7 @@ import _tsproxy
 from _tsproxy.cli import config, exits, parser, program
 from _tsproxy.cli.config import UsageError
 from _tsproxy.cli.exits import Exit
-from _tsproxy.linux import inherited
+from _tsproxy.linux import inherited, systemd
 from _tsproxy.linux.devnull import open_devnull
 from _tsproxy.linux.needs import TRANSIENT, Refused
 from _tsproxy.linux.printable import printable
@@ -107,7 +107,25 @@ def _command(options: Dict[str, Any], manual: str) -> int:
         from _tsproxy.tools import generate
 
         return generate.without_options(options, manual)
-    return _for_targets(options, config.parse(options))
+    return _for_targets(options, _settings(options))
+
+
+def _settings(options: Dict[str, Any]) -> config.Config:
+    """The route of the command line, or those of a file. Only relaying takes listeners that were handed over."""
+    if options["--routes"] is None:
+        return config.parse(options)
+    from _tsproxy.cli import routes
+
+    if options["check"]:
+        return routes.config_of(options, None)
+    return routes.config_of(options, () if options["generate"] else _inherited_names())
+
+
+def _inherited_names() -> List[str]:
+    try:
+        return [handed.name for handed in systemd.inherited(os.environ, os.getpid())]
+    except systemd.BadHandover as problem:
+        raise Exit(exits.USAGE, str(problem)) from None
 
 
 def _for_targets(options: Dict[str, Any], settings: config.Config) -> int:

@@ -46,7 +46,8 @@ def _after(manual: str, kinds: Sequence[str]) -> Dict[str, List[str]]:
         else:
             named = re.findall(r"[a-z-]+", rest[0]) or kinds
             after.setdefault(command, []).extend(named)
-            after.update({f"{command} {kind}": options for kind in named})
+            for kind in named:
+                after.setdefault(f"{command} {kind}", []).extend(options)
     return after
 
 
@@ -54,7 +55,7 @@ def _values(manual: str) -> Iterator[Tuple[str, List[str]]]:
     """Each spelling of an option that takes a value, and the words that it takes, as far as they are few."""
     for spelling, known in parser.options_of(manual).items():
         if known.argument:
-            yield spelling, _choices(known.name)
+            yield spelling, [_FILE] if known.argument == "<file>" else _choices(known.name)
 
 
 def _choices(name: str) -> List[str]:
