@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, Iterator, Tuple
 from _tsproxy.linux import sockets
 from _tsproxy.linux.sockets import Tuning
 from _tsproxy.loop.poller import READ, Poller
-from _tsproxy.proxy.context import SessionSettings, WorkerContext
+from _tsproxy.proxy.context import RouteContext, SessionSettings, WorkerContext
 from _tsproxy.proxy.direction import make_directions
 from _tsproxy.stats.counters import Counter, SharedCounters
 from _tsproxy.stats.histogram import bucket
@@ -75,7 +75,8 @@ class Route:
         row = self.shared_counters.worker(0)
         beside: Any = None  # the gate and the client's SYN: a forward asks neither
         settings = SessionSettings(Tuning(), 0, 0, 0, log_connections=True, log_debug=False, zero_copy=True)
-        self.context = WorkerContext(0, settings, beside, beside, row, RecordWriter(-1, row), (), 65536)
+        worker = WorkerContext(0, row, RecordWriter(-1, row))
+        self.context = RouteContext(worker, settings, beside, beside, row, (), 65536)
         self.direction, self._back = make_directions(self, self.context, self.downstream, self.upstream)  # type: ignore[arg-type]
 
     @property

@@ -378,7 +378,7 @@ def test_a_worker_that_can_not_even_start_is_logged_and_seen_to_have_exited() ->
     """is_alive must be False when the wake-up comes: there is only one."""
     shared_counters, pipe, exited = SharedCounters.create(1), RecordPipe.create(), wakeup.create()
     unused: Any = None
-    shared = WorkerShared(unused, (), unused, unused, -1, {}, False, shared_counters.fd, pipe.writer, exited)
+    shared = WorkerShared(unused, {}, -1, {}, shared_counters.fd, pipe.writer, exited)
     runner = StillbornRunner(WorkerArgs(0, shared, inbox.Channel(-1)))
     runner.start()
     wait_until(exited.collect, "the wake-up")

@@ -130,16 +130,16 @@ FAULTS = {
         "rss_kib at the end",
     ),
     "a connection is not counted": (
-        "from _tsproxy.proxy.context import WorkerContext\n"
+        "from _tsproxy.proxy.context import RouteContext\n"
         "from _tsproxy.stats.counters import Counter\n"
-        "real = WorkerContext.count\n"
+        "real = RouteContext.count\n"
         "skipped = []\n"
         "def count(self, counter, by=1):\n"
         "    if counter is Counter.ENDED and not skipped:\n"
         "        skipped.append(1)\n"
         "        return\n"
         "    real(self, counter, by)\n"
-        "WorkerContext.count = count\n",
+        "RouteContext.count = count\n",
         "end of all connections",
     ),
     "a line is not written": (

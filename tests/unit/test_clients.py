@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import os
 import socket
 from collections import deque
@@ -16,6 +18,7 @@ from _tsproxy.linux.sockets import bind_accept4
 from _tsproxy.proxy.acceptor import Acceptor
 from _tsproxy.proxy.clients import Clients, slots_for
 from _tsproxy.proxy.inbox import _SLOT, Command, Message
+from _tsproxy.stats import metrics
 from _tsproxy.stats.counters import ACCEPTOR_ROW, Counter, SharedCounters, slot_offset
 from harness import PATIENCE, examples
 from hypothesis import given, settings
@@ -203,7 +206,9 @@ class FullPool:
 def acceptor_of(wanted: config.Route, world: Any, pool: Any) -> Acceptor:
     row = world.shared_counters.rows[ACCEPTOR_ROW]
     say: Any = lambda *_: None  # noqa: E731
-    return Acceptor(wanted, world.shared_counters, row, world.clients, dispatch=pool.dispatch, log_ratelimited=say)
+    active = functools.partial(metrics.active, world.shared_counters)
+    quiet: Any = {"number": 0, "ids": itertools.count(1), "active": active, "log_ratelimited": say}
+    return Acceptor(wanted, row, world.clients, dispatch=pool.dispatch, **quiet)
 
 
 def test_a_client_that_no_worker_takes_keeps_its_share() -> None:

@@ -13,7 +13,7 @@ from _tsproxy.linux.addresses import pack
 from _tsproxy.linux.sockets import TcpInfo
 from _tsproxy.policy.gates import Preserve
 from _tsproxy.proxy.connector import Connector
-from _tsproxy.proxy.context import WorkerContext
+from _tsproxy.proxy.context import RouteContext
 from _tsproxy.stats.counters import Counter
 from _tsproxy.stats.endings import Ending
 from harness import wait_until
@@ -69,7 +69,7 @@ class Stand(contextlib.ExitStack):
     def __init__(self, *families: socket.AddressFamily) -> None:
         super().__init__()
         self.gate, self.session = Gate(), Session()
-        self.context: WorkerContext = self.enter_context(lone_context(4096, gate=self.gate))
+        self.context: RouteContext = self.enter_context(lone_context(4096, gate=self.gate))
         self.context.settings = self.context.settings._replace(connect_timeout_ns=60 * 10**9)
         self.listeners = {family: self.listener(family) for family in families}
         upstreams = b"".join(pack(family, listener.getsockname()) for family, listener in self.listeners.items())

@@ -47,6 +47,7 @@ def test_no_two_rows_share_a_page_or_a_word(shared_counters: SharedCounters) -> 
         for index in range(len(row)):
             row[index] = number + 1
     assert [set(row) for row in shared_counters.rows] == [{number + 1} for number in range(len(shared_counters.rows))]
+    os.pwrite(shared_counters.fd, bytes(16), (counters.LOOP_LAG + histogram.BUCKETS + 1) * 8)  # how many rows there are
     raw = os.pread(shared_counters.fd, os.fstat(shared_counters.fd).st_size, 0)
     pages = [raw[start : start + mmap.PAGESIZE] for start in range(0, len(raw), mmap.PAGESIZE)]
     words = [set(memoryview(page).cast("Q")) - {0} for page in pages]
@@ -81,6 +82,7 @@ def test_histograms_are_those_of_the_workers_and_apart_from_each_other(shared_co
     shared_counters.worker(0)[counters.RELAY] = 1
     shared_counters.worker(2)[counters.RELAY] = 2
     shared_counters.worker(1)[counters.RELAY + histogram.BUCKETS - 1] = 3
+    shared_counters.worker(1)[counters.RELAY + histogram.BUCKETS] = 2**60  # the longest, which is written before its bucket
     shared_counters.worker(1)[counters.CONNECT] = 4
     assert shared_counters.histogram(counters.RELAY) == [(0, 3), (histogram.BUCKETS - 1, 3)]
     assert shared_counters.histogram(counters.CONNECT) == [(0, 4)]
@@ -94,7 +96,7 @@ def test_the_longest_time_of_all_workers_is_kept_as_it_was_measured(shared_count
     assert shared_counters.longest_ns(first) == 3_333_333
     assert sum(count for _, count in shared_counters.histogram(first)) == 4
     name = {counters.RELAY: "relay_us", counters.CONNECT: "connect_us", counters.LOOP_LAG: "loop_lag_us"}[first]
-    found = metrics.latencies(shared_counters)
+    found = metrics.latencies([shared_counters])
     assert (found[f"{name}_max"], found[f"{name}_p999"]) == (3333.333, 3333.333)
 
 
@@ -114,7 +116,7 @@ ledger, index = SharedCounters(int(sys.argv[1])), int(sys.argv[2])
 row = ledger.worker(index)
 for _ in range(20_000):
     row[Counter.RECEIVED_UPSTREAM] += index + 1
-row[counters.RELAY + index] = 7
+row[counters.RELAY + index], row[counters.LONGEST_RELAY] = 7, 1
 row[len(row) - 1] = 1
 print(ledger.rows[0][Counter.ACCEPTED])
 """
@@ -232,3 +234,26 @@ def test_a_client_that_its_killed_worker_had_counted_but_not_begun_with_is_not_a
         row[Counter.BEGUN] += 1
         del row
         assert metrics.active(shared_counters) == 1
+
+
+def test_counters_absorb_what_ended_ones_have_counted_and_the_longest_of_both(shared_counters: SharedCounters) -> None:
+    with ledger_for(2) as ended:
+        for at, row in enumerate(ended.rows[FIRST_WORKER_ROW:], 1):
+            row[Counter.ENDED] = at
+            counters.observe(row, counters.CONNECT, 1_000_000 * at)
+        counters.observe(shared_counters.worker(0), counters.CONNECT, 1_500_000)
+        for times in (1, 2):
+            shared_counters.absorb(ended)
+            assert shared_counters.total(Counter.ENDED) == 3 * times
+            assert sum(count for _, count in shared_counters.histogram(counters.CONNECT)) == 1 + 2 * times
+            assert shared_counters.longest_ns(counters.CONNECT) == 2_000_000
+
+
+@given(st.binary(max_size=300_000), st.integers(0, 3), st.integers(1, 4))
+@settings(deadline=None, max_examples=20)
+def test_a_note_goes_with_the_counters_to_whoever_attaches(note: bytes, slots: int, workers: int) -> None:
+    with contextlib.closing(SharedCounters.create(workers, slots, note)) as made:
+        for row in made.rows[REPORTER_ROW:]:
+            row[len(row) - 1] = 2**64 - 1
+        assert counters.note_in(made.fd) == note
+        assert len(SharedCounters(made.fd).rows) == len(made.rows)

@@ -11,15 +11,16 @@ import socket
 import sys
 import threading
 import time
-from typing import Any, Callable, Iterator, List, Optional
+from typing import Any, Callable, Iterator, List, Optional, Sequence
 
 import pytest
 from _tsproxy.linux.addresses import pack
 from _tsproxy.stats import counters, histogram, records
+from _tsproxy.stats.board import Board
 from _tsproxy.stats.counters import ACCEPTOR_ROW, FIRST_WORKER_ROW, REPORTER_ROW, Counter, SharedCounters
 from _tsproxy.stats.endings import ENDING_FIELDS, Ending
 from _tsproxy.stats.records import NOTICE_LEVELS, Notice, RecordPipe, RecordWriter
-from _tsproxy.stats.reporter import Rates, Reporter
+from _tsproxy.stats.reporter import Reporter
 from harness import PATIENCE, Line, examples, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,12 +49,16 @@ METRICS_FIELDS += [f"{name}_us_{of}" for name in ("connect", "relay") for of in 
 class Desk:
     """A reporter with all that it reads from and a file that it writes to."""
 
-    def __init__(self, fd: Optional[int] = None, workers: int = 2, **options: Any) -> None:
+    def __init__(self, fd: Optional[int] = None, workers: int = 2, names: Sequence[str] = ("default",), **options: Any) -> None:
         self.fd = os.memfd_create("stdout") if fd is None else fd
-        self.shared_counters, self.pipe = SharedCounters.create(workers), RecordPipe.create()
-        self.writers = [RecordWriter(self.pipe.writer, self.shared_counters.worker(index)) for index in range(workers)]
+        self.process, self.pipe = SharedCounters.create(workers), RecordPipe.create()
+        self.writers = [RecordWriter(self.pipe.writer, self.process.worker(index)) for index in range(workers)]
         options = {"level": "debug", "interval_s": 0.0, "witness_names": ("none", "sysctl"), **options}
-        self.reporter = Reporter(self.fd, self.shared_counters, self.pipe, **options)
+        self.reporter = Reporter(self.fd, self.process, self.pipe, **options)
+        self.of_routes = [SharedCounters.create(workers) for _ in names]
+        self.shared_counters = self.of_routes[0]
+        for number, (name, of_route) in enumerate(zip(names, self.of_routes)):
+            self.reporter.add_route(number, name, of_route)
 
     def lines(self) -> List[Line]:
         """What was written so far: whole lines, each of them JSON, none too long."""
@@ -77,7 +82,7 @@ class Desk:
         wait_until(lambda: not self.reporter._thread.is_alive(), "the end of the reporter")
 
     def dropped(self) -> int:
-        return self.shared_counters.total(Counter.LINES_DROPPED)
+        return self.process.total(Counter.LINES_DROPPED)
 
 
 @contextlib.contextmanager
@@ -91,10 +96,12 @@ def desk_with(fd: Optional[int] = None, prepare: Callable[[Desk], None] = lambda
     finally:
         desk.close()
         desk.reporter._wakeup.close()
-        fds = [desk.shared_counters.fd, *desk.pipe, *([desk.fd] if fd is None else [])]
+        fds = [desk.process.fd, *(of_route.fd for of_route in desk.of_routes), *desk.pipe, *([desk.fd] if fd is None else [])]
         desk.writers.clear()
         vars(desk.reporter).clear()
-        vars(desk.shared_counters).clear()  # the mapping goes with its last view
+        del desk.shared_counters
+        for mapped in (desk.process, *desk.of_routes):
+            vars(mapped).clear()  # the mapping goes with its last view
         for each in fds:
             os.close(each)
 
@@ -286,7 +293,7 @@ def test_a_connection_line_has_its_fields_and_no_other(desk: Desk) -> None:
 
 
 def test_lines_name_their_route_by_the_number_in_the_record() -> None:
-    with desk_with(route_names=("oe-primary", "oe-backup")) as desk:
+    with desk_with(names=("oe-primary", "oe-backup")) as desk:
         for route in (1, 0):
             desk.writers[0].put(CLOSED._replace(route=route))
             desk.writers[0].put(Notice(0, 0, "warning", "of a route", route))
@@ -361,22 +368,25 @@ def test_the_figures_are_those_of_the_moment_the_line_is_asked_for(desk: Desk) -
 
 def test_rates_are_what_came_since_the_line_before_over_the_time_between(desk: Desk) -> None:
     now = 100.0
-    rates, row = Rates(desk.shared_counters, lambda: now), desk.shared_counters.worker(0)
+    board, row = Board(desk.process, False, lambda: now), desk.shared_counters.worker(0)
+    board.add(0, "default", desk.shared_counters)
     row[Counter.RECEIVED_DOWNSTREAM], row[Counter.ACKNOWLEDGED_DOWNSTREAM], now = 1000, 3001, 102.0
-    first = rates.fields()
+    (first,) = board.lines()
     assert (first["rx_bytes_per_s"], first["tx_bytes_per_s"]) == (500, 1500)
     assert (first["uptime_s"], first["interval_s"]) == (2.0, 2.0)
     now = 102.25
-    second = rates.fields()
+    (second,) = board.lines()
     assert (second["rx_bytes_per_s"], second["tx_bytes_per_s"]) == (0, 0)
     assert (second["uptime_s"], second["interval_s"], second["start_time"]) == (2.25, 0.25, first["start_time"])
     row[Counter.RECEIVED_DOWNSTREAM] += 1  # no time has passed: no division by it
-    assert rates.fields()["rx_bytes_per_s"] == 1_000_000
+    assert next(board.lines())["rx_bytes_per_s"] == 1_000_000
 
 
 def fill(shared_counters: SharedCounters, rows: slice, value: int) -> None:
+    """The histograms of the workers alone: the reporter has one once it has absorbed another route's."""
+    reporters = shared_counters.rows[REPORTER_ROW]
     for row in shared_counters.rows[rows]:
-        for index in range(len(row)):
+        for index in range(len(Counter) if row is reporters else len(row)):
             row[index] = value
 
 
@@ -390,7 +400,7 @@ def fill(shared_counters: SharedCounters, rows: slice, value: int) -> None:
     ids=["one row at 2**63 - 1", "all rows at 2**63 - 1", "all rows at 2**64 - 1"],
 )
 def test_a_metrics_line_fits_and_is_whole_however_high_the_counters_are(rows: slice, value: int, route: str) -> None:
-    with desk_with(route_names=(route,)) as desk:
+    with desk_with(names=(route,)) as desk:
         fill(desk.shared_counters, rows, value)
         line = desk.metrics()  # lines() holds that none is too long
         writers = len(desk.shared_counters.rows[rows])
@@ -418,8 +428,8 @@ def test_an_interval_of_zero_is_no_metrics_but_those_asked_for(desk: Desk) -> No
 
 
 def test_what_was_dropped_shows_in_the_metrics(desk: Desk) -> None:
-    desk.shared_counters.worker(0)[Counter.LINES_DROPPED] = 3
-    desk.shared_counters.rows[REPORTER_ROW][Counter.LINES_DROPPED] = 4
+    desk.process.worker(0)[Counter.LINES_DROPPED] = 3
+    desk.process.rows[REPORTER_ROW][Counter.LINES_DROPPED] = 4
     assert desk.metrics()["log_lines_dropped_total"] == 7
 
 
@@ -440,7 +450,7 @@ def test_a_burst_is_written_and_not_dropped_where_there_is_always_room() -> None
             thread.join()
         desk.reporter.log("stop")
         desk.close()
-        assert desk.shared_counters.rows[REPORTER_ROW][Counter.LINES_DROPPED] == 0
+        assert desk.process.rows[REPORTER_ROW][Counter.LINES_DROPPED] == 0
         assert len(desk.lines()) + desk.dropped() == 4 * 5000 + 1
         assert desk.events()[-1] == "stop"
 

@@ -203,8 +203,13 @@ def test_a_listener_beside_the_socket_that_was_handed_over_is_refused(key: str, 
     assert said == f"{FILE}:3: [a] {key}: given '{value}'; allowed: {allowed}"
 
 
-def test_a_socket_that_is_named_like_no_route_is_refused() -> None:
-    assert complaint(A, inherited=["b"]) == f"LISTEN_FDNAMES: given 'b'; allowed: the name of a route of {FILE}"
+def test_a_socket_that_is_named_like_no_route_is_refused_at_a_start_and_left_alone_by_a_reload(tmp_path: Path) -> None:
+    file = tmp_path / "routes.ini"
+    file.write_text(A)
+    with pytest.raises(UsageError) as caught:
+        routes.config_of({"--routes": str(file)}, ["b"])
+    assert str(caught.value) == f"LISTEN_FDNAMES: given 'b'; allowed: the name of a route of {file}"
+    assert [route.name for route in routes.load(str(file), Route(()), ["b"])] == ["a"]
 
 
 @pytest.mark.parametrize("binds", [("::", "0.0.0.0"), ("::1", "127.0.0.1"), ("127.0.0.1", "127.0.0.2"), ("::", "127.0.0.1")])

@@ -14,7 +14,7 @@ from typing import Any, Iterator, List, NamedTuple, Tuple
 
 import pytest
 from _tsproxy.linux.limits import PIPES_A_WORKER
-from _tsproxy.proxy.context import WorkerContext
+from _tsproxy.proxy.context import RouteContext
 from _tsproxy.proxy.direction import Direction, Splicer, make_directions
 from _tsproxy.proxy.pipes import HAS_SPLICE, Pipes
 from _tsproxy.stats.counters import Counter
@@ -60,13 +60,13 @@ class Way(NamedTuple):
 
 
 @pytest.fixture
-def context() -> Iterator[WorkerContext]:
+def context() -> Iterator[RouteContext]:
     with lone_context(BUFFER) as context:
         yield context
 
 
 @contextlib.contextmanager
-def way(context: WorkerContext) -> Iterator[Way]:
+def way(context: RouteContext) -> Iterator[Way]:
     with contextlib.ExitStack() as stack:
         near, source = pair(stack)
         sink, far = pair(stack)
@@ -119,7 +119,7 @@ class NeverGone:
         """Nothing to give back."""
 
 
-def test_a_sink_that_takes_a_part_counts_as_movement(context: WorkerContext) -> None:
+def test_a_sink_that_takes_a_part_counts_as_movement(context: RouteContext) -> None:
     """A slow reader is not idle: what is left over may take longer than --idle-timeout."""
     with way(context) as one:
         one.direction.account(2, 0)
@@ -131,7 +131,7 @@ def test_a_sink_that_takes_a_part_counts_as_movement(context: WorkerContext) -> 
         assert one.direction.last_active_ns > 0
 
 
-def test_four_full_buffers_in_a_row_begin_splicing_and_four_small_iterations_end_it(context: WorkerContext) -> None:
+def test_four_full_buffers_in_a_row_begin_splicing_and_four_small_iterations_end_it(context: RouteContext) -> None:
     with way(context) as one:
         pass_on(one, 3 * BUFFER)
         assert one.direction.reader is one.direction
@@ -146,7 +146,7 @@ def test_four_full_buffers_in_a_row_begin_splicing_and_four_small_iterations_end
         assert one.direction.unsent == 0
 
 
-def test_full_buffers_with_small_receives_between_them_begin_no_splicing(context: WorkerContext) -> None:
+def test_full_buffers_with_small_receives_between_them_begin_no_splicing(context: RouteContext) -> None:
     with way(context) as one:
         for _ in range(8):
             pass_on(one, 2 * BUFFER)
@@ -154,7 +154,7 @@ def test_full_buffers_with_small_receives_between_them_begin_no_splicing(context
             assert one.direction.splicer is None
 
 
-def test_splicing_ends_with_its_direction_and_a_byte_left_in_a_pipe_is_no_others(context: WorkerContext) -> None:
+def test_splicing_ends_with_its_direction_and_a_byte_left_in_a_pipe_is_no_others(context: RouteContext) -> None:
     """Else the next stream would begin with a stranger's orders."""
     with way(context) as one:
         pass_on(one, 8 * BUFFER)
@@ -178,7 +178,7 @@ def choke(one: Way) -> bool:
     return one.direction.pending is not None
 
 
-def test_a_reset_sink_is_reported_and_bytes_in_the_pipe_count_as_unsent(context: WorkerContext) -> None:
+def test_a_reset_sink_is_reported_and_bytes_in_the_pipe_count_as_unsent(context: RouteContext) -> None:
     with way(context) as one:
         pass_on(one, 8 * BUFFER)
         reset(one.far)
@@ -192,7 +192,7 @@ def test_a_reset_sink_is_reported_and_bytes_in_the_pipe_count_as_unsent(context:
         assert one.direction.unsent > 0
 
 
-def test_eof_and_a_reset_of_the_source_are_seen_while_splicing_too(context: WorkerContext) -> None:
+def test_eof_and_a_reset_of_the_source_are_seen_while_splicing_too(context: RouteContext) -> None:
     with way(context) as one:
         pass_on(one, 8 * BUFFER)
         one.near.shutdown(socket.SHUT_WR)

@@ -15,6 +15,7 @@ from _tsproxy.loop.poller import BROKEN, READ, READ_EDGES, READABLE, WRITE
 from _tsproxy.loop.posted import BULK, ENDING, NEW, NOW
 from _tsproxy.loop.timers import TICK_NS
 from _tsproxy.policy.gates import Preserve
+from _tsproxy.proxy.context import RouteContext
 from _tsproxy.proxy.direction import Direction, make_directions
 from _tsproxy.proxy.inbox import Command, Message, RingConsumer, RingProducer, create_ring
 from _tsproxy.proxy.listener import Listener
@@ -26,7 +27,7 @@ from _tsproxy.stats.counters import Counter
 from _tsproxy.stats.endings import Ending
 from _tsproxy.stats.records import Notice, decode
 from harness import Exchange, wait_until
-from lone_context import lone_context
+from lone_context import OneRoute, lone_worker
 
 PATIENCE = 10
 
@@ -58,6 +59,7 @@ class Stand(NamedTuple):
     """A worker, what feeds it, and where its records arrive."""
 
     worker: Worker
+    context: RouteContext
     inbox: RingProducer
     gate: Gate
     records: int
@@ -76,10 +78,10 @@ class Stand(NamedTuple):
 def stand() -> Iterator[Stand]:
     reader, writer = os.pipe()
     ring, gate = create_ring(), Gate()
-    with lone_context(4096, gate=gate, records=writer) as context:
+    with lone_worker(4096, gate=gate, records=writer) as (of_worker, context):
         consumer, producer = RingConsumer(ring, context.counters), RingProducer(ring, context.counters)
-        worker = Worker(context, consumer)
-        yield Stand(worker, producer, gate, reader)
+        worker = Worker(of_worker, OneRoute(context), consumer)
+        yield Stand(worker, context, producer, gate, reader)
         worker.close()
         vars(consumer).clear()
         vars(producer).clear()
@@ -306,7 +308,7 @@ def test_an_order_comes_between_two_messages_of_the_inbox(stand: Stand) -> None:
 
 
 def test_a_number_that_comes_back_has_no_event_of_the_closed_descriptor(stand: Stand) -> None:
-    context = stand.worker.context
+    context = stand.context
     log: List[str] = []
     (gone, other), (ours, theirs) = socket.socketpair(), socket.socketpair()
     fd = gone.fileno()
@@ -338,7 +340,7 @@ class Ear:
 
 
 def test_a_direction_that_fills_the_buffer_is_bulk_until_it_does_not(stand: Stand) -> None:
-    context, ear = stand.worker.context, Ear()
+    context, ear = stand.context, Ear()
     near, source = socket.socketpair()
     sink, far = socket.socketpair()
     direction, back = make_directions(ear, context, source, sink)  # type: ignore[arg-type]
@@ -372,7 +374,7 @@ class Ender:
 def test_a_session_that_one_deadline_ends_has_no_idle_timeout_in_the_same_iteration(
     stand: Stand, echoing: Exchange, idle_ns: int
 ) -> None:
-    context = stand.worker.context
+    context = stand.context
     context.settings = context.settings._replace(idle_timeout_ns=idle_ns)
     with relayed(stand, echoing) as session:
         context.loop.timers.arm(Ender(session), TICK_NS)
@@ -390,7 +392,7 @@ def relayed(stand: Stand, echoing: Exchange) -> Iterator[Any]:
         client = client_of(stand, listener, 1, pack(socket.AF_INET, ("127.0.0.1", echoing.port)))
     with client:
         stand.worker.readable()
-        (session,) = stand.worker.context.registry.sessions.values()
+        (session,) = stand.context.registry.sessions.values()
         wait_until(lambda: session._phase is not CONNECTING or one_event(stand), "it relays")
         yield session
 
@@ -423,7 +425,7 @@ class BrokenEvents:
 
 @pytest.mark.parametrize("what", ["check of its peers", "back-off"])
 def test_a_bug_in_a_connections_other_deadlines_costs_that_connection(stand: Stand, echoing: Exchange, what: str) -> None:
-    context = stand.worker.context
+    context = stand.context
     with relayed(stand, echoing) as session:
         direction, _ = session._directions
         if what == "back-off":

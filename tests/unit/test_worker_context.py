@@ -13,7 +13,7 @@ from _tsproxy.loop.poller import READ, WRITE, Poller
 from _tsproxy.loop.posted import NOW
 from _tsproxy.loop.timers import NEVER_NS, TICK_NS, Timers
 from _tsproxy.proxy.buffers import Buffers
-from _tsproxy.proxy.context import WorkerContext
+from _tsproxy.proxy.context import RouteContext
 from _tsproxy.proxy.states import Event, Flow, IllegalTransition, Phase, flow_after, phase_after
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +21,7 @@ from lone_context import lone_context
 
 
 @pytest.fixture
-def context() -> Iterator[WorkerContext]:
+def context() -> Iterator[RouteContext]:
     with lone_context(4096, [Address(socket.AF_INET, f"127.0.0.{last}", 0) for last in (2, 3, 4)]) as context:
         yield context
 
@@ -40,7 +40,7 @@ class Idle:
     def on_bug(self, bug: Exception) -> None: ...
 
 
-def test_deferred_close_keeps_the_fd_number_until_the_end_of_the_iteration(context: WorkerContext) -> None:
+def test_deferred_close_keeps_the_fd_number_until_the_end_of_the_iteration(context: RouteContext) -> None:
     """Else an event of this turn that was meant for it would reach the connection that got its number."""
     one, other = socket.socketpair()
     number = one.fileno()
@@ -56,7 +56,7 @@ def test_deferred_close_keeps_the_fd_number_until_the_end_of_the_iteration(conte
     other.close()
 
 
-def test_sources_are_tried_each_once_beginning_one_further_each_time(context: WorkerContext) -> None:
+def test_sources_are_tried_each_once_beginning_one_further_each_time(context: RouteContext) -> None:
     turns = [[source.ip[-1] for source in context.sources(socket.AF_INET) if source] for _ in range(4)]
     assert turns == [["2", "3", "4"], ["3", "4", "2"], ["4", "2", "3"], ["2", "3", "4"]]
     assert context.sources(socket.AF_INET6) == [None]

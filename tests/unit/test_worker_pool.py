@@ -44,9 +44,8 @@ class Stand:
         self.backoffs: List[float] = []
         self.loop, self.exited, self.counters = EventLoop(), wakeup.create(), SharedCounters.create(workers)
         config = Config(routes=(), workers=workers, runtime="threads")
-        unused: Any = None
-        shared = WorkerShared(config, (), unused, unused, -1, {}, False, self.counters.fd, -1, self.exited)
-        self.pool = WorkerPool(self.loop, self, shared, self.counters)
+        shared = WorkerShared(config, {}, -1, {}, self.counters.fd, -1, self.exited)
+        self.pool = WorkerPool(self.loop, self, shared, self.counters, {0: self.counters})
         self.pool.accepts = accepts
         self.rings = [slot.runner._args.inbox for slot in self.pool._slots]  # type: ignore[attr-defined]
         self.consumers = [RingConsumer(ring, self.counters.worker(number)) for number, ring in enumerate(self.rings)]

@@ -66,7 +66,9 @@ def config_of(options: Mapping[str, Any], inherited: Optional[Collection[str]] =
         if options.get(name):
             raise UsageError(f"{name}: given with --routes; allowed: only in the file, for each route")
     (base,) = settings.routes
-    return settings._replace(routes=load(path, base, inherited), routes_file=os.path.abspath(path), defaults=base)
+    found = load(path, base, inherited)
+    _all_named(path, inherited or (), [route.name for route in found])
+    return settings._replace(routes=found, routes_file=os.path.abspath(path), defaults=base)
 
 
 def load(path: str, base: Route, inherited: Optional[Collection[str]] = ()) -> Tuple[Route, ...]:
@@ -94,7 +96,6 @@ def parse(data: bytes, file: str, base: Route, inherited: Optional[Collection[st
     if not found:
         raise UsageError(f"{file}: given no route; allowed: at least one section, e.g. [oe-primary]")
     _distinct(file, found)
-    _all_named(file, inherited or (), [route.name for _, route in found])
     return tuple(route for _, route in found)
 
 
@@ -181,7 +182,7 @@ def _distinct(file: str, found: List[Tuple[Section, Route]]) -> None:
     for section, route in found:
         same_port = taken.setdefault(route.port, []) if route.port and route.listen_options else []
         for before, other in same_port:
-            if _overlap(route.bind, other.bind):
+            if overlap(route.bind, other.bind):
                 line = section.keys["port"].line if "port" in section.keys else section.line
                 place = f"[{route.bind}]:{route.port}" if ":" in route.bind else f"{route.bind}:{route.port}"
                 problem = f"port: given '{route.port}'; allowed: one that [{before.name}] (line {before.line}) does not have"
@@ -189,7 +190,7 @@ def _distinct(file: str, found: List[Tuple[Section, Route]]) -> None:
         same_port.append((section, route))
 
 
-def _overlap(bind: str, other: str) -> bool:
+def overlap(bind: str, other: str) -> bool:
     """Whether one of the addresses is the other one, or any of its family. Whether :: takes IPv4 too is the host's to say."""
     return bind == other or ((":" in bind) == (":" in other) and not _ANY.isdisjoint((bind, other)))
 

@@ -7,7 +7,11 @@ import resource
 
 PIPES_A_WORKER = 16  # for splice(2), two descriptors each
 _PER_WORKER = 8 + 2 * PIPES_A_WORKER
+_PER_ROUTE = 4  # a listener and the counters, before and after a reload; and the counters of each worker
 _OTHER = 64  # listeners, logs, the resolver, Python's own
+
+
+MOST = 1 << 20  # the default of fs.nr_open (fs/file.c): for raise_nofile() as far as it goes
 
 
 def raise_nofile(wanted: int) -> int:
@@ -48,11 +52,11 @@ def _soft_of_proc(name: str, otherwise: float) -> float:
     return otherwise
 
 
-def descriptors_for(connections: int, workers: int) -> int:
-    """Descriptors needed: two sockets a connection, each worker's own and its pipes, and some for everything else."""
-    return 2 * connections + _PER_WORKER * workers + _OTHER
+def descriptors_for(connections: int, workers: int, routes: int = 1) -> int:
+    """Descriptors needed: two sockets a connection, each worker's own and its pipes, each further route's, and some others."""
+    return 2 * connections + _PER_WORKER * workers + (_PER_ROUTE + workers) * (routes - 1) + _OTHER
 
 
-def connections_within(descriptors: int, workers: int) -> int:
+def connections_within(descriptors: int, workers: int, routes: int = 1) -> int:
     """The number of connections for which so many descriptors suffice."""
-    return max(0, (descriptors - _PER_WORKER * workers - _OTHER) // 2)
+    return max(0, (descriptors - descriptors_for(0, workers, routes)) // 2)

@@ -6,6 +6,7 @@ Knows how to check, and what a result means for a policy. Knows nothing of when 
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from typing import Dict, Iterable, List, NamedTuple, Optional, Set
 
@@ -53,6 +54,16 @@ class PolicyCheck(NamedTuple):
         """The families with this answer."""
         return {family: found for family, found in self.families.items() if found.answer is answer}
 
+    def of_policy(self, policy: Policy) -> PolicyCheck:
+        """The same check as it is for one of several policies: with the families of its own targets."""
+        if policy.mode == "preserve":
+            return PolicyCheck(Lever.NONE, self.sysctl, {})
+        early = None if self.sysctl is None else _without_witness(policy, self.sysctl)
+        if early or self.sysctl is None:
+            return early or self
+        families = {family: self.families[family] for family in policy.families if family in self.families}
+        return _combined(self.sysctl, families)
+
     def answer(self, family: int, lever: Lever) -> Answer:
         """The answer for a gate of `lever`. StripBySysctl reads the sysctl for each SYN, so rules can't replace it there."""
         found = self.families.get(family)
@@ -64,7 +75,7 @@ class PolicyCheck(NamedTuple):
 class Inspector:
     """Checks whether the policy holds, once for each call; keeps the sysctl's descriptor open.
 
-    After the first check two threads may check different families at the same time.
+    After the first check any thread may check: two that check the same family do so one after the other.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -74,6 +85,7 @@ class Inspector:
         self.rules_clear_mark: Optional[bool] = None
         self._rehearsed: Dict[int, float] = {}  # family -> when the rules last held in a rehearsal
         self._saw_segments: Set[int] = set()  # families of which a rehearsal has seen each segment
+        self._locks = {family: threading.Lock() for family in FAMILY_NAMES}
 
     def check(self, families: Iterable[int] = ()) -> PolicyCheck:
         """Check these families, or those of the start. Blocks for at most CHECK_TIMEOUT_S for each.
@@ -90,7 +102,11 @@ class Inspector:
         early = _without_witness(self.policy, value)
         if early:
             return early
-        return _combined(value, {family: self._check_family(family, value) for family in families or self.policy.families})
+        return _combined(value, {family: self._check_alone(family, value) for family in families or self.policy.families})
+
+    def _check_alone(self, family: int, sysctl: int) -> FamilyCheck:
+        with self._locks[family]:
+            return self._check_family(family, sysctl)
 
     def _check_family(self, family: int, sysctl: int) -> FamilyCheck:
         deadline = time.monotonic() + CHECK_TIMEOUT_S

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 from enum import IntEnum
-from typing import NamedTuple, Tuple
+from typing import NamedTuple, Sequence, Tuple
 
 from _tsproxy.policy.syn import Syn
 
@@ -41,6 +41,18 @@ class Policy(NamedTuple):
     trusted: bool = False
     families: Tuple[int, ...] = (socket.AF_INET,)
 
+    @property
+    def is_checked(self) -> bool:
+        """Whether the host decides if it holds: nobody vouches for it, and something is asked for."""
+        return self.mode != "preserve" and not self.trusted
+
     def fits(self, seen: Syn) -> bool:
         """Whether this SYN honours the policy."""
         return seen.tsval == self.tsval if self.mode == "rewrite" else not seen.has_timestamps
+
+
+def common(policies: Sequence[Policy]) -> Policy:
+    """The policy by which to check a host for all of these: for the families of those that it decides."""
+    checked = [policy for policy in policies if policy.is_checked]
+    families = dict.fromkeys(family for policy in checked for family in policy.families)
+    return checked[0]._replace(families=tuple(families)) if checked else policies[0]

@@ -10,15 +10,14 @@ from __future__ import annotations
 import os
 import socket
 import time
-from typing import Callable, Optional
+from typing import Callable, Iterator, Optional
 
 from _tsproxy.cli.config import Route
 from _tsproxy.linux import sockets, uapi
 from _tsproxy.linux.addresses import pack, raw_ip
 from _tsproxy.proxy.clients import Clients
 from _tsproxy.proxy.inbox import Command, Message
-from _tsproxy.stats import metrics
-from _tsproxy.stats.counters import Counter, SharedCounters
+from _tsproxy.stats.counters import Counter
 
 _PAUSE_S = 0.1
 _LOOK_AGAIN_S = 0.005  # poll interval while an inbox, or --max-connections under --on-full=queue, is full
@@ -39,19 +38,23 @@ class Acceptor:
     def __init__(
         self,
         route: Route,
-        shared_counters: SharedCounters,
         row: memoryview,
         clients: Clients,
         *,
+        number: int,
+        ids: Iterator[int],
+        active: Callable[[], int],
         dispatch: Dispatch,
         log_ratelimited: Callable[[str, str], None],
     ) -> None:
         """Count in `row`, which the caller's loop owns.
 
+        `number` is the route's, `ids` has the connections', `active` tells how many are open of those that its limit is for.
         `dispatch` owns the client's descriptor if it returns True; False: no inbox has room. `log_ratelimited` gets level and
-        text of a line. Connection ids continue those of an earlier acceptor.
+        text of a line.
         """
-        self._route, self._shared_counters, self._counters, self._clients = route, shared_counters, row, clients
+        self._route, self._counters, self._clients = route, row, clients
+        self._number, self._ids, self._active = number, ids, active
         self._dispatch, self._log_ratelimited = dispatch, log_ratelimited
         self.upstreams = b""  # packed addresses to try, one after the other; set by the owner
         self._allowed = [(net.version, int(net.network_address), int(net.netmask)) for net in route.allow]
@@ -59,7 +62,6 @@ class Acceptor:
         self._resume_at = 0.0
         self._logged_at = -_LOG_S
         self._full_logged_at = -_FULL_LOG_S
-        self._connection_id = shared_counters.total(Counter.ACCEPTED)
         self._most_active = route.max_connections  # what is active now, or more: as last read, and what came since
         self._waiting: Optional[Message] = None
 
@@ -75,7 +77,7 @@ class Acceptor:
         limit = self._route.max_connections
         if self._most_active < limit:
             return False
-        self._most_active = active = metrics.active(self._shared_counters)
+        self._most_active = active = self._active()
         if active < limit:
             return False
         now = time.monotonic()
@@ -132,10 +134,10 @@ class Acceptor:
         if client_slot is None:
             self._reject(fd, Counter.CLIENT_OVERFLOW)
             return
-        self._connection_id += 1
         self._most_active += 1
         self._counters[Counter.ACCEPTED] += 1
-        message = Message(Command.CLIENT, fd, self._connection_id, accepted_ns, packed, self.upstreams, client_slot)
+        upstreams, number = self.upstreams, self._number
+        message = Message(Command.CLIENT, fd, next(self._ids), accepted_ns, packed, upstreams, client_slot, number)
         if not self._dispatch(message):
             self._waiting = message
 

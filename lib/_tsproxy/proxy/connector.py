@@ -19,7 +19,7 @@ from _tsproxy.linux.addresses import PACKED_SIZE, Address, family_of, unpack
 from _tsproxy.linux.sockets import TcpInfo
 from _tsproxy.loop.poller import WRITE
 from _tsproxy.loop.posted import NEW
-from _tsproxy.proxy.context import WorkerContext
+from _tsproxy.proxy.context import RouteContext
 from _tsproxy.stats.counters import CONNECT, Counter, observe
 from _tsproxy.stats.endings import Ending
 from _tsproxy.stats.records import Notice
@@ -64,7 +64,7 @@ class Connector:
         "upstream",
     )
 
-    def __init__(self, session: ConnectorEvents, context: WorkerContext, upstreams: bytes, accepted_ns: int) -> None:
+    def __init__(self, session: ConnectorEvents, context: RouteContext, upstreams: bytes, accepted_ns: int) -> None:
         """`upstreams` are packed addresses, one after the other. Nothing happens before connect()."""
         self._session, self._context, self._candidates = session, context, upstreams
         self._failure = Ending.CONNECT_FAILED

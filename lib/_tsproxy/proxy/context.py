@@ -1,4 +1,4 @@
-"""What all sessions of one worker share: its loop, buffer, counters, records, policy gate and settings.
+"""What sessions share: of one worker its loop, pipes and records; of one route in it buffer, counters, policy gate, settings.
 
 Only the worker's thread uses it. Knows no session. Does nothing by itself.
 """
@@ -45,29 +45,46 @@ class SessionSettings(NamedTuple):
 
 
 class WorkerContext:
-    """See the module. `prefixes` are the slices of `buffer`, which has `buffer_size` bytes."""
+    """What the sessions of all routes share in one worker."""
+
+    def __init__(self, number: int, counters: memoryview, records: RecordWriter, spin_ns: int = 0) -> None:
+        """`counters` is the worker's row of those of the process."""
+        self.number, self.counters, self.records = number, counters, records
+        self.loop = EventLoop(spin_ns=spin_ns, on_lag=functools.partial(observe, counters, LOOP_LAG))
+        self.pipes = Pipes(PIPES_A_WORKER)
+
+    def report(self, bug: Exception) -> None:
+        """Count a bug outside any session, and log its traceback."""
+        self.counters[Counter.BUGS] += 1
+        self.records.put(Notice(self.number, time.time_ns(), "error", _traceback(bug)))
+
+    def close(self) -> None:
+        """Close the loop and the pipes."""
+        self.loop.close()
+        self.pipes.close()
+
+
+class RouteContext:
+    """What the sessions of one route share in one worker. `prefixes` are the slices of `buffer`, of `buffer_size` bytes."""
 
     def __init__(
         self,
-        number: int,
+        worker: WorkerContext,
         settings: SessionSettings,
         gate: PolicyGate,
         tsval_of: TsvalOf,
         counters: memoryview,
-        records: RecordWriter,
         sources: Sequence[Address],
         buffer_size: int,
-        spin_ns: int = 0,
     ) -> None:
-        self.number, self.settings, self.gate = number, settings, gate
-        self.tsval_of = tsval_of
-        self.counters, self.records = counters, records
-        self.loop = EventLoop(spin_ns=spin_ns, on_lag=functools.partial(observe, counters, LOOP_LAG))
+        """`counters` is the worker's row of those of the route."""
+        self.number, self.loop, self.records = worker.number, worker.loop, worker.records
+        self.settings, self.gate, self.tsval_of, self.counters = settings, gate, tsval_of, counters
         self.buffers = Buffers(buffer_size)
         self.buffer = self.buffers.acquire()
         self.prefixes = PrefixViews(self.buffer)
         self.buffer_size = buffer_size  # a receive of this size has not emptied the socket, and may be of a long stream
-        self.pipes = Pipes(PIPES_A_WORKER if settings.zero_copy else 0)
+        self.pipes = worker.pipes if settings.zero_copy else Pipes(0)
         self.liveness = Liveness(settings.tuning.user_timeout_ms)
         self.registry = Registry(self.loop.timers, self.liveness.step_ns)
         self.longest_ns = counters[LONGEST_RELAY]  # a copy for the hot path: an attribute is read faster
@@ -106,7 +123,7 @@ class WorkerContext:
         return address
 
     def count(self, counter: Counter, by: int = 1) -> None:
-        """Add to one of this worker's counters."""
+        """Add to one of the route's counters."""
         self.counters[counter] += by
 
     def relay_took_longest(self, took_ns: int) -> None:
@@ -129,12 +146,11 @@ class WorkerContext:
     def report(self, bug: Exception) -> None:
         """Count a bug and log its traceback."""
         self.count(Counter.BUGS)
-        self.log_ratelimited("error", "bug", "".join(traceback.format_exception(type(bug), bug, bug.__traceback__)))
+        self.log_ratelimited("error", "bug", _traceback(bug))
 
-    def close(self) -> None:
-        """Close the loop and the pipes."""
-        self.loop.close()
-        self.pipes.close()
+
+def _traceback(bug: Exception) -> str:
+    return "".join(traceback.format_exception(type(bug), bug, bug.__traceback__))
 
 
 def _by_family(sources: Sequence[Address]) -> Dict[int, Tuple[Iterator[Address], int]]:

@@ -20,7 +20,7 @@ from typing import NamedTuple, Optional, Protocol, Tuple, Union
 from _tsproxy.linux import uapi
 from _tsproxy.loop.poller import READ, READ_EDGES, WRITE
 from _tsproxy.loop.posted import BULK, NOW
-from _tsproxy.proxy.context import WorkerContext
+from _tsproxy.proxy.context import RouteContext
 from _tsproxy.proxy.liveness import Stall
 from _tsproxy.proxy.pending import Pending, PendingBuffer
 from _tsproxy.proxy.pipes import Pipe
@@ -75,7 +75,7 @@ class SessionEvents(Protocol):
 
 
 def make_directions(
-    session: SessionEvents, context: WorkerContext, client: socket.SocketType, upstream: socket.SocketType
+    session: SessionEvents, context: RouteContext, client: socket.SocketType, upstream: socket.SocketType
 ) -> Tuple[Direction, Direction]:
     """to_upstream and to_downstream, each the other's reverse. detach() both when the session ends."""
     to_upstream = Direction(session, context, client, upstream, TO_UPSTREAM)
@@ -116,7 +116,7 @@ class Direction:
     def __init__(
         self,
         session: SessionEvents,
-        context: WorkerContext,
+        context: RouteContext,
         source: socket.SocketType,
         sink: socket.SocketType,
         counter_ids: DirectionCounters,

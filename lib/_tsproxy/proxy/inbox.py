@@ -26,7 +26,7 @@ from _tsproxy.stats.counters import Counter
 
 RING_SLOTS = 256  # a slot is large, and each that was once in use stays in memory
 _SLOT = 2048  # room for config.MOST_UPSTREAMS addresses
-_MESSAGE = struct.Struct(f"=BiQqHI{PACKED_SIZE}s")
+_MESSAGE = struct.Struct(f"=BiQqHII{PACKED_SIZE}s")
 _RIGHT = struct.Struct("i")  # the one descriptor in a message (SCM_RIGHTS, unix(7))
 _ROOM = socket.CMSG_LEN(_RIGHT.size)
 _FULL = uapi.RETRY | uapi.CAPACITY | {errno.EPIPE, errno.ECONNRESET, errno.ETOOMANYREFS}
@@ -43,13 +43,19 @@ class Command(IntEnum):
     PING = auto()  # do nothing: that it is consumed shows that the loop runs
     START_ACCEPTING = auto()  # on the worker's own listeners, with the upstream addresses in the message
     STOP_ACCEPTING = auto()
+    ADD_ROUTE = auto()  # whose counters' descriptor comes with it; clients of the route may follow
+    REMOVE_ROUTE = auto()  # whose last session has ended
 
 
 _COMMANDS = tuple(Command)  # Command(number) takes five times as long
 
 
 class Message(NamedTuple):
-    """A client, whose descriptor the worker then owns, with the upstream addresses to try; or another command."""
+    """A client, whose descriptor the worker then owns, with the upstream addresses to try; or another command.
+
+    A client's descriptor is closed here once the worker has its own. A route's stays open, and is the worker's too if it is in
+    this process.
+    """
 
     command: Command
     fd: int = -1
@@ -58,16 +64,17 @@ class Message(NamedTuple):
     client: bytes = bytes(PACKED_SIZE)
     upstreams: bytes = b""  # packed addresses, one after the other, at most config.MOST_UPSTREAMS
     client_slot: int = 0  # where in the worker's row this client's connections are counted; 0: they are not
+    route: int = 0  # its number
 
     def encode(self) -> bytes:
         """At most one slot of bytes."""
-        head = (self.command, self.fd, self.connection_id, self.accepted_ns, len(self.upstreams), self.client_slot, self.client)
-        return _MESSAGE.pack(*head) + self.upstreams
+        (command, fd, connection_id, accepted_ns, client, upstreams, slot, route) = self
+        return _MESSAGE.pack(command, fd, connection_id, accepted_ns, len(upstreams), slot, route, client) + upstreams
 
     @classmethod
     def decode(cls, data: bytes, passed_fd: Optional[int] = None) -> Message:
         """The message in a slot of the ring, or in a packet, whose descriptor is the one that was passed with it."""
-        command, fd, connection_id, accepted_ns, length, client_slot, client = _MESSAGE.unpack_from(data)
+        command, fd, connection_id, accepted_ns, length, client_slot, route, client = _MESSAGE.unpack_from(data)
         upstreams = data[_MESSAGE.size : _MESSAGE.size + length]
         return cls(
             _COMMANDS[command],
@@ -77,6 +84,7 @@ class Message(NamedTuple):
             client,
             upstreams,
             client_slot,
+            route,
         )
 
 
@@ -199,7 +207,7 @@ class ChannelProducer(_Producer):
             self._ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
 
     def put(self, message: Message) -> bool:
-        """Send one message with its descriptor, then close(2) that here; False, with nothing done, if the socket is full."""
+        """Send one message with its descriptor, then close(2) a client's; False, with nothing done, if the socket is full."""
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _RIGHT.pack(message.fd))] if message.fd >= 0 else []
         try:
             self._ours.sendmsg([message.encode()], rights)
@@ -207,7 +215,7 @@ class ChannelProducer(_Producer):
             if error.errno in _FULL:
                 return False
             raise Refused("sendmsg(2)", error.errno or 0, "to reach a worker") from None
-        if message.fd >= 0:
+        if message.fd >= 0 and message.command is Command.CLIENT:
             os.close(message.fd)
         self.last_put += 1
         return True

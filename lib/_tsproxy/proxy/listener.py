@@ -57,6 +57,16 @@ class Listener:
         self._loop.timers.disarm(self)
         self._loop.unwatch(self._socket.fileno())
 
+    @property
+    def socket(self) -> socket.socket:
+        """For who listens on it after stop_accepting()."""
+        return self._socket
+
+    def accept_backlog(self) -> None:
+        """Accept who waits in the backlog, as long as the acceptor has no need to pause: before a close."""
+        while self._acceptor.accept(self._accept4):
+            pass
+
     def close(self) -> None:
         """Stop accepting, and close the socket. Other processes that have it open are not affected. Idempotent."""
         if self._socket.fileno() >= 0:

@@ -27,7 +27,7 @@ from _tsproxy.loop.poller import BROKEN, MORE, READABLE, WRITABLE
 from _tsproxy.loop.posted import NEW
 from _tsproxy.loop.timers import TICK_NS
 from _tsproxy.proxy.connector import Connector
-from _tsproxy.proxy.context import WorkerContext
+from _tsproxy.proxy.context import RouteContext
 from _tsproxy.proxy.direction import Direction, make_directions
 from _tsproxy.proxy.inbox import Message
 from _tsproxy.proxy.states import CLOSED, CONNECTED, CONNECTING, ENDED, OPEN, RELAYING, SHUT, phase_after
@@ -60,7 +60,7 @@ class Session:
         "_upstream_timestamps",
     )
 
-    def __init__(self, context: WorkerContext, message: Message) -> None:
+    def __init__(self, context: RouteContext, message: Message) -> None:
         """Own the client's descriptor. Makes no connection before start()."""
         self._context, self._message = context, message
         self._phase = CONNECTING

@@ -1,21 +1,22 @@
 """A worker: the sessions of one event loop, and the commands from the main thread.
 
-Knows its inbox, its context and, if it is the only worker, its listeners. Knows nothing of other workers, or of how it was
-started: its input is plain numbers and shared memory, its output records and counters.
+Knows its inbox, its routes' contexts and, if it is the only worker, its listeners. Knows nothing of other workers, or of how
+it was started: its input is plain numbers and shared memory, its output records and counters.
 """
 
 from __future__ import annotations
 
 import time
-from typing import List
+from typing import Iterable, List, Protocol, Tuple
 
 from _tsproxy.loop.poller import READ, READABLE
 from _tsproxy.loop.posted import NEW
 from _tsproxy.loop.timers import Timer
 from _tsproxy.proxy.acceptor import Acceptor
-from _tsproxy.proxy.context import WorkerContext
+from _tsproxy.proxy.context import RouteContext, WorkerContext
 from _tsproxy.proxy.inbox import Command, Consumer, Message
 from _tsproxy.proxy.listener import Listener
+from _tsproxy.proxy.registry import LiveSession, Registry
 from _tsproxy.proxy.session import Session
 from _tsproxy.stats.counters import Counter
 from _tsproxy.stats.endings import Ending
@@ -24,15 +25,35 @@ from _tsproxy.stats.records import ConnectionRecord
 _RETRIES = 16  # connectors that wait for evidence, at a time: each may cost a connect(2)
 
 
+class Routes(Protocol):
+    """The contexts of the worker's routes, by number: each is made for its first client."""
+
+    def of(self, number: int) -> RouteContext:
+        """The context of a route that was added."""
+        ...
+
+    def in_use(self) -> Iterable[RouteContext]:
+        """The contexts made so far."""
+        ...
+
+    def add(self, number: int, fd: int) -> None:
+        """Clients of this route may come; `fd` is the memory of its counters. Again: nothing is done."""
+        ...
+
+    def remove(self, number: int) -> None:
+        """None will come any more, and the last session has ended."""
+        ...
+
+
 class Worker:
     """A handler of its inbox's descriptor. Runs until DRAIN or KILL has come and its last session has ended."""
 
     lane = NEW
 
-    def __init__(self, context: WorkerContext, inbox: Consumer) -> None:
-        self.context, self._inbox = context, inbox
+    def __init__(self, context: WorkerContext, routes: Routes, inbox: Consumer) -> None:
+        self.context, self._routes, self._inbox = context, routes, inbox
         self._draining = False
-        self._retries: List[Timer] = []  # waiting connectors that have yet to ask the gate again
+        self._retries: List[Tuple[Registry, Timer]] = []  # waiting connectors that have yet to ask the gate again
         self._listeners: List[Listener] = []
         context.loop.watch(inbox.fileno, READ, self)
 
@@ -42,9 +63,8 @@ class Worker:
 
     def run(self) -> None:
         """Run the loop. A bug in a session ends that session; one outside any session is raised."""
-        sessions = self.context.registry.sessions
         try:
-            self.context.loop.run(until=lambda: self._draining and not sessions)
+            self.context.loop.run(until=lambda: self._draining and not self._sessions())
         except Exception as bug:
             self.context.report(bug)
             raise
@@ -54,6 +74,10 @@ class Worker:
         self._close_listeners()
         self._end_all(Ending.BUG)
         self.context.close()
+
+    def _sessions(self) -> List[LiveSession]:
+        """All that are open now."""
+        return [session for context in self._routes.in_use() for session in context.registry.sessions.values()]
 
     # The inbox
 
@@ -89,44 +113,30 @@ class Worker:
         elif command is Command.POLICY_FAILED:
             self._on_policy_failed()
         elif command is Command.EVIDENCE:
-            self._retries = list(self.context.registry.waiting)
+            registries = [context.registry for context in self._routes.in_use()]
+            self._retries = [(registry, connector) for registry in registries for connector in registry.waiting]
             self.on_deadline(self.context.loop.now)
+        elif command is Command.ADD_ROUTE:
+            self._routes.add(message.route, message.fd)
+        elif command is Command.REMOVE_ROUTE:
+            self._routes.remove(message.route)
 
     # Clients
 
     def dispatch(self, message: Message) -> bool:
         """Begin a session for a client, from the inbox or from a listener. Never refuses one: True."""
-        self.context.count_client(message.client_slot)
-        self.context.count(Counter.BEGUN)
+        context = self._routes.of(message.route)
+        context.count_client(message.client_slot)
+        context.count(Counter.BEGUN)
         if message.fd < 0:
-            self._client_lost(message)
+            _client_lost(context, message)
             return True
-        session = Session(self.context, message)
+        session = Session(context, message)
         try:
             session.start()
         except Exception as bug:
             session.on_bug(bug)
         return True
-
-    def _client_lost(self, message: Message) -> None:
-        """recvmsg(2) had no descriptor for the client (SCM_RIGHTS, EMFILE): the kernel has closed it with a FIN."""
-        context = self.context
-        context.count_client(message.client_slot, ended=True)
-        context.count(Counter.ENDED)
-        context.log_ratelimited("error", "no fd", "a client was lost: out of file descriptors: raise LimitNOFILE (ulimit -n)")
-        if context.settings.log_connections:
-            context.records.put(
-                ConnectionRecord(
-                    worker=context.number,
-                    route=context.settings.route,
-                    connection_id=message.connection_id,
-                    closed_at_ns=time.time_ns(),
-                    client=message.client,
-                    duration_us=(time.monotonic_ns() - message.accepted_ns) // 1000,
-                    ending=Ending.NO_DESCRIPTORS,
-                    witness=context.gate.witness,
-                )
-            )
 
     # Listeners
 
@@ -142,7 +152,7 @@ class Worker:
     # Commands for all sessions
 
     def _on_policy_failed(self) -> None:
-        for session in list(self.context.registry.sessions.values()):
+        for session in self._sessions():
             try:
                 session.on_policy_failed()
             except Exception as bug:
@@ -151,8 +161,8 @@ class Worker:
     def on_deadline(self, now_ns: int) -> None:
         """Some waiting connectors ask the gate again; the others later, so that established sessions don't wait for all."""
         batch, self._retries = self._retries[:_RETRIES], self._retries[_RETRIES:]
-        for connector in batch:
-            if connector in self.context.registry.waiting:
+        for registry, connector in batch:
+            if connector in registry.waiting:
                 try:
                     connector.on_deadline(now_ns)
                 except Exception as bug:
@@ -161,8 +171,28 @@ class Worker:
             self.context.loop.timers.arm(self, now_ns + 1)
 
     def _end_all(self, ending: Ending) -> None:
-        for session in list(self.context.registry.sessions.values()):
+        for session in self._sessions():
             try:
                 session.end(ending)
             except Exception as bug:
                 self.context.report(bug)
+
+
+def _client_lost(context: RouteContext, message: Message) -> None:
+    """recvmsg(2) had no descriptor for the client (SCM_RIGHTS, EMFILE): the kernel has closed it with a FIN."""
+    context.count_client(message.client_slot, ended=True)
+    context.count(Counter.ENDED)
+    context.log_ratelimited("error", "no fd", "a client was lost: out of file descriptors: raise LimitNOFILE (ulimit -n)")
+    if context.settings.log_connections:
+        context.records.put(
+            ConnectionRecord(
+                worker=context.number,
+                route=context.settings.route,
+                connection_id=message.connection_id,
+                closed_at_ns=time.time_ns(),
+                client=message.client,
+                duration_us=(time.monotonic_ns() - message.accepted_ns) // 1000,
+                ending=Ending.NO_DESCRIPTORS,
+                witness=context.gate.witness,
+            )
+        )

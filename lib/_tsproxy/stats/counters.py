@@ -1,16 +1,17 @@
 """Counters in shared memory: one row of 64-bit words for each writer, so no lock is needed.
 
 Each row has one writer: a worker, the acceptor or the reporter. Any thread may read it. The memory is a
-memfd (memfd_create(2)), so that a worker in another interpreter or process maps the same rows.
+memfd (memfd_create(2)), so that a worker in another interpreter or process maps the same rows. Each route has its memory, and
+the process one for what is of no route: what the inboxes and the loops count.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-import sys
+import struct
 from enum import IntEnum, auto
-from typing import Tuple
+from typing import List, Tuple
 
 from _tsproxy.linux import memory
 from _tsproxy.stats import histogram
@@ -54,8 +55,10 @@ CONNECT = RELAY + histogram.BUCKETS + 1
 LOOP_LAG = CONNECT + histogram.BUCKETS + 1
 LONGEST_RELAY = RELAY + histogram.BUCKETS
 # Index of the first client slot in a worker's row. A slot is two words for one client address: sessions begun, and ended.
-# The acceptor's row has none; at this index it holds how many there are, which attaching reads.
+# The acceptor's row has none; at this index it holds how many there are, and how many rows, which attaching reads.
 _CLIENT_SLOTS = LOOP_LAG + histogram.BUCKETS + 1
+
+_SHAPE = struct.Struct("=QQ")
 
 ACCEPTOR_ROW, REPORTER_ROW, FIRST_WORKER_ROW = 0, 1, 2
 
@@ -66,19 +69,26 @@ class SharedCounters:
     def __init__(self, fd: int) -> None:
         """Map the memfd `fd`; the caller keeps the descriptor and closes it."""
         self.fd = fd
-        size = os.fstat(fd).st_size
-        self._map = mmap.mmap(fd, size)
-        words = memoryview(self._map).cast("Q")
-        used, step = _widths(words[_CLIENT_SLOTS])
-        self.rows = [words[start : start + used] for start in range(0, size // 8, step)]
+        slots, rows = _SHAPE.unpack(os.pread(fd, _SHAPE.size, _CLIENT_SLOTS * 8))
+        used, step = _widths(slots)
+        words = memoryview(mmap.mmap(fd, rows * step * 8)).cast("Q")
+        self.rows = [words[start : start + used] for start in range(0, rows * step, step)]
 
     @classmethod
-    def create(cls, workers: int, client_slots: int = 0) -> SharedCounters:
-        """New counters, all zero, for an acceptor, a reporter and `workers` workers. A page takes memory once it is written."""
-        fd = memory.create("tsproxy-counters", bytes_for(workers, client_slots))
-        if client_slots:
-            os.pwrite(fd, client_slots.to_bytes(8, sys.byteorder), _CLIENT_SLOTS * 8)
+    def create(cls, workers: int, client_slots: int = 0, note: bytes = b"") -> SharedCounters:
+        """New counters, all zero, for an acceptor, a reporter and `workers` workers. A page takes memory once it is written.
+
+        `note` is for whoever attaches: see note_in().
+        """
+        size = bytes_for(workers, client_slots)
+        fd = memory.create("tsproxy-counters", size + len(note))
+        os.pwrite(fd, _SHAPE.pack(client_slots, FIRST_WORKER_ROW + workers), _CLIENT_SLOTS * 8)
+        os.pwrite(fd, note, size)
         return cls(fd)
+
+    def close(self) -> None:
+        """Close the descriptor. The mapping goes with the last reference to a row."""
+        os.close(self.fd)
 
     def worker(self, index: int) -> memoryview:
         """The row of worker `index`."""
@@ -107,17 +117,39 @@ class SharedCounters:
 
     def histogram(self, start: int) -> histogram.Counts:
         """The histogram that starts at RELAY, CONNECT or LOOP_LAG, over all workers."""
-        return histogram.add(row[start : start + histogram.BUCKETS] for row in self.rows[FIRST_WORKER_ROW:])
+        return histogram.add(row[start : start + histogram.BUCKETS] for row in self._with_histogram(start))
 
     def longest_ns(self, start: int) -> int:
         """The longest time in that histogram, over all workers."""
-        return max(row[start + histogram.BUCKETS] for row in self.rows[FIRST_WORKER_ROW:])
+        return max((row[start + histogram.BUCKETS] for row in self._with_histogram(start)), default=0)
+
+    def _with_histogram(self, start: int) -> List[memoryview]:
+        """The rows that have such a histogram; of the others little is read: a page that is read takes memory (shmem)."""
+        rows = self.rows[REPORTER_ROW if self.rows[REPORTER_ROW][Counter.ENDED] else FIRST_WORKER_ROW :]
+        return [row for row in rows if row[start + histogram.BUCKETS] or row[start]]
+
+    def absorb(self, ended: SharedCounters) -> None:
+        """Add what other counters have to the reporter's row. Nobody counts there any more."""
+        own = self.rows[REPORTER_ROW]
+        for counter in Counter:
+            own[counter] += ended.total(counter)
+        for start in (RELAY, CONNECT, LOOP_LAG):
+            for index, count in ended.histogram(start):
+                own[start + index] += count
+            own[start + histogram.BUCKETS] = max(own[start + histogram.BUCKETS], ended.longest_ns(start))
 
 
 def observe(row: memoryview, start: int, took_ns: int) -> None:
     """Add a time to a histogram (RELAY, CONNECT or LOOP_LAG) of the caller's own row."""
     row[start + histogram.BUCKETS] = max(row[start + histogram.BUCKETS], took_ns)
     row[start + histogram.bucket(took_ns)] += 1
+
+
+def note_in(fd: int) -> bytes:
+    """What create() was given to go with the counters of this memfd."""
+    slots, rows = _SHAPE.unpack(os.pread(fd, _SHAPE.size, _CLIENT_SLOTS * 8))
+    start = rows * _widths(slots)[1] * 8
+    return os.pread(fd, os.fstat(fd).st_size - start, start)
 
 
 def bytes_for(workers: int, client_slots: int) -> int:
@@ -133,4 +165,4 @@ def slot_offset(slot: int) -> int:
 def _widths(client_slots: int) -> Tuple[int, int]:
     """Words that a row uses, and words between rows: whole pages, so that no cache line has two writers."""
     used, page = slot_offset(client_slots), mmap.PAGESIZE // 8
-    return used, (used // page + 1) * page
+    return used, ((used + _SHAPE.size // 8) // page + 1) * page

@@ -7,7 +7,7 @@ Buckets are 0.25 us wide up to 1.024 ms, where relay times are; above that there
 from __future__ import annotations
 
 from bisect import bisect_left
-from itertools import accumulate, compress
+from itertools import accumulate, chain, compress
 from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 STEP_NS = 250
@@ -58,6 +58,16 @@ def add(histograms: Iterable[memoryview]) -> Counts:
             counts = words[start : start + _CHUNK].tolist()
             for index, count in compress(enumerate(counts, start), counts):
                 total[index] = total.get(index, 0) + count
+    return sorted(total.items())
+
+
+def merged(several: Sequence[Counts]) -> Counts:
+    """The sum of some histograms."""
+    if len(several) == 1:
+        return several[0]
+    total: Dict[int, int] = {}
+    for index, count in chain.from_iterable(several):
+        total[index] = total.get(index, 0) + count
     return sorted(total.items())
 
 

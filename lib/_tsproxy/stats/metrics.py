@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict
+from typing import Dict, Iterable, Sequence
 
 from _tsproxy.stats import counters, histogram
 from _tsproxy.stats.counters import Counter, SharedCounters
@@ -34,12 +34,19 @@ _COUNTERS = {
     "downstream_cx_lost_with_worker_total": Counter.LOST_WITH_WORKER,
 }
 
+OF_PROCESS = frozenset({"log_lines_dropped_total", "worker_restarts_total"})
+"""What is of no route."""
+
 HISTOGRAMS = {
     "connect_us": (counters.CONNECT, histogram.LIMITS_US),
     "relay_us": (counters.RELAY, histogram.LIMITS_US),
     "loop_lag_us": (counters.LOOP_LAG, histogram.COARSE_US),
 }
 """Index of each histogram in a worker's row, and the limits of its `le` fields."""
+
+
+OF_ROUTE = ("connect_us", "relay_us")
+"""The histograms of a route; a loop serves many."""
 
 
 def totals(shared_counters: SharedCounters) -> Dict[str, int]:
@@ -52,16 +59,32 @@ def totals(shared_counters: SharedCounters) -> Dict[str, int]:
     return fields
 
 
+def sums(several: Iterable[SharedCounters]) -> Dict[str, int]:
+    """The totals over several."""
+    return added([totals(shared_counters) for shared_counters in several])
+
+
+def added(several: Sequence[Dict[str, int]]) -> Dict[str, int]:
+    """The sum of some totals, by name."""
+    return {name: sum([fields[name] for fields in several]) for name in several[0]}
+
+
+def without_process(fields: Dict[str, int]) -> Dict[str, int]:
+    """Those that a route has."""
+    return {name: value for name, value in fields.items() if name not in OF_PROCESS}
+
+
 def active(shared_counters: SharedCounters) -> int:
     """Client connections that are open."""
     ended = shared_counters.total(Counter.ENDED)
     return shared_counters.total(Counter.ACCEPTED) - ended
 
 
-def latencies(shared_counters: SharedCounters) -> Dict[str, object]:
-    """The fields of all histograms."""
+def latencies(several: Sequence[SharedCounters], names: Iterable[str] = tuple(HISTOGRAMS)) -> Dict[str, object]:
+    """The fields of these histograms, over several counters."""
     fields: Dict[str, object] = {}
-    for name, (start, limits_us) in HISTOGRAMS.items():
-        counts = shared_counters.histogram(start)  # read before the maximum, which a worker writes first
-        fields.update(histogram.summary(name, counts, shared_counters.longest_ns(start), limits_us))
+    for name in names:
+        start, limits_us = HISTOGRAMS[name]
+        counts = histogram.merged([one.histogram(start) for one in several])  # before the maximum: a worker writes that first
+        fields.update(histogram.summary(name, counts, max(one.longest_ns(start) for one in several), limits_us))
     return fields

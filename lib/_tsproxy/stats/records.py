@@ -22,7 +22,7 @@ from _tsproxy.stats.endings import Ending
 
 _HEADER = struct.Struct("=HB")  # size of the whole frame, kind
 _CONNECTION, _NOTICE = 1, 2
-_BODY = struct.Struct(f"=HHQq{PACKED_SIZE}sqBBbq{PACKED_SIZE}sqb{PACKED_SIZE}sqqQQQQQ")
+_BODY = struct.Struct(f"=HIQq{PACKED_SIZE}sqBBbq{PACKED_SIZE}sqb{PACKED_SIZE}sqqQQQQQ")
 _CONNECTION_FRAME = struct.Struct(_HEADER.format + _BODY.format[1:])
 _NOTICE_BODY = struct.Struct("=HqBi")
 _PIPE_BYTES = 1 << 20  # fs.pipe-max-size, what an unprivileged process may ask for

@@ -12,11 +12,13 @@ import sys
 import threading
 import time
 from collections import deque
-from typing import Any, Callable, Deque, Optional, Sequence, Tuple
+from functools import partial
+from typing import Any, Callable, Deque, Dict, Optional, Sequence, Tuple
 
 from _tsproxy.cli import program
 from _tsproxy.linux import needs, wakeup
-from _tsproxy.stats import connection_line, encoder, metrics
+from _tsproxy.stats import connection_line, encoder
+from _tsproxy.stats.board import Board
 from _tsproxy.stats.counters import REPORTER_ROW, Counter, SharedCounters
 from _tsproxy.stats.encoder import Fields
 from _tsproxy.stats.endings import ENDING_FIELDS
@@ -26,6 +28,7 @@ from _tsproxy.stats.records import NOTICE_LEVELS, ConnectionRecord, Record, Reco
 _POLL_INTERVAL_MS = 10.0
 _MAX_TIMEOUT_MS = 60_000.0
 _CLOSE_TIMEOUT_S = 1.0  # how long the last lines wait for POLLOUT
+_LATE_NAMES = 65536  # of ended routes that stay known
 
 
 class Reporter:
@@ -40,11 +43,17 @@ class Reporter:
         level: str = "info",
         interval_s: float = 10.0,
         witness_names: Sequence[str] = ("none",),
-        route_names: Sequence[str] = ("default",),
+        many: bool = False,
     ) -> None:
-        """`witness_names` and `route_names` have these fields of a line, by the number in its record."""
+        """`shared_counters` are the process's. `witness_names` has this field of a line, by the number in its record.
+
+        `many`: there is a file of routes, and a metrics line for each.
+        """
         self._shared_counters, self._pipe, self._interval_s = shared_counters, pipe, interval_s
-        self._witness_names, self._route_names = witness_names, route_names
+        self._witness_names = witness_names
+        self._route_names: Dict[int, str] = {}  # by the number in a record
+        self._board = Board(shared_counters, many)
+        self._board_changes: Deque[Callable[[], None]] = deque()
         self._threshold = NOTICE_LEVELS.index(level)
         self._line_writer = LineWriter(fd, time.monotonic, self._count_dropped, _log_to_stderr)
         self._log_queue: Deque[Tuple[int, str, str, Fields]] = deque()
@@ -52,7 +61,6 @@ class Reporter:
         self._close_deadline: Optional[float] = None
         self._partial_record = b""
         self._stamps = encoder.Stamps()
-        self._rates = Rates(shared_counters)
         self._next_metrics = time.monotonic() + interval_s if interval_s else float("inf")
         self._poller = select.poll()
         self._poller.register(self._wakeup.reader, select.POLLIN)
@@ -70,8 +78,18 @@ class Reporter:
         self._log_queue.append((time.time_ns(), level, event, fields))
         self._wakeup.wake()
 
+    def add_route(self, number: int, name: str, counters: SharedCounters) -> None:
+        """Tell of a route too, before a record of it can come. `counters` are the reporter's to close, after end_route()."""
+        self._route_names[number] = name
+        self._board_changes.append(partial(self._board.add, number, name, counters))
+
+    def end_route(self, number: int) -> None:
+        """Its last session has ended. Its name stays known, for a record that is late."""
+        self._board_changes.append(partial(self._board.end, number, self._route_names[number]))
+        self._route_names.pop(number - _LATE_NAMES, None)
+
     def metrics_now(self) -> None:
-        """Queue a `metrics` line. The counters are read when the reporter encodes it."""
+        """Queue a `metrics` line for each route. The counters are read when the reporter encodes it."""
         self._log_queue.append((time.time_ns(), "info", "metrics", {}))
         self._wakeup.wake()
 
@@ -119,6 +137,8 @@ class Reporter:
     def _encode_waiting(self) -> None:
         """Encode all that is queued; records first, so that a last `metrics` or `stop` line comes after them."""
         waiting = len(self._log_queue)
+        while self._board_changes:
+            self._board_changes.popleft()()
         self._records_arriving = False
         for data in self._pipe.read():
             self._records_arriving = True
@@ -159,9 +179,9 @@ class Reporter:
             self._line_writer.put(connection_line.encode(record, timestamp, os.getpid(), *names))
 
     def _put_metrics(self, at_ns: int) -> None:
-        fields: Fields = {"route": self._route_names[0], **self._rates.fields()}
-        fields.update(metrics.latencies(self._shared_counters))
-        self._put_line(at_ns, "info", "metrics", fields)
+        for fields in self._board.lines():
+            self._put_line(at_ns, "info", "metrics", fields)
+            self._line_writer.write()  # many routes are more lines than a pipe holds
 
     def _put_line(self, at_ns: int, level: str, event: str, fields: Fields) -> None:
         if NOTICE_LEVELS.index(level) < self._threshold:
@@ -183,28 +203,3 @@ def _log_to_stderr(problem: str) -> None:
         poller.register(sys.stderr, select.POLLOUT)
         if poller.poll(0):
             os.write(sys.stderr.fileno(), f"{program.name()}: standard output: {problem}\n".encode())
-
-
-class Rates:
-    """The totals, and the rates since the last call of fields()."""
-
-    def __init__(self, shared_counters: SharedCounters, clock: Callable[[], float] = time.monotonic) -> None:
-        self._shared_counters, self._clock = shared_counters, clock
-        self._started = self._last = clock()
-        self._start_time = encoder.Stamps().rfc3339(time.time_ns())
-        self._totals = metrics.totals(shared_counters)
-
-    def fields(self) -> Fields:
-        """The times, totals and rates of a metrics line."""
-        now, totals, before = self._clock(), metrics.totals(self._shared_counters), self._totals
-        interval = max(now - self._last, 1e-6)
-        fields: Fields = {
-            "start_time": self._start_time,
-            "uptime_s": round(now - self._started, 3),
-            "interval_s": round(interval, 3),
-            **totals,
-        }
-        for rate, total in (("rx", "downstream_cx_rx_bytes_total"), ("tx", "downstream_cx_tx_bytes_total")):
-            fields[f"{rate}_bytes_per_s"] = round((totals[total] - before[total]) / interval)
-        self._last, self._totals = now, totals
-        return fields

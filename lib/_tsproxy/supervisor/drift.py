@@ -14,16 +14,16 @@ from _tsproxy.policy.inspector import PolicyCheck
 from _tsproxy.policy.levers import Lever
 from _tsproxy.supervisor.monitor import EvidenceUpdate
 
-Log = Callable[[str, str, str], None]  # event, level, message
+Log = Callable[[int, str, str, str], None]  # address family, event, level, message
 _REPEAT_S = 1.0  # while it fails: the answer before may have let one more session connect
 
 
 class Drift:
     """Call on_update() with each update of the monitors, in one thread."""
 
-    def __init__(self, lever: Lever, log: Log, on_failure: Callable[[], None]) -> None:
+    def __init__(self, log: Log, on_failure: Callable[[], None]) -> None:
         """`on_failure` is called when the policy fails for some family, and every second while it does."""
-        self._lever, self._log, self._on_failure = lever, log, on_failure
+        self._log, self._on_failure = log, on_failure
         self._answers: Dict[int, Answer] = {}
         self._called_at = 0.0
         self.evidence = ""  # of the last failure
@@ -50,24 +50,32 @@ class Drift:
     def _log_left(self, before: Answer, update: EvidenceUpdate) -> None:
         name = FAMILY_NAMES[update.family]
         if before is Answer.UNSEEN:
-            self._log("warning", "info", f"{name} timestamps can be looked at again")
+            self._log(update.family, "warning", "info", f"{name} timestamps can be looked at again")
         elif before is Answer.ABSENT:
-            self._log("warning", "info", f"{name} is in use again")
+            self._log(update.family, "warning", "info", f"{name} is in use again")
         elif before is Answer.FAILS and update.answer is Answer.HOLDS:
             where = f" over {name}" if self.refused else ""
-            self._log("timestamps_drift", "info", f"the policy holds again{where}: {update.policy_check.evidence}")
+            self._log(
+                update.family, "timestamps_drift", "info", f"the policy holds again{where}: {update.policy_check.evidence}"
+            )
 
     def _log_entered(self, update: EvidenceUpdate) -> None:
         name = FAMILY_NAMES[update.family]
         if update.answer is Answer.FAILS:
-            self._called_at, self.evidence = 0.0, _evidence(update.policy_check, self._lever)
-            self._log("timestamps_drift", "error", f"{self.refused} are refused until it holds again: {self.evidence}")
+            self._called_at, self.evidence = 0.0, _evidence(update.policy_check, update.lever)
+            self._log(
+                update.family, "timestamps_drift", "error", f"{self.refused} are refused until it holds again: {self.evidence}"
+            )
         elif update.answer is Answer.UNSEEN:
-            meanwhile = "the sysctl's value decides" if self._lever is Lever.SYSCTL else "new connections wait for it"
+            meanwhile = "the sysctl's value decides" if update.lever is Lever.SYSCTL else "new connections wait for it"
             why = update.policy_check.families[update.family].problem
-            self._log("warning", "warning", f"{name} timestamps can't be looked at now: {why}; meanwhile {meanwhile}")
+            self._log(
+                update.family, "warning", "warning", f"{name} timestamps can't be looked at now: {why}; meanwhile {meanwhile}"
+            )
         elif update.answer is Answer.ABSENT:
-            self._log("warning", "warning", f"{name} is left out until it comes: no interface has an address of it")
+            self._log(
+                update.family, "warning", "warning", f"{name} is left out until it comes: no interface has an address of it"
+            )
 
 
 def _evidence(policy_check: PolicyCheck, lever: Lever) -> str:

@@ -32,7 +32,8 @@ from _tsproxy.supervisor.worker_args import WorkerArgs, WorkerShared, run_worker
 
 _LAST_S = 2.0
 _ANSWER_S = 1.0
-_REQUEST = struct.Struct("=H")  # worker's number
+_REQUEST = struct.Struct("=BI")  # one of the next line, number of the worker or route
+_START, _ADD_ROUTE, _REMOVE_ROUTE = range(3)
 _REPORT = struct.Struct("=HBi")  # worker's number, one of the next line, wait status or errno
 _STARTED, _REFUSED, _EXITED, _FAILED = range(4)
 _LONGEST = 256  # behind _FAILED comes why
@@ -80,19 +81,27 @@ class ForkServer:
         """
         exit_pipe = self._new_exit_pipe(args.number)
         try:
-            self._request(args.number, [inbox.theirs.fileno(), exit_pipe, *args.listeners])
+            self._answers.pop(args.number, None)
+            self._request(_START, args.number, [inbox.theirs.fileno(), exit_pipe, *args.listeners])
         finally:
             os.close(exit_pipe)
         self._alive.add(args.number)
         self._await_answer(args.number)
 
-    def _request(self, number: int, fds: List[int]) -> None:
+    def add_route(self, number: int, counters_fd: int) -> None:
+        """Workers that it forks from now on have the route."""
+        self._request(_ADD_ROUTE, number, [counters_fd])
+
+    def remove_route(self, number: int) -> None:
+        """They have it no more."""
+        self._request(_REMOVE_ROUTE, number, [])
+
+    def _request(self, kind: int, number: int, fds: List[int]) -> None:
         """What else the worker needs, the fork server has from its own fork(2)."""
-        self._answers.pop(number, None)
         self._control.setblocking(True)
         try:
-            with needing("sendmsg(2)", "to start a worker"):
-                socket.send_fds(self._control, [_REQUEST.pack(number)], fds)
+            with needing("sendmsg(2)", "to reach the fork server"):
+                socket.send_fds(self._control, [_REQUEST.pack(kind, number)], fds)
         except Refused as problem:
             if problem.errno not in (errno.EPIPE, errno.ECONNRESET):  # then the exit pipe is hung up at once
                 raise
@@ -255,11 +264,22 @@ def _serve(control: socket.socket, shared: WorkerShared) -> None:
             if not request:
                 _end_workers(workers, child_signals)
                 return
-            (number,) = _REQUEST.unpack(request)
-            args = WorkerArgs(number, shared, Channel(fds[0]), tuple(fds[2:]))
-            refusal = _fork(args, fds, workers, {requests, child_signals, wake})
-            report = _REPORT.pack(number, _REFUSED if refusal else _STARTED, refusal)
-            _report(control, shared.exited if refusal else None, report)
+            kind, number = _REQUEST.unpack(request)
+            if kind == _START:
+                args = WorkerArgs(number, shared, Channel(fds[0]), tuple(fds[2:]))
+                refusal = _fork(args, fds, workers, {requests, child_signals, wake})
+                report = _REPORT.pack(number, _REFUSED if refusal else _STARTED, refusal)
+                _report(control, shared.exited if refusal else None, report)
+            else:
+                _keep_routes(shared, kind, number, fds)
+
+
+def _keep_routes(shared: WorkerShared, kind: int, number: int, fds: List[int]) -> None:
+    """What workers forked from now on get."""
+    if kind == _ADD_ROUTE:
+        shared.add_route(number, fds[0])
+    elif number in shared.routes:
+        os.close(shared.routes.pop(number).counters_fd)
 
 
 def _end_workers(workers: Dict[int, int], child_signals: int) -> None:

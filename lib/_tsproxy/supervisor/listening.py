@@ -38,11 +38,25 @@ class Ends(NamedTuple):
     sources: Sequence[Address]
 
 
-def listeners(route: Route, reuse_port: bool, ends: Ends, environment: Mapping[str, str]) -> List[socket.socket]:
-    """The inherited sockets, or a new one, each with TCP_SAVE_SYN. Exit 2 or 69 if there is none."""
-    found = _inherited(route, reuse_port, ends, environment) or [_own(route, reuse_port, ends)]
+def listeners(route: Route, reuse_port: bool, ends: Ends, handed: Sequence[socket.socket] = ()) -> List[socket.socket]:
+    """The sockets that were handed over for the route, or a new one, each with TCP_SAVE_SYN. Exit 2 or 69 if there is none."""
+    ours = (*route.listen_options, *(["--reuse-port"] if reuse_port else []))
+    if handed and ours:
+        raise Exit(exits.USAGE, f"{ours[0]}: given with LISTEN_FDS; allowed: only without inherited listeners")
+    found = [_prepared(listener, route, ends) for listener in handed] or [_own(route, reuse_port, ends)]
     for listener in found:
         sockets.save_syns(listener)
+    return found
+
+
+def inherited(environment: Mapping[str, str]) -> Dict[str, List[socket.socket]]:
+    """The sockets that a service manager has handed over, by name. Exit 2 if one is no listener."""
+    found: Dict[str, List[socket.socket]] = {}
+    try:
+        for handed in systemd.inherited(environment, os.getpid()):
+            found.setdefault(handed.name, []).append(systemd.listener_from(handed))
+    except systemd.BadHandover as problem:
+        raise Exit(exits.USAGE, str(problem)) from None
     return found
 
 
@@ -77,21 +91,17 @@ def unbounded(route: Route, found: Sequence[socket.socket]) -> Optional[str]:
     )
 
 
-def _inherited(route: Route, reuse_port: bool, ends: Ends, environment: Mapping[str, str]) -> List[socket.socket]:
-    try:
-        found = [systemd.listener_from(handed) for handed in systemd.inherited(environment, os.getpid())]
-    except systemd.BadHandover as problem:
-        raise Exit(exits.USAGE, str(problem)) from None
-    ours = (*route.listen_options, *(["--reuse-port"] if reuse_port else []))
-    if found and ours:
-        raise Exit(exits.USAGE, f"{ours[0]}: given with LISTEN_FDS; allowed: only without inherited listeners")
-    for listener in found:
-        if sockets.shares_our_namespace(listener):
-            address = from_sockaddr(listener.family, listener.getsockname())
-            _refuse_loop(address, sockets.accepts_ipv4(listener), ends)
-        sockets.reset_inherited_options(listener)
-        tuning_of(route).apply(listener)
-    return found
+def _prepared(listener: socket.socket, route: Route, ends: Ends) -> socket.socket:
+    """A socket that was handed over, as one of our own would be."""
+    refuse_loop(listener, ends)
+    reuse(listener, route)
+    return listener
+
+
+def reuse(listener: socket.socket, route: Route) -> None:
+    """Set the options for what it accepts from now on."""
+    sockets.reset_inherited_options(listener)
+    tuning_of(route).apply(listener)
 
 
 def _own(route: Route, reuse_port: bool, ends: Ends) -> socket.socket:
@@ -105,6 +115,12 @@ def _own(route: Route, reuse_port: bool, ends: Ends) -> socket.socket:
     if reuse_port:
         reuseport.attach(listener)
     return listener
+
+
+def refuse_loop(listener: socket.socket, ends: Ends) -> None:
+    """Exit 2 for a target that is this listener."""
+    if sockets.shares_our_namespace(listener):
+        _refuse_loop(from_sockaddr(listener.family, listener.getsockname()), sockets.accepts_ipv4(listener), ends)
 
 
 def _refuse_loop(listening: Address, takes_ipv4: bool, ends: Ends) -> None:

@@ -26,9 +26,10 @@ _PAUSE_S = 0.02  # after each check: the next must not follow at once on one tha
 
 
 class EvidenceUpdate(NamedTuple):
-    """The result of a check of a family, and the answer published. `was_asked`: a worker waits for it."""
+    """The result of a check of a family for a lever, and the answer published. `was_asked`: a worker waits for it."""
 
     family: int
+    lever: Lever
     policy_check: PolicyCheck
     answer: Answer
     was_asked: bool
@@ -92,7 +93,7 @@ class PolicyMonitor:
         steady = answer if answer is Answer.FAILS else steady
         if steady is not self._last_answer or answer is Answer.FAILS or (was_asked and answer is not Answer.UNSEEN):
             self._last_answer = steady
-            self._on_update(EvidenceUpdate(self._family, policy_check, steady, was_asked))
+            self._on_update(EvidenceUpdate(self._family, self._lever, policy_check, steady, was_asked))
 
     def _check(self) -> PolicyCheck:
         try:

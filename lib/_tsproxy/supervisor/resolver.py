@@ -12,7 +12,6 @@ import select
 import signal
 import socket
 import threading
-import time
 from typing import Callable, Dict, List, Sequence, Tuple
 
 from _tsproxy.cli.config import MOST_UPSTREAMS, Target
@@ -21,7 +20,8 @@ from _tsproxy.linux.addresses import Address, from_sockaddr, pack
 from _tsproxy.supervisor.signals import Signals
 
 _INTERVAL_S = 30.0
-_CHECK_S = 1.0
+_MOST_THREADS = 32
+Found = Tuple[Dict[Target, List[Address]], Dict[Target, str]]  # answers, and why there is none
 Log = Callable[[str, str, str], None]  # event, level, message
 
 
@@ -30,17 +30,19 @@ class Resolver:
 
     def __init__(self, targets: Sequence[Target], families: Sequence[int] = ()) -> None:
         """`families` limits the answers to address families that can be used (those of --source); empty is all."""
-        self._targets = targets
+        self.targets = targets
         self._families = frozenset(families)
         self._answers: Dict[Target, List[Address]] = {}
         self._failures: Dict[Target, str] = {}
         self.addresses: List[Address] = []
         self.packed = b""
+        self._is_due = threading.Event()
+        self._is_stopped = False
         self.left_out = 0  # addresses of the targets that are beyond what can be tried
 
     def resolve(self) -> None:
         """Resolve all targets now. Blocks as long as getaddrinfo(3) does."""
-        for target in self._targets:
+        for target in self.targets:
             try:
                 answer = self._usable(_lookup(target))
             except (OSError, UnicodeError) as error:
@@ -50,59 +52,20 @@ class Resolver:
                 self._failures.pop(target, None)
         self._publish()
 
-    def resolve_unless(self, signals: Signals) -> bool:
-        """resolve(), but False at once on SIGTERM, SIGINT or SIGHUP.
+    @property
+    def may_change(self) -> bool:
+        """Whether an answer can change: that of a name does, and the index of an interface that is made again."""
+        return any(target.scope or not target.is_literal for target in self.targets)
 
-        No signal ends getaddrinfo(3) early, and it may take a minute. So it runs in a child process: a thread would have
-        to be gone before root is dropped and workers are forked. The child has exited when this returns, and is killed
-        with this process (PR_SET_PDEATHSIG): standard output and inherited listeners are open in it, too.
-        """
-        if not self._may_change:
-            self.resolve()
-            return True
-        import pickle  # 0.3 MiB that a target that is an address does not need
-
-        reader, writer = os.pipe2(os.O_CLOEXEC)
-        with open(reader, "rb") as answer:
-            try:
-                pid = children.fork_ignoring_signals()
-                if pid == 0:
-                    self._be_the_child(writer)
-            except OSError:  # a limit on tasks, or a sandbox: then the signal has to wait
-                self.resolve()
-                return True
-            finally:
-                os.close(writer)
-            is_answered = _comes_before_termination(reader, signals)
-            pickled = answer.read() if is_answered else b""
-        with contextlib.suppress(OSError):  # a sandbox refuses kill(2) or wait4(2): then it exits, or is reaped, later
-            if not is_answered:
-                os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-        if pickled:
-            self._answers, self._failures = pickle.loads(pickled)  # noqa: S301 -- from our own child, by a pipe
-            self._publish()
-        else:
-            self._failures = dict.fromkeys(self._targets, "the process that looks names up ended without an answer")
-        return is_answered
-
-    def _be_the_child(self, writer: int) -> None:
-        """Never returns."""
-        import pickle
-
-        try:
-            with contextlib.suppress(OSError):
-                namespaces.set_parent_death_signal(signal.SIGKILL)
-            self.resolve()
-            with open(writer, "wb") as pipe:
-                pickle.dump((self._answers, self._failures), pipe)
-        finally:
-            os._exit(0)
+    def adopt(self, found: Found) -> None:
+        """Take what another process has found."""
+        self._answers, self._failures = found
+        self._publish()
 
     @property
-    def _may_change(self) -> bool:
-        """Whether an answer can change: that of a name does, and the index of an interface that is made again."""
-        return any(target.scope or not target.is_literal for target in self._targets)
+    def found(self) -> Found:
+        """What adopt() takes."""
+        return self._answers, self._failures
 
     def _usable(self, found: List[Address]) -> List[Address]:
         usable = [address for address in found if not self._families or address.family in self._families]
@@ -111,7 +74,7 @@ class Resolver:
         return usable
 
     def _publish(self) -> None:
-        found = [list(dict.fromkeys(self._answers.get(target, ()))) for target in self._targets]
+        found = [list(dict.fromkeys(self._answers.get(target, ()))) for target in self.targets]
         distinct = len({address for answer in found for address in answer})
         kept = _distinct(found)
         while len(kept) > MOST_UPSTREAMS:
@@ -131,20 +94,28 @@ class Resolver:
         """Each target whose last look-up failed, with the reason."""
         return list(self._failures.items())
 
-    def follow(self, connect_failures: Callable[[], int], log: Log) -> None:
-        """Keep the answers fresh in a thread of its own, where `log` is called. No thread if no answer can change."""
-        if self._may_change:
-            thread = threading.Thread(target=self._follow, args=(connect_failures, log), name="resolver", daemon=True)
+    def follow(self, log: Log) -> None:
+        """Keep the answers fresh until stop(), in a thread, where `log` is called. No thread if no answer can change."""
+        if self.may_change:
+            thread = threading.Thread(target=self._follow, args=(log,), name="resolver", daemon=True)
             needs.start_thread(thread, "to resolve the targets again")
 
-    def _follow(self, connect_failures: Callable[[], int], log: Log) -> None:
-        seen, due = connect_failures(), time.monotonic() + _INTERVAL_S
+    def _follow(self, log: Log) -> None:
         while True:
-            time.sleep(_CHECK_S)
-            failed = connect_failures()
-            if failed != seen or time.monotonic() >= due:
-                seen, due = failed, time.monotonic() + _INTERVAL_S
-                self._refresh(log)
+            self._is_due.wait(_INTERVAL_S)
+            self._is_due.clear()
+            if self._is_stopped:
+                return
+            self._refresh(log)
+
+    def refresh(self) -> None:
+        """Have the thread resolve now: connects fail. Never blocks."""
+        self._is_due.set()
+
+    def stop(self) -> None:
+        """End the thread, at the latest when its look-up ends. What it logs then is for the owner to drop."""
+        self._is_stopped = True
+        self._is_due.set()
 
     def _refresh(self, log: Log) -> None:
         """Resolve again, and log what has changed."""
@@ -161,12 +132,77 @@ class Resolver:
             log("warning", "warning", self.excess)
 
 
+def resolve_unless(resolvers: Sequence[Resolver], signals: Signals) -> bool:
+    """resolve() of all, but False at once on a signal that ends the program.
+
+    No signal ends getaddrinfo(3) early, and it may take a minute. So it runs in a child process: a thread would have
+    to be gone before root is dropped and workers are forked. The child has exited when this returns, and is killed
+    with this process (PR_SET_PDEATHSIG): standard output and inherited listeners are open in it, too.
+    """
+    asked = [resolver for resolver in resolvers if resolver.may_change]
+    for resolver in resolvers:
+        if not resolver.may_change:
+            resolver.resolve()
+    if not asked:
+        return True
+    import pickle  # 0.3 MiB that a target that is an address does not need
+
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    with open(reader, "rb") as answer:
+        try:
+            pid = children.fork_ignoring_signals()
+            if pid == 0:
+                _be_the_child(asked, writer)
+        except OSError:  # a limit on tasks, or a sandbox: then the signal has to wait
+            resolve_all(asked)
+            return True
+        finally:
+            os.close(writer)
+        is_answered = _comes_before_termination(reader, signals)
+        pickled = answer.read() if is_answered else b""
+    with contextlib.suppress(OSError):  # a sandbox refuses kill(2) or wait4(2): then it exits, or is reaped, later
+        if not is_answered:
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    no_answer = "the process that looks names up ended without an answer"
+    unknown: List[Found] = [({}, dict.fromkeys(resolver.targets, no_answer)) for resolver in asked]
+    found = pickle.loads(pickled) if pickled else unknown  # noqa: S301 -- from our own child, by a pipe
+    for resolver, of_resolver in zip(asked, found):
+        resolver.adopt(of_resolver)
+    return is_answered
+
+
+def _be_the_child(asked: Sequence[Resolver], writer: int) -> None:
+    """Never returns."""
+    import pickle
+
+    try:
+        with contextlib.suppress(OSError):
+            namespaces.set_parent_death_signal(signal.SIGKILL)
+        resolve_all(asked)
+        with open(writer, "wb") as pipe:
+            pickle.dump([resolver.found for resolver in asked], pipe)
+    finally:
+        os._exit(0)
+
+
+def resolve_all(asked: Sequence[Resolver]) -> None:
+    """Each in a thread, so that a name server which does not answer one does not keep the others waiting."""
+    if len(asked) == 1:
+        asked[0].resolve()
+        return
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(_MOST_THREADS) as threads:
+        list(threads.map(Resolver.resolve, asked))
+
+
 def _distinct(answers: List[List[Address]]) -> List[Address]:
     return list(dict.fromkeys(address for answer in answers for address in answer))
 
 
 def _comes_before_termination(fd: int, signals: Signals) -> bool:
-    """Wait until `fd` is readable: True; or for SIGTERM, SIGINT or SIGHUP: False. poll(2) has no limit as FD_SETSIZE."""
+    """Wait until `fd` is readable: True; or for a signal that ends the program: False. poll(2) has no limit as FD_SETSIZE."""
     poller = select.poll()
     poller.register(fd, select.POLLIN)
     poller.register(signals.fd, select.POLLIN)

@@ -6,11 +6,12 @@ those of the modules that it puts together here. Knows nothing of how they work.
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
 from functools import partial
-from typing import Callable, List
+from typing import TYPE_CHECKING, Callable, List, Sequence
 
 from _tsproxy.cli import exits
 from _tsproxy.cli.config import Config
@@ -20,22 +21,22 @@ from _tsproxy.linux.systemd import Notifier
 from _tsproxy.loop.event_loop import EventLoop
 from _tsproxy.loop.poller import READ
 from _tsproxy.policy import levers
-from _tsproxy.proxy.acceptor import Acceptor
-from _tsproxy.proxy.clients import Clients, slots_for
 from _tsproxy.proxy.inbox import Command
-from _tsproxy.proxy.listener import Listener
-from _tsproxy.stats import metrics
-from _tsproxy.stats.counters import ACCEPTOR_ROW, Counter
+from _tsproxy.stats.counters import Counter
 from _tsproxy.stats.reporter import Reporter
 from _tsproxy.supervisor import listening, start_line, startup
 from _tsproxy.supervisor.callbacks import CallTimer, OnReadable, ThreadsafeCalls
 from _tsproxy.supervisor.drain import ListenerDrain
 from _tsproxy.supervisor.drift import Drift
-from _tsproxy.supervisor.monitor import EvidenceUpdate, PolicyMonitor
-from _tsproxy.supervisor.signals import TERMINATING, Signals
+from _tsproxy.supervisor.monitor import EvidenceUpdate
+from _tsproxy.supervisor.route_table import RouteTable, ServedRoute
+from _tsproxy.supervisor.signals import Signals
 from _tsproxy.supervisor.startup import Prepared
 from _tsproxy.supervisor.watchdog import Watchdog
 from _tsproxy.supervisor.worker_pool import Replacement, WorkerExit, WorkerPool
+
+if TYPE_CHECKING:
+    from _tsproxy.supervisor.reload import Done, Reload
 
 _START_S = 5.0  # for the workers to run: an interpreter takes half a second
 _POLL_S = 0.001  # (and up to a tick of the timers) between two looks at shared memory, whose changes are no events
@@ -52,7 +53,7 @@ def serve(config: Config) -> int:
     inherited.close_all_but(systemd.inherited_fds(os.environ, os.getpid()))
     inherited.change_to_root()
     with needing("pipe2(2) or rt_sigaction(2)", "to handle signals"):
-        signals = Signals()
+        signals = Signals(reloads=config.routes_file is not None)
     inherited.unblock_signals()
     notifier = Notifier(os.environ, os.getpid())
     prepared = startup.prepare(config, os.environ, notifier, signals)
@@ -65,45 +66,49 @@ class Supervisor:
 
     def __init__(self, prepared: Prepared, notifier: Notifier, signals: Signals) -> None:
         self._prepared, self._config, self._signals = prepared, prepared.shared.config, signals
-        (self._route,) = self._config.routes
-        self._counters, self._resolver = prepared.counters, prepared.resolver
         self._started_at = time.monotonic()
         self._terminated_by: List[str] = []  # names of signals, in order
         self._worker_died = False  # and can't be replaced
         self._loop = EventLoop()
-        ours, the_workers = ([], prepared.listeners) if _worker_accepts(prepared) else (prepared.listeners, [])
-        self._pool = WorkerPool(self._loop, self, prepared.shared, self._counters, the_workers)
-        self._reporter = self._make_reporter()
-        self._acceptor = self._make_acceptor()
-        self._listeners = [Listener(self._loop, self._acceptor, sock) for sock in ours]
-        self._calls = ThreadsafeCalls()
-        self._watchdog = Watchdog(self._loop, notifier, self._pool, self._status)
-        self._drift = Drift(prepared.shared.lever, self._log_of_route, partial(self._pool.notify, Command.POLICY_FAILED))
-
-    def _make_reporter(self) -> Reporter:
-        return Reporter(
+        self._pool = self._make_pool()
+        self._reporter = Reporter(
             _STDOUT,
-            self._counters,
-            self._prepared.records,
+            prepared.counters,
+            prepared.records,
             level=self._config.log_level,
             interval_s=self._config.metrics_interval_s,
             witness_names=levers.WITNESS_NAMES,
-            route_names=[route.name for route in self._config.routes],
+            many=self._config.routes_file is not None,
+        )
+        self._calls = ThreadsafeCalls()
+        self._table = RouteTable(self._loop, self._pool, self._reporter, self._log_of, self._call)
+        for of_route in prepared.routes:
+            self._table.add(of_route)
+        self._notifier = notifier
+        self._watchdog = Watchdog(self._loop, notifier, self._pool, self._status)
+        self._drift = Drift(self._log_of_family, partial(self._pool.notify, Command.POLICY_FAILED))
+        self._reload = self._make_reload() if self._config.routes_file else None
+
+    def _make_reload(self) -> Reload:
+        from _tsproxy.supervisor.reload import Reload  # with what reads the file: a route of the command line needs neither
+
+        prepared = self._prepared
+        return Reload(
+            self._config,
+            self._table,
+            self._pool,
+            prepared.host,
+            prepared.handed,
+            prepared.nofile,
+            call_soon=self._calls.call_soon,
+            on_done=self._on_reloaded,
         )
 
-    def _make_acceptor(self) -> Acceptor:
-        route = self._route
-        slots = slots_for(route.max_connections, route.max_connections_per_client)
-        acceptor = Acceptor(
-            route,
-            self._counters,
-            self._counters.rows[ACCEPTOR_ROW],
-            Clients(self._counters, slots, route.max_connections_per_client),
-            dispatch=self._pool.dispatch,
-            log_ratelimited=lambda level, why: self._log_of_route(level, level, why),
-        )
-        acceptor.upstreams = self._resolver.packed
-        return acceptor
+    def _make_pool(self) -> WorkerPool:
+        prepared = self._prepared
+        of_routes = {of_route.args.number: of_route.counters for of_route in prepared.routes}
+        listeners = prepared.routes[0].listeners if _worker_accepts(prepared) else []
+        return WorkerPool(self._loop, self, prepared.shared, prepared.counters, of_routes, listeners)
 
     # The phases
 
@@ -123,9 +128,9 @@ class Supervisor:
         self._reporter.start()
         try:
             self._pool.start()
-            if self._prepared.shared.lever in levers.MONITORED:
-                self._start_monitors()
-            self._resolver.follow(self._failed_connects, self._call(self._on_resolver))
+            self._start_monitors()
+            for served in self._table:
+                self._table.follow(served)
         except OSError:
             self._kill()
             self._reporter.close()
@@ -134,40 +139,43 @@ class Supervisor:
         self._poll(_START_S, lambda: self._pool.all_answered() or self._signals.has_termination)
 
     def _start_monitors(self) -> None:
-        """One for each address family, so that neither waits for the other."""
-        prepared, log_bug = self._prepared, self._call(partial(self._log, "error", "error"))
-        for family, asked in prepared.shared.asked.items():
-            PolicyMonitor(
-                family,
-                prepared.inspector,
-                prepared.shared.lever,
-                prepared.evidence,
-                asked,
-                on_update=self._call(self._on_update),
-                log_ratelimited=log_bug,
-            ).start()
+        """Where a policy is one that has to be checked, and none runs yet."""
+        self._prepared.host.monitor(
+            self._prepared.evidence,
+            self._prepared.shared.asked,
+            on_update=self._call(self._on_update),
+            log_ratelimited=self._call(partial(self._log, "error", "error")),
+        )
 
     def _log_start(self) -> None:
-        """The `start` line, which says that clients are served, and what to warn of."""
+        """The `start` line, which says that clients are served, a line for each route, and what to warn of."""
         with needing("getsockname(2)", "for the addresses it listens on"):
             fields = start_line.fields(self._prepared, self._calls.kind)
-        self._reporter.log("start", **fields)
-        for warning in (listening.unbounded(self._route, self._prepared.listeners), self._resolver.excess):
-            if warning:
-                self._log_of_route("warning", "warning", warning)
-        for target, reason in self._resolver.failures:
-            self._log_of_route("warning", "warning", f"can't resolve {target}: {reason}; the other targets are in use")
+            self._reporter.log("start", **fields)
+            self._log_routes(list(self._table))
         children.reap_others(self._pool.children)
         self._watchdog.notify(READY=1)
+
+    def _log_routes(self, several: Sequence[ServedRoute]) -> None:
+        """With a file of routes, their `route` lines; and what to warn of."""
+        for served in several if self._config.routes_file else ():
+            self._reporter.log("route", **start_line.of_route(self._config, served.prepared))
+        for served in several:
+            resolver = served.prepared.resolver
+            for warning in (listening.unbounded(served.prepared.route, served.prepared.listeners), resolver.excess):
+                if warning:
+                    self._table.log(served, "warning", "warning", warning)
+            for target, reason in resolver.failures:
+                about = f"can't resolve {target}: {reason}; the other targets are in use"
+                self._table.log(served, "warning", "warning", about)
 
     def _relay(self) -> None:
         """Accept, or have the worker accept, until a signal or the exit of a worker that can't be replaced."""
         self._watchdog.start()
         self._loop.watch(self._signals.fd, READ, OnReadable(self._on_signals))
         self._on_signals()  # those that came earlier
-        self._set_upstreams()
-        for listener in self._listeners if not self._is_ending else []:
-            listener.start_accepting()
+        if not self._is_ending:
+            self._table.start_accepting()
         self._loop.run(lambda: self._is_ending)
 
     def _drain(self) -> None:
@@ -175,29 +183,37 @@ class Supervisor:
         self._watchdog.extend(self._config.drain_timeout_s + _LAST_S, STOPPING=1)
         deadline = time.monotonic() + self._config.drain_timeout_s
         if self._pool.accepts:
-            self._take_over_accepting(deadline)
-        drain = ListenerDrain(self._loop, self._acceptor)
-        for listener in self._prepared.listeners:
-            until = min(deadline, time.monotonic() + _HANDSHAKE_S)
-            drain.close(listener, self._config.reuse_port, partial(self._may_wait, until))
-        self._acceptor.give_up()
-        active = metrics.active(self._counters)
+            self._stop_worker_accepting(deadline)
+        for served in self._table:
+            self._close_listeners(served, deadline)
+        active = self._table.active
         self._reporter.log("drain", active_connections=active, drain_timeout_s=self._config.drain_timeout_s)
         self._pool.drain()
         self._run_for(deadline - time.monotonic(), lambda: not self._pool.is_alive or self._is_hurried)
 
-    def _take_over_accepting(self, deadline: float) -> None:
-        """Have the worker stop: clients who are in the backlog then are accepted here. Their ids go on from its last one."""
+    def _stop_worker_accepting(self, deadline: float) -> None:
+        """Have the worker stop: clients who are in the backlog then are accepted here."""
         self._pool.stop_accepting()
         self._poll(
             min(deadline - time.monotonic(), _STOP_ACCEPTING_S),
             lambda: self._pool.has_consumed_all or not self._pool.is_alive or self._is_hurried,
         )
-        self._acceptor = self._make_acceptor()
+
+    def _close_listeners(self, served: ServedRoute, deadline: float) -> None:
+        """Accept who is in the backlogs, first. Ids go on from the last one of a worker that accepted."""
+        acceptor = served.acceptor
+        if self._pool.accepts:
+            ids = itertools.count(served.counters.total(Counter.ACCEPTED) + 1)
+            acceptor = self._table.acceptor_of(served.prepared, ids)
+        drain = ListenerDrain(self._loop, acceptor)
+        for listener in served.prepared.listeners:
+            until = min(deadline, time.monotonic() + _HANDSHAKE_S)
+            drain.close(listener, self._config.reuse_port, partial(self._may_wait, until))
+        acceptor.give_up()
 
     def _kill(self) -> int:
         """End the connections that are left, and wait for the workers; how many those were. The watchdog does not count now."""
-        left = metrics.active(self._counters)
+        left = self._table.active
         self._watchdog.extend(_LAST_S)
         self._pool.kill()
         self._run_for(_KILL_S, lambda: not self._pool.is_alive)
@@ -244,28 +260,34 @@ class Supervisor:
 
     def _on_signals(self) -> None:
         for number in self._signals.pop_all():
-            if number in TERMINATING:
+            if number in self._signals.terminating:
                 self._terminated_by.append(number.name)
-                self._stop_accepting()
+                self._table.stop_accepting()
+            elif number == signal.SIGHUP:
+                self._begin_reload()
             elif number == signal.SIGUSR1:
                 self._reporter.metrics_now()
             else:
                 children.reap_others(self._pool.children)
 
-    def _stop_accepting(self) -> None:
-        """At once: while listeners have events, run() may not get round to its condition. Clients wait in the backlog."""
-        for listener in self._listeners:
-            listener.stop_accepting()
+    def _begin_reload(self) -> None:
+        """Not once the end has come: the routes are being closed."""
+        if self._reload and not self._is_ending:
+            self._notifier.notify(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
+            self._reload.request()
 
-    def _on_resolver(self, event: str, level: str, message: str) -> None:
-        """Other addresses are in use before the line says so."""
-        self._set_upstreams()
-        self._log_of_route(event, level, message)
-
-    def _set_upstreams(self) -> None:
-        self._acceptor.upstreams = self._resolver.packed
-        if self._pool.accepts and not self._is_ending:
-            self._pool.start_accepting(self._resolver.packed)
+    def _on_reloaded(self, done: Done) -> None:
+        """Say what came of it. New routes' policies may be the first to be monitored."""
+        if done.problem:
+            self._log("reload", "error", done.problem)
+        else:
+            self._reporter.log("reload", **done.counts)
+            self._log_routes(done.served)
+            try:
+                self._start_monitors()
+            except OSError as problem:  # then their gates have no evidence, and no client is connected
+                self._log("error", "error", str(problem.strerror))
+        self._watchdog.notify(READY=1)
 
     def _on_update(self, update: EvidenceUpdate) -> None:
         """Have clients that wait for the policy try again; update STATUS if something else is refused now."""
@@ -298,7 +320,7 @@ class Supervisor:
         """What follows if there is none; "" if there is one. A worker that can't be replaced ends the whole."""
         if replacement.obstacle:
             self._worker_died = True
-            self._stop_accepting()
+            self._table.stop_accepting()
             return f"{replacement.obstacle}: draining, then ending"
         return f"no replacement yet, trying again: {replacement.delay}" if replacement.delay else ""
 
@@ -310,27 +332,34 @@ class Supervisor:
 
     def _status(self) -> str:
         """What it does now, for `systemctl status`."""
-        connections = f"{metrics.active(self._counters)} connections"
+        connections = f"{self._table.active} connections"
         if self._is_ending:
             return f"draining {connections}"
         if self._drift.refused:
             return f"refusing {self._drift.refused}, with {connections}: {self._drift.evidence}"
         return f"relaying {connections}"
 
-    def _failed_connects(self) -> int:
-        """How often an address could not be connected to, for the resolver's thread."""
-        return self._counters.total(Counter.CONNECT_FAIL) + self._counters.total(Counter.POLICY_REFUSED)
-
     def _log(self, event: str, level: str, message: str) -> None:
         self._reporter.log(event, level, message=message)
 
-    def _log_of_route(self, event: str, level: str, message: str) -> None:
-        """Log what is about its connections, targets, policy or limits."""
-        self._reporter.log(event, level, route=self._route.name, message=message)
+    def _log_of(self, route: str, event: str, level: str, message: str) -> None:
+        """Log what is about a route's connections, targets, policy or limits."""
+        self._reporter.log(event, level, route=route, message=message)
+
+    def _log_of_family(self, family: int, event: str, level: str, message: str) -> None:
+        """Log what is about a policy over an address family: for each route that it concerns."""
+        monitored = [served for served in self._table if served.is_monitored]
+        for served in [served for served in monitored if served.uses(family)] or monitored:
+            self._table.log(served, event, level, message)
 
 
 def _worker_accepts(prepared: Prepared) -> bool:
-    """With one worker no client need be dispatched: unless clients are counted here, or SCM_RIGHTS has not that much room."""
+    """With one worker no client need be dispatched: unless clients are counted here, or SCM_RIGHTS has not that much room.
+
+    With a file of routes the main thread accepts: they come and go.
+    """
     config = prepared.shared.config
-    (route,) = config.routes
-    return config.workers == 1 and not route.max_connections_per_client and len(prepared.listeners) <= _MOST_LISTENERS
+    if config.routes_file or config.workers > 1:
+        return False
+    (of_route,) = prepared.routes
+    return not of_route.route.max_connections_per_client and len(of_route.listeners) <= _MOST_LISTENERS

@@ -10,24 +10,28 @@ import signal
 from types import FrameType
 from typing import List, Optional
 
-TERMINATING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# nohup(1) sets SIGHUP to SIG_IGN for the program that it starts. A shell without job control does so with SIGINT for what
-# it starts in the background (POSIX, Shell Command Language, 2.11): Ctrl-C is for the script then.
-_MAY_BE_IGNORED = (signal.SIGHUP, signal.SIGINT)
+_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
 
 
 class Signals:
     """Catches the signals that tsproxy handles. Make it in the main thread; SIGPIPE is ignored by Python already.
 
-    SIGHUP and SIGINT stay ignored if they were at the start; SIGTERM does not: else only SIGKILL would be left.
+    SIGHUP and SIGINT stay ignored if they were at the start; SIGTERM does not: else only SIGKILL would be left. Where SIGHUP
+    reloads, it is always taken.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, reloads: bool = False) -> None:
+        """`reloads`: whether SIGHUP has the routes read again; else it ends the program, as SIGTERM and SIGINT do."""
+        hangup = () if reloads else (signal.SIGHUP,)
+        self.terminating = frozenset({signal.SIGTERM, signal.SIGINT, *hangup})
         self.fd, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._pending: List[signal.Signals] = []
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        for number in (*TERMINATING, signal.SIGUSR1, signal.SIGCHLD):
-            if number not in _MAY_BE_IGNORED or signal.getsignal(number) != signal.SIG_IGN:
+        # nohup(1) sets SIGHUP to SIG_IGN for the program that it starts. A shell without job control does so with SIGINT for
+        # what it starts in the background (POSIX, Shell Command Language, 2.11): Ctrl-C is for the script then.
+        may_be_ignored = {signal.SIGINT, *hangup}
+        for number in _HANDLED:
+            if number not in may_be_ignored or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, _wake_only)
 
     def pop_all(self) -> List[signal.Signals]:
@@ -37,9 +41,9 @@ class Signals:
 
     @property
     def has_termination(self) -> bool:
-        """Whether one of those that pop_all() will give is SIGTERM, SIGINT or SIGHUP."""
+        """Whether one of those that pop_all() will give ends the program."""
         self._pending += self._read()
-        return any(number in TERMINATING for number in self._pending)
+        return any(number in self.terminating for number in self._pending)
 
     def _read(self) -> List[signal.Signals]:
         try:

@@ -7,11 +7,12 @@ may need root. Knows nothing of threads or processes: none is started here.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import pwd
 import socket
 import time
-from typing import Dict, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from _tsproxy.cli import exits
 from _tsproxy.cli.config import Config, Route
@@ -20,7 +21,7 @@ from _tsproxy.linux import limits, privileges, sockets, systemd, wakeup
 from _tsproxy.linux.addresses import Address
 from _tsproxy.policy import advice, witness
 from _tsproxy.policy.evidence import FAMILY_NAMES, Answer, Evidence
-from _tsproxy.policy.inspector import CHECK_TIMEOUT_S, Inspector, PolicyCheck
+from _tsproxy.policy.inspector import CHECK_TIMEOUT_S, PolicyCheck
 from _tsproxy.policy.levers import Lever, Policy
 from _tsproxy.policy.syn import Syn
 from _tsproxy.policy.witness import NoWitness
@@ -28,13 +29,55 @@ from _tsproxy.proxy.clients import slots_for
 from _tsproxy.stats.counters import SharedCounters, bytes_for
 from _tsproxy.stats.records import RecordPipe
 from _tsproxy.supervisor import listening, runners
+from _tsproxy.supervisor.host_policy import HostPolicy
 from _tsproxy.supervisor.listening import Ends
-from _tsproxy.supervisor.resolver import Resolver
+from _tsproxy.supervisor.resolver import Resolver, resolve_unless
 from _tsproxy.supervisor.signals import Signals
-from _tsproxy.supervisor.worker_args import WorkerShared
+from _tsproxy.supervisor.worker_args import RouteArgs, WorkerShared
 
 # What getaddrinfo(3) can take for one name: 5 s, twice, for three servers and each of six domains to search (resolv.conf(5)).
 _LOOK_UP_S = 240.0
+_MOST_NAMED = 8  # routes, or names, in a message
+
+
+class ProvedRoute(NamedTuple):
+    """A route whose targets have addresses, and whose policy holds."""
+
+    route: Route
+    resolver: Resolver
+    sources: Tuple[Address, ...]
+    policy: Policy
+    lever: Lever
+    for_rules: bool
+
+    @property
+    def ends(self) -> Ends:
+        return Ends(self.resolver.addresses, self.sources)
+
+    @property
+    def client_slots(self) -> int:
+        return slots_for(self.route.max_connections, self.route.max_connections_per_client)
+
+    def args(self, number: int) -> RouteArgs:
+        """For workers; their counters are not made yet."""
+        return RouteArgs(number, self.route, self.sources, self.policy, self.lever, self.for_rules)
+
+
+class PreparedRoute(NamedTuple):
+    """A route that listens. `args` has the descriptor of `counters`."""
+
+    proved: ProvedRoute
+    listeners: List[socket.socket]
+    args: RouteArgs
+    counters: SharedCounters
+
+    @property
+    def route(self) -> Route:
+        return self.proved.route
+
+    @property
+    def resolver(self) -> Resolver:
+        return self.proved.resolver
 
 
 class Prepared(NamedTuple):
@@ -43,9 +86,9 @@ class Prepared(NamedTuple):
     shared: WorkerShared
     counters: SharedCounters
     records: RecordPipe
-    listeners: List[socket.socket]
-    resolver: Resolver
-    inspector: Inspector
+    routes: List[PreparedRoute]
+    handed: Dict[str, List[socket.socket]]  # sockets that a service manager has handed over, by name
+    host: HostPolicy
     evidence: Evidence
     nofile: int
 
@@ -53,43 +96,88 @@ class Prepared(NamedTuple):
 def prepare(config: Config, environment: Mapping[str, str], notifier: systemd.Notifier, signals: Signals) -> Prepared:
     """Do all of it, and drop root. Exit with the code and message of the step that fails.
 
-    The first look-up of names may take minutes: SIGTERM, SIGINT or SIGHUP end it, with Exit.
+    The first look-up of names may take minutes: a signal that ends the program ends it, with Exit.
     """
     account = _account(config)
-    (route,) = config.routes
-    names = [target for target in route.targets if not target.is_literal]
-    if names:
-        notifier.extend(_LOOK_UP_S * len(names), STATUS=f"resolving {', '.join(map(str, names))}")
-    resolver = _resolve_unless(route, signals)
-    inspector = Inspector(policy_of(config, route, resolver))
-    policy_check = _require_policy(route, inspector)
-    require_dscp(route, inspector.policy, policy_check)
-    nofile = _raise_limits(config, route)
-    _require_interface(route)
-    sources = _require_sources(route)
+    resolvers = [resolver_of(route) for route in config.routes]
+    _resolve_unless(resolvers, signals, notifier)
+    host = HostPolicy()
+    proved = prove(config, config.routes, resolvers, host)
+    nofile = _raise_limits(config)
     runtime = _runtime(config)
     # From here on clients can connect: what may refuse to start comes before it.
-    listeners = listening.listeners(route, config.reuse_port, Ends(resolver.addresses, sources), environment)
+    handed = listening.inherited(environment)
+    listeners = [_listeners(config, of_route, handed) for of_route in proved]
+    refuse_circles(config, proved, listeners)
     _renounce(account)
     if account:
         runtime = _runtime(config)  # again: the user may have no right to read the Python that an interpreter starts from
-        _require_interface(route)  # again: before Linux 5.7 the user has no right to
+        _require_interfaces(config)  # again: before Linux 5.7 the user has no right to
     config = config._replace(runtime=runtime)
     evidence, records = Evidence.create(), RecordPipe.create()
-    counters = SharedCounters.create(config.workers, slots_for(route.max_connections, route.max_connections_per_client))
+    counters = SharedCounters.create(config.workers)
+    routes = [
+        with_counters(of_route, found, number, config.workers)
+        for number, (of_route, found) in enumerate(zip(proved, listeners))
+    ]
     shared = WorkerShared(
         config=config,
-        sources=sources,
-        policy=inspector.policy,
-        lever=policy_check.lever or Lever.NONE,
+        routes={number: of_route.args for number, of_route in enumerate(routes)},
         evidence_fd=evidence.fd,
         asked={family: wakeup.create() for family in FAMILY_NAMES},
-        for_rules=bool(inspector.rules_clear_mark),
         counters_fd=counters.fd,
         records_fd=records.writer,
         exited=wakeup.create(),
     )
-    return Prepared(shared, counters, records, listeners, resolver, inspector, evidence, nofile)
+    return Prepared(shared, counters, records, routes, handed, host, evidence, nofile)
+
+
+def with_counters(
+    proved: ProvedRoute, listeners: List[socket.socket], number: int, workers: int, noted: bool = False
+) -> PreparedRoute:
+    """The route with new counters. `noted`: they carry its arguments to workers that run. Refused without memory."""
+    args, note = proved.args(number), b""
+    if noted:
+        import pickle  # 0.3 MiB that only a reload needs
+
+        note = pickle.dumps(args)
+    counters = SharedCounters.create(workers, proved.client_slots, note)
+    return PreparedRoute(proved, listeners, args._replace(counters_fd=counters.fd), counters)
+
+
+@contextlib.contextmanager
+def naming(config: Config, *routes: Route) -> Iterator[None]:
+    """Name the routes in the message of an Exit, where there is a file of them."""
+    try:
+        yield
+    except Exit as problem:
+        if not config.routes_file:
+            raise
+        raise Exit(problem.code, f"{named(routes)} {problem}") from None
+
+
+def named(routes: Sequence[Route]) -> str:
+    """The names of some routes, for people; of many the first ones, and how many more there are."""
+    first = " ".join(f"[{route.name}]" for route in routes[:_MOST_NAMED])
+    return first if len(routes) <= _MOST_NAMED else f"{first} and {len(routes) - _MOST_NAMED} more:"
+
+
+def prove(config: Config, routes: Sequence[Route], resolvers: Sequence[Resolver], host: HostPolicy) -> List[ProvedRoute]:
+    """See to it that each route could be served. Exit with the code and message of the first thing that fails."""
+    for route, resolver in zip(routes, resolvers):
+        with naming(config, route):
+            _require_answer(resolver)
+    policies = [policy_of(config, route, resolver) for route, resolver in zip(routes, resolvers)]
+    checks = host.check(policies)
+    _require_policies(config, routes, policies, checks)
+    proved: List[ProvedRoute] = []
+    for route, resolver, policy, policy_check in zip(routes, resolvers, policies, checks):
+        with naming(config, route):
+            require_dscp(route, policy, policy_check)
+            _require_interface(route)
+            lever = policy_check.lever or Lever.NONE
+            proved.append(ProvedRoute(route, resolver, _require_sources(route), policy, lever, host.for_rules))
+    return proved
 
 
 def policy_of(config: Config, route: Route, resolver: Resolver) -> Policy:
@@ -98,13 +186,21 @@ def policy_of(config: Config, route: Route, resolver: Resolver) -> Policy:
     return Policy(route.timestamps, config.static_timestamp, route.trust_host, families)
 
 
-def _require_policy(route: Route, inspector: Inspector) -> PolicyCheck:
-    policy_check = check_twice(inspector)
-    if policy_check.lever is not None:
-        return policy_check
+def _require_policies(
+    config: Config, routes: Sequence[Route], policies: Sequence[Policy], checks: Sequence[PolicyCheck]
+) -> None:
+    """Exit 78, or 75, for the first route whose policy does not hold; it names all that have the same problem."""
+    for route, policy, policy_check in zip(routes, policies, checks):
+        if policy_check.lever is None:
+            alike = [one for one, found in zip(routes, checks) if (found.lever, found.problem) == (None, policy_check.problem)]
+            with naming(config, *alike):
+                _refuse(route, policy, policy_check)
+
+
+def _refuse(route: Route, policy: Policy, policy_check: PolicyCheck) -> None:
     if policy_check.families and len(policy_check.of(Answer.ABSENT)) == len(policy_check.families):
         raise Exit(exits.NOT_YET, f"{policy_check.problem}; no target has another address")
-    raise Exit(exits.POLICY, advice.unattainable(policy_check, inspector.policy, [str(target) for target in route.targets]))
+    raise Exit(exits.POLICY, advice.unattainable(policy_check, policy, [str(target) for target in route.targets]))
 
 
 def require_dscp(route: Route, policy: Policy, policy_check: PolicyCheck) -> None:
@@ -125,12 +221,6 @@ def _witnessed(policy: Policy) -> Dict[int, Syn]:
         with contextlib.suppress(NoWitness):
             syns[family] = witness.capture_syn(family, time.monotonic() + CHECK_TIMEOUT_S)
     return syns
-
-
-def check_twice(inspector: Inspector) -> PolicyCheck:
-    """Inspect; once more where the inspection itself failed, as it may on a busy host."""
-    policy_check = inspector.check()
-    return inspector.check() if policy_check.lever is None and policy_check.of(Answer.UNSEEN) else policy_check
 
 
 def _runtime(config: Config) -> str:
@@ -168,22 +258,65 @@ def _renounce(account: Optional[pwd.struct_passwd]) -> None:
         raise Exit(exits.FAILED, f"--user={account.pw_name}: root can't be dropped for good: {problem}") from None
 
 
-def _raise_limits(config: Config, route: Route) -> int:
-    """The descriptor limit in force. Exit 2 if it, or RLIMIT_FSIZE, is too low for the options."""
+def _raise_limits(config: Config) -> int:
+    """The descriptor limit in force; with a file of routes the highest that can be had. Exit 2 if it is too low."""
+    needed = _descriptors_for(config, config.routes)
+    got = limits.raise_nofile(limits.MOST if config.routes_file else needed)
+    require_limits(config, config.routes, got)
+    return got
+
+
+def require_limits(config: Config, routes: Sequence[Route], nofile: int) -> None:
+    """Exit 2 if RLIMIT_FSIZE, or a limit of so many descriptors, is too low for these routes."""
+    for route in routes:
+        with naming(config, route):
+            _require_file_size(config, route)
+    _require_descriptors(config, routes, nofile)
+
+
+def _require_file_size(config: Config, route: Route) -> None:
     counters_bytes = bytes_for(config.workers, slots_for(route.max_connections, route.max_connections_per_client))
     if limits.largest_file() < counters_bytes:
         given = f"the limit on file sizes (RLIMIT_FSIZE, ulimit -f): given {limits.largest_file():.0f} bytes"
         raise Exit(exits.USAGE, f"{given}; allowed: at least {counters_bytes}, for the counters in shared memory")
-    needed = limits.descriptors_for(route.max_connections, config.workers)
-    got = limits.raise_nofile(needed)
-    if got < needed:
-        room = limits.connections_within(got, config.workers)
+
+
+def _descriptors_for(config: Config, routes: Sequence[Route]) -> int:
+    return limits.descriptors_for(sum(route.max_connections for route in routes), config.workers, len(routes))
+
+
+def _require_descriptors(config: Config, routes: Sequence[Route], limit: int) -> None:
+    needed = _descriptors_for(config, routes)
+    if limit < needed:
+        room = limits.connections_within(limit, config.workers, len(routes))
+        given = f"given {sum(route.max_connections for route in routes)}" + (" for all routes" if len(routes) > 1 else "")
         raise Exit(
             exits.USAGE,
-            f"--max-connections: given {route.max_connections}; allowed: up to {room} with this process's hard limit of "
-            f"{got} descriptors (raise it with ulimit -Hn {needed} or LimitNOFILE={needed})",
+            f"--max-connections: {given}; allowed: up to {room} with this process's hard limit of "
+            f"{limit} descriptors (raise it with ulimit -Hn {needed} or LimitNOFILE={needed})",
         )
-    return got
+
+
+def _listeners(config: Config, proved: ProvedRoute, handed: Mapping[str, List[socket.socket]]) -> List[socket.socket]:
+    """Those of one route. The route of the command line takes all that were handed over, whatever their names."""
+    route = proved.route
+    own = handed.get(route.name, []) if config.routes_file else [sock for socks in handed.values() for sock in socks]
+    with naming(config, route):
+        return listening.listeners(route, config.reuse_port, proved.ends, own)
+
+
+def refuse_circles(config: Config, proved: Sequence[ProvedRoute], listeners: Sequence[Sequence[socket.socket]]) -> None:
+    """Exit 2 for a target that is the listener of any route."""
+    for of_route in proved:
+        with naming(config, of_route.route):
+            for sock in itertools.chain(*listeners) if len(proved) > 1 else ():
+                listening.refuse_loop(sock, of_route.ends)
+
+
+def _require_interfaces(config: Config) -> None:
+    for route in config.routes:
+        with naming(config, route):
+            _require_interface(route)
 
 
 def _require_interface(route: Route) -> None:
@@ -223,20 +356,23 @@ def resolve(route: Route) -> Resolver:
     Any answer of getaddrinfo(3), EAI_NONAME too, may change in a minute: the network is not up yet, the record not published,
     a negative answer cached (RFC 2308).
     """
-    resolver = _resolver(route)
+    resolver = resolver_of(route)
     resolver.resolve()
     return _require_answer(resolver)
 
 
-def _resolve_unless(route: Route, signals: Signals) -> Resolver:
-    """The same, but Exit 0 on SIGTERM, SIGINT or SIGHUP."""
-    resolver = _resolver(route)
-    if not resolver.resolve_unless(signals):
+def _resolve_unless(resolvers: Sequence[Resolver], signals: Signals, notifier: systemd.Notifier) -> None:
+    """Exit 0 on a signal that ends the program."""
+    names = [str(target) for resolver in resolvers for target in resolver.targets if not target.is_literal]
+    if names:
+        shown = ", ".join(names) if len(names) <= _MOST_NAMED else f"{len(names)} names"
+        notifier.extend(_LOOK_UP_S * len(names), STATUS=f"resolving {shown}")
+    if not resolve_unless(resolvers, signals):
         raise Exit(exits.DRAINED, "ended by a signal while the targets' names were looked up; nothing was begun")
-    return _require_answer(resolver)
 
 
-def _resolver(route: Route) -> Resolver:
+def resolver_of(route: Route) -> Resolver:
+    """Which has resolved nothing so far."""
     return Resolver(route.targets, [source.family for source in _sources(route)])
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import socket
-from typing import List, NamedTuple, Protocol, Sequence, Tuple
+from typing import Callable, Iterator, List, Mapping, NamedTuple, Protocol, Sequence, Tuple
 
 from _tsproxy.linux.needs import needing
 from _tsproxy.loop.event_loop import EventLoop
@@ -18,7 +18,7 @@ from _tsproxy.stats.counters import ACCEPTOR_ROW, Counter, SharedCounters
 from _tsproxy.supervisor.callbacks import CallTimer, OnReadable
 from _tsproxy.supervisor.fork_server import ForkServer
 from _tsproxy.supervisor.runners import InterpreterRunner, ProcessRunner, ThreadRunner
-from _tsproxy.supervisor.worker_args import WorkerArgs, WorkerShared
+from _tsproxy.supervisor.worker_args import RouteArgs, WorkerArgs, WorkerShared
 from _tsproxy.supervisor.worker_slot import WorkerSlot
 
 _PENDING_S = 0.005  # until an inbox that was full is tried again
@@ -65,10 +65,15 @@ class WorkerPool:
         observer: PoolObserver,
         shared: WorkerShared,
         counters: SharedCounters,
+        of_routes: Mapping[int, SharedCounters],
         listeners: Sequence[socket.socket] = (),
     ) -> None:
-        """With `listeners` the only worker accepts by itself, from start_accepting() on."""
+        """`counters` are the process's, `of_routes` those of `shared.routes`, by number.
+
+        With `listeners` the only worker accepts by itself, from start_accepting() on.
+        """
         self._loop, self._observer, self._shared, self._counters = loop, observer, shared, counters
+        self._of_routes = dict(of_routes)
         self._fork_server = ForkServer(shared) if shared.config.runtime == "processes" else None
         self.accepts = bool(listeners)
         fds = tuple(sock.fileno() for sock in listeners)
@@ -128,12 +133,18 @@ class WorkerPool:
                 self._replace(slot)
 
     def _replace(self, slot: WorkerSlot) -> None:
-        exit_status, lost = slot.runner.exit_status, self._counters.count_lost(slot.number)
-        self._counters.rows[ACCEPTOR_ROW][Counter.LOST_WITH_WORKER] += lost
+        exit_status, lost = slot.runner.exit_status, sum(self._count_lost(slot.number))
         slot.note_exit()
         self._observer.on_worker_exit(WorkerExit(slot.number, exit_status, lost, self._fill(slot)))
         if self._upstreams:
             self._send(Message(Command.START_ACCEPTING, upstreams=self._upstreams))
+
+    def _count_lost(self, worker: int) -> Iterator[int]:
+        """The sessions of each route that a worker had when it exited."""
+        for counters in self._of_routes.values():
+            lost = counters.count_lost(worker)
+            counters.rows[ACCEPTOR_ROW][Counter.LOST_WITH_WORKER] += lost
+            yield lost
 
     def _restart(self, slot: WorkerSlot) -> None:
         if not self._is_ending:
@@ -154,11 +165,30 @@ class WorkerPool:
 
     # Manage
 
+    def add_route(self, args: RouteArgs, counters: SharedCounters) -> None:
+        """Have all workers serve a route as well: clients of it may be dispatched. Its counters have its arguments as note."""
+        self._shared.routes[args.number], self._of_routes[args.number] = args, counters
+        if self._fork_server:
+            self._fork_server.add_route(args.number, counters.fd)
+        self._send(Message(Command.ADD_ROUTE, counters.fd, route=args.number))
+
+    def remove_route(self, number: int) -> None:
+        """The opposite, for a route whose last session has ended."""
+        del self._shared.routes[number], self._of_routes[number]
+        if self._fork_server:
+            self._fork_server.remove_route(number)
+        self._send(Message(Command.REMOVE_ROUTE, route=number))
+
+    def consumption(self) -> Callable[[], bool]:
+        """What tells whether the workers have consumed all that they were sent until now."""
+        marks = [(slot.inbox, slot.last_sent) for slot in self._slots]
+        return lambda: all(inbox.has_consumed(mark) for inbox, mark in marks)
+
     def dispatch(self, message: Message) -> bool:
         """Put a message into the inbox of the next worker that runs and has room; False if none has."""
         for _ in self._slots:
             slot, self._next = self._slots[self._next], (self._next + 1) % len(self._slots)
-            if not slot.is_vacant and slot.inbox.put(message):
+            if not slot.is_vacant and slot.put(message):
                 return True
         return False
 

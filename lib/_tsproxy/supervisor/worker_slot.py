@@ -64,9 +64,18 @@ class WorkerSlot:
             self.pending.popleft()
         return not self.pending
 
+    @property
+    def last_sent(self) -> int:
+        """The number in the inbox that the last pending command has, or will have."""
+        return self.inbox.last_put + len(self.pending)
+
+    def put(self, message: Message) -> bool:
+        """Put a message that is no pending command; False while there are such: a client must not overtake its route."""
+        return not self.pending and self.inbox.put(message)
+
     def notify(self, command: Command) -> None:
         """Put a command that needs no repetition: not while one of its kind is in the inbox, and not if that is full."""
-        if self.inbox.has_consumed(self._last_notices.get(command, 0)) and self.inbox.put(Message(command)):
+        if self.inbox.has_consumed(self._last_notices.get(command, 0)) and self.put(Message(command)):
             self._last_notices[command] = self.inbox.last_put
 
     @property
@@ -77,7 +86,7 @@ class WorkerSlot:
     def ping(self) -> None:
         """See to it that there is something for the worker to consume, for has_answered."""
         if self.inbox.is_empty:
-            self.inbox.put(Message(Command.PING))
+            self.put(Message(Command.PING))
         self._ping_mark = self.inbox.last_put
 
     @property

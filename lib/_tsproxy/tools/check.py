@@ -27,7 +27,8 @@ from _tsproxy.policy.inspector import CHECK_TIMEOUT_S, Inspector, PolicyCheck
 from _tsproxy.policy.levers import MONITORED, Lever, Policy
 from _tsproxy.policy.syn import Syn
 from _tsproxy.policy.witness import NoWitness
-from _tsproxy.supervisor.startup import check_twice, policy_of, require_dscp, resolve
+from _tsproxy.supervisor.host_policy import check_twice
+from _tsproxy.supervisor.startup import policy_of, require_dscp, resolve
 from _tsproxy.supervisor.worker_args import egress_of
 from _tsproxy.tools import check_report
 from _tsproxy.tools.check_report import Connection, Report, Row

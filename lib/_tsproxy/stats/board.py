@@ -1,0 +1,80 @@
+"""The counters of all routes and of the process, as the fields of the metrics lines.
+
+A route has a name and, after each change of its options, new counters under the same name: what they counted before goes on
+in its lines. Knows counters. Knows nothing of lines, or of when a route ends.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Callable, Dict, Iterator, List
+
+from _tsproxy.stats import encoder, metrics
+from _tsproxy.stats.counters import SharedCounters
+from _tsproxy.stats.encoder import Fields
+
+
+class Rates:
+    """The times of a metrics line, and the rates since the last one."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._started = self._last = clock()
+        self._start_time = encoder.Stamps().rfc3339(time.time_ns())
+        self._totals: Dict[str, int] = {}
+
+    def fields(self, totals: Dict[str, int]) -> Fields:
+        """The times, these totals, and their rates."""
+        now, before = self._clock(), self._totals
+        interval = max(now - self._last, 1e-6)
+        fields: Fields = {
+            "start_time": self._start_time,
+            "uptime_s": round(now - self._started, 3),
+            "interval_s": round(interval, 3),
+            **totals,
+        }
+        for rate, total in (("rx", "downstream_cx_rx_bytes_total"), ("tx", "downstream_cx_tx_bytes_total")):
+            fields[f"{rate}_bytes_per_s"] = round((totals[total] - before.get(total, 0)) / interval)
+        self._last, self._totals = now, totals
+        return fields
+
+
+class Board:
+    """See the module. One thread uses it."""
+
+    def __init__(self, process: SharedCounters, many: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        """`process` are the counters of no route. `many`: a line for each route, and one for the process; else one for both."""
+        self._process, self._many, self._clock = process, many, clock
+        self._rates = Rates(clock)
+        self._rates_of: Dict[str, Rates] = {}  # by name
+        self._counters: Dict[str, Dict[int, SharedCounters]] = {}  # by name and number, the newest last
+
+    def add(self, number: int, name: str, counters: SharedCounters) -> None:
+        """A route, or the next version of one."""
+        self._rates_of.setdefault(name, Rates(self._clock))
+        self._counters.setdefault(name, {})[number] = counters
+
+    def end(self, number: int, name: str) -> None:
+        """Nobody counts there any more: keep what was counted, for the route if there is a newer version of it."""
+        of_name = self._counters[name]
+        ended = of_name.pop(number)
+        heirs = list(of_name.values()) or [self._process]
+        heirs[-1].absorb(ended)
+        ended.close()
+        if not of_name:
+            del self._counters[name], self._rates_of[name]
+
+    def lines(self) -> Iterator[Fields]:
+        """The fields of each metrics line, the process's last."""
+        totals = {name: metrics.sums(of_name.values()) for name, of_name in self._counters.items()}
+        if self._many:
+            for name, of_name in self._counters.items():
+                yield {
+                    "route": name,
+                    **self._rates_of[name].fields(metrics.without_process(totals[name])),
+                    **metrics.latencies(list(of_name.values()), metrics.OF_ROUTE),
+                }
+        every: List[SharedCounters] = [counters for of_name in self._counters.values() for counters in of_name.values()]
+        route = None if self._many else next(iter(self._counters), None)
+        whole = metrics.added([metrics.sums([self._process]), *totals.values()])
+        yield {"route": route, **self._rates.fields(whole), **metrics.latencies([self._process, *every])}

@@ -1,0 +1,214 @@
+"""Reads the file of routes again, and serves what it says: all of it or, if anything in it can't be had, nothing.
+
+What may block (names, the policy) is done in a thread; then one step in the loop's thread swaps the listeners and the routes.
+Knows the table of routes and the file. Knows nothing of signals, or of the sessions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import traceback
+from functools import partial
+from socket import socket
+from typing import Any, Callable, List, Mapping, NamedTuple, Sequence, Tuple
+
+from _tsproxy.cli import config as configuration
+from _tsproxy.cli import routes as routes_file
+from _tsproxy.cli.config import Config, Route, UsageError
+from _tsproxy.cli.exits import Exit
+from _tsproxy.linux import needs
+from _tsproxy.supervisor import listening, startup
+from _tsproxy.supervisor.host_policy import HostPolicy
+from _tsproxy.supervisor.resolver import resolve_all
+from _tsproxy.supervisor.route_table import RouteTable, ServedRoute
+from _tsproxy.supervisor.startup import PreparedRoute, ProvedRoute
+from _tsproxy.supervisor.worker_pool import WorkerPool
+
+Place = Tuple[str, int]  # bind and port
+_GOES_ON = "everything goes on as it was"
+
+
+class Plan(NamedTuple):
+    """What is to be served: all routes of the file, and of those that are new or changed what was found out."""
+
+    routes: Sequence[Route]
+    proved: Sequence[ProvedRoute]
+
+
+class Done(NamedTuple):
+    """What came of a reload: why nothing, or how many routes were added, removed, changed and left alone."""
+
+    problem: str = ""
+    counts: Mapping[str, Any] = {}
+    served: Sequence[ServedRoute] = ()  # those that are new or changed
+
+
+class Reload:
+    """See the module. One at a time: what is asked for meanwhile is done after it, once."""
+
+    def __init__(
+        self,
+        config: Config,
+        table: RouteTable,
+        pool: WorkerPool,
+        host: HostPolicy,
+        handed: Mapping[str, List[socket]],
+        nofile: int,
+        *,
+        call_soon: Callable[[Callable[[], None]], None],
+        on_done: Callable[[Done], None],
+    ) -> None:
+        """`handed`: sockets of the service manager, by name. `call_soon` runs a function in the loop's thread."""
+        self._config, self._table, self._pool, self._host = config, table, pool, host
+        self._handed, self._nofile = handed, nofile
+        self._call_soon, self._on_done = call_soon, on_done
+        self._numbers = len(config.routes)
+        self._runs = self._is_asked = False
+
+    def request(self) -> None:
+        """Begin, or begin again when the one that runs is done."""
+        if self._runs:
+            self._is_asked = True
+            return
+        self._runs, self._is_asked = True, False
+        now = {served.name: served.prepared.route for served in self._table}
+        thread = threading.Thread(target=self._run, args=(now,), name="reload", daemon=True)
+        try:
+            needs.start_thread(thread, "to read the routes again")
+        except OSError as problem:
+            self._finish(Done(str(problem.strerror)))
+
+    def _run(self, now: Mapping[str, Route]) -> None:
+        """In the thread."""
+        try:
+            then = partial(self._apply, self._plan(now))
+        except (UsageError, Exit, OSError) as problem:
+            then = partial(self._finish, Done(_told(problem)))
+        except Exception:
+            then = partial(self._finish, Done(traceback.format_exc()))
+        self._call_soon(then)
+
+    def _plan(self, now: Mapping[str, Route]) -> Plan:
+        config = self._config
+        found = routes_file.load(str(config.routes_file), config.defaults or configuration.Route(()), self._handed.keys())
+        fresh = [route for route in found if now.get(route.name) != route]
+        startup.require_limits(config, found, self._nofile)
+        resolvers = [startup.resolver_of(route) for route in fresh]
+        resolve_all(resolvers)
+        return Plan(found, startup.prove(config, fresh, resolvers, self._host) if fresh else ())
+
+    # In the loop's thread
+
+    def _apply(self, plan: Plan) -> None:
+        try:
+            done = self._swap(plan)
+        except (Exit, OSError) as problem:
+            done = Done(_told(problem))
+        self._finish(done)
+
+    def _finish(self, done: Done) -> None:
+        self._runs = False
+        self._on_done(done._replace(problem=f"{done.problem}; {_GOES_ON}") if done.problem else done)
+        if self._is_asked:
+            self.request()
+
+    def _swap(self, plan: Plan) -> Done:
+        before = dict(self._table.served)
+        names, fresh = {route.name for route in plan.routes}, [of_route.route.name for of_route in plan.proved]
+        going = [served for name, served in before.items() if name not in names or name in fresh]
+        staying = [served for name, served in before.items() if served not in going]
+        prepared = self._prepare(plan.proved, going, staying)
+        kept = [sock for of_route in prepared for sock in of_route.listeners]
+        for served in going:
+            self._table.remove(served, [*kept, *self._handed.get(served.name, ())])
+        come = [self._begin(of_route) for of_route in prepared]
+        counts = {
+            "added": len(names - before.keys()),
+            "removed": len(before.keys() - names),
+            "changed": len(before.keys() & fresh),
+            "unchanged": len(staying),
+        }
+        return Done(counts=counts, served=come)
+
+    def _prepare(
+        self, proved: Sequence[ProvedRoute], going: Sequence[ServedRoute], staying: Sequence[ServedRoute]
+    ) -> List[PreparedRoute]:
+        """All that can fail. Exit, or OSError without descriptors or memory, with everything put back."""
+        with contextlib.ExitStack() as undo:
+            found = ListenerSwap(self._config, going, self._handed, undo).listeners(proved)
+            every = [*((served.prepared.proved, served.prepared.listeners) for served in staying), *zip(proved, found)]
+            startup.refuse_circles(self._config, *zip(*every))
+            prepared: List[PreparedRoute] = []
+            for of_route, listeners in zip(proved, found):
+                number = self._numbers + len(prepared)
+                prepared.append(startup.with_counters(of_route, listeners, number, self._config.workers, noted=True))
+                undo.callback(prepared[-1].counters.close)
+            undo.pop_all()
+        self._numbers += len(prepared)
+        return prepared
+
+    def _begin(self, prepared: PreparedRoute) -> ServedRoute:
+        for sock in prepared.listeners:
+            listening.reuse(sock, prepared.route)
+        self._pool.add_route(prepared.args, prepared.counters)
+        served = self._table.add(prepared)
+        try:
+            self._table.follow(served)
+        except OSError as problem:  # no thread: too late to refuse the file
+            self._table.log(served, "error", "error", f"{problem.strerror}; until the next reload the first answer counts")
+        self._table.start_listening(served)
+        return served
+
+
+def _told(problem: Exception) -> str:
+    return str(problem.strerror or problem) if isinstance(problem, OSError) else str(problem)
+
+
+class ListenerSwap:
+    """Finds the listeners of new and changed routes: those of routes that go, where the place is the same, or new ones."""
+
+    def __init__(
+        self, config: Config, going: Sequence[ServedRoute], handed: Mapping[str, List[socket]], undo: contextlib.ExitStack
+    ) -> None:
+        """What has to be undone if anything fails later is pushed on `undo`."""
+        self._config, self._handed, self._undo = config, handed, undo
+        self._free = {served.name: served for served in going if served.name not in handed}
+
+    def listeners(self, proved: Sequence[ProvedRoute]) -> List[List[socket]]:
+        """Those of each route. Exit if one can't be had."""
+        found = {of_route.route.name: self._kept(of_route.route) for of_route in proved}
+        missing = [of_route for of_route in proved if not found[of_route.route.name]]
+        for of_route in sorted(missing, key=lambda one: len(self._in_the_way(one.route))):
+            found[of_route.route.name] = self._new(of_route)
+        return [found[of_route.route.name] for of_route in proved]
+
+    def _kept(self, route: Route) -> List[socket]:
+        """Handed over; or one that listens there already, of the route itself rather than of another."""
+        if route.name in self._handed:
+            return self._handed[route.name]
+        alike = [served for served in self._free.values() if _place(served.prepared.route) == _place(route)]
+        for served in sorted(alike, key=lambda one: one.name != route.name):
+            if route.port or served.name == route.name:
+                return self._free.pop(served.name).prepared.listeners
+        return []
+
+    def _in_the_way(self, route: Route) -> List[ServedRoute]:
+        """Those that go, and listen where this one could not meanwhile."""
+        ports = [served for served in self._free.values() if served.prepared.route.port == route.port != 0]
+        return [served for served in ports if routes_file.overlap(served.prepared.route.bind, route.bind)]
+
+    def _new(self, of_route: ProvedRoute) -> List[socket]:
+        for served in self._in_the_way(of_route.route):
+            self._free.pop(served.name).stop_listening()
+            self._undo.callback(served.listen_again, self._config)
+        with startup.naming(self._config, of_route.route):
+            made = listening.listeners(of_route.route, self._config.reuse_port, of_route.ends)
+        for sock in made:
+            self._undo.callback(sock.close)
+        return made
+
+
+def _place(route: Route) -> Place:
+    """Where it listens, as its options say."""
+    return route.bind, route.port
