@@ -75,8 +75,8 @@ class Route:
         row = self.shared_counters.worker(0)
         beside: Any = None  # the gate and the client's SYN: a forward asks neither
         settings = SessionSettings(Tuning(), 0, 0, 0, log_connections=True, log_debug=False, zero_copy=True)
-        worker = WorkerContext(0, row, RecordWriter(-1, row))
-        self.context = RouteContext(worker, settings, beside, beside, row, (), 65536)
+        self._worker = WorkerContext(0, row, RecordWriter(-1, row))
+        self.context = RouteContext(self._worker, settings, beside, beside, row, (), 65536)
         self.direction, self._back = make_directions(self, self.context, self.downstream, self.upstream)  # type: ignore[arg-type]
 
     @property
@@ -110,7 +110,7 @@ class Route:
 
     def close(self) -> None:
         """Let go of what is not the sockets."""
-        self.context.close()
+        self._worker.close()
         os.close(self.shared_counters.fd)
 
 

@@ -439,7 +439,7 @@ def test_inspect_shows_the_text_of_a_function(python: str, bundle: Path, empty: 
     """
     *source, files = run(python, "-I", "-S", "-c", code, bundle, cwd=empty).stdout.splitlines()
     assert "\n".join(source) in (LIB / "_tsproxy/cli/config.py").read_text()
-    assert source[0].startswith("def parse(") and source[-1].strip().startswith("return Config((route,), ")
+    assert source[0].startswith("def parse(") and source[-1].strip().startswith("return Config(routes=(route,), ")
     assert files == f"{bundle} {bundle}"
 
 

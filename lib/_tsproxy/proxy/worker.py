@@ -64,7 +64,7 @@ class Worker:
     def run(self) -> None:
         """Run the loop. A bug in a session ends that session; one outside any session is raised."""
         try:
-            self.context.loop.run(until=lambda: self._draining and not self._sessions())
+            self.context.loop.run(until=lambda: self._draining and not self._has_sessions)
         except Exception as bug:
             self.context.report(bug)
             raise
@@ -74,6 +74,10 @@ class Worker:
         self._close_listeners()
         self._end_all(Ending.BUG)
         self.context.close()
+
+    @property
+    def _has_sessions(self) -> bool:
+        return any(context.registry.sessions for context in self._routes.in_use())
 
     def _sessions(self) -> List[LiveSession]:
         """All that are open now."""

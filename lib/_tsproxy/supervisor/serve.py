@@ -21,6 +21,7 @@ from _tsproxy.linux.systemd import Notifier
 from _tsproxy.loop.event_loop import EventLoop
 from _tsproxy.loop.poller import READ
 from _tsproxy.policy import levers
+from _tsproxy.proxy.acceptor import Acceptor
 from _tsproxy.proxy.inbox import Command
 from _tsproxy.stats.counters import Counter
 from _tsproxy.stats.reporter import Reporter
@@ -184,8 +185,7 @@ class Supervisor:
         deadline = time.monotonic() + self._config.drain_timeout_s
         if self._pool.accepts:
             self._stop_worker_accepting(deadline)
-        for served in self._table:
-            self._close_listeners(served, deadline)
+        self._close_listeners(deadline)
         active = self._table.active
         self._reporter.log("drain", active_connections=active, drain_timeout_s=self._config.drain_timeout_s)
         self._pool.drain()
@@ -199,17 +199,21 @@ class Supervisor:
             lambda: self._pool.has_consumed_all or not self._pool.is_alive or self._is_hurried,
         )
 
-    def _close_listeners(self, served: ServedRoute, deadline: float) -> None:
-        """Accept who is in the backlogs, first. Ids go on from the last one of a worker that accepted."""
-        acceptor = served.acceptor
-        if self._pool.accepts:
-            ids = itertools.count(served.counters.total(Counter.ACCEPTED) + 1)
-            acceptor = self._table.acceptor_of(served.prepared, ids)
-        drain = ListenerDrain(self._loop, acceptor)
-        for listener in served.prepared.listeners:
-            until = min(deadline, time.monotonic() + _HANDSHAKE_S)
-            drain.close(listener, self._config.reuse_port, partial(self._may_wait, until))
-        acceptor.give_up()
+    def _close_listeners(self, deadline: float) -> None:
+        """Accept who is in the backlogs, first."""
+        drain, acceptors = ListenerDrain(self._loop, self._config.reuse_port), [self._last_acceptor(one) for one in self._table]
+        for served, acceptor in zip(self._table, acceptors):
+            for listener in served.prepared.listeners:
+                drain.add(listener, acceptor)
+        drain.close_all(partial(self._may_wait, min(deadline, time.monotonic() + _HANDSHAKE_S)))
+        for acceptor in acceptors:
+            acceptor.give_up()
+
+    def _last_acceptor(self, served: ServedRoute) -> Acceptor:
+        """Ids go on from the last one of a worker that accepted until now."""
+        if not self._pool.accepts:
+            return served.acceptor
+        return self._table.acceptor_of(served.prepared, itertools.count(served.counters.total(Counter.ACCEPTED) + 1))
 
     def _kill(self) -> int:
         """End the connections that are left, and wait for the workers; how many those were. The watchdog does not count now."""

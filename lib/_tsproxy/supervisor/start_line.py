@@ -19,8 +19,8 @@ from _tsproxy.supervisor.startup import Prepared, PreparedRoute
 def fields(prepared: Prepared, wakeup: str) -> Dict[str, Any]:
     """Flat, but for lists of short texts. `wakeup`: eventfd or pipe. With a file of routes each has a line of its own."""
     config = prepared.shared.config
+    version = {"version": _tsproxy.__version__}
     of_process = {
-        "version": _tsproxy.__version__,
         "workers": config.workers,
         "runtime": config.runtime,
         "python": platform.python_version(),
@@ -29,11 +29,11 @@ def fields(prepared: Prepared, wakeup: str) -> Dict[str, Any]:
     if config.routes_file:
         listening = _listening(prepared.routes) if len(prepared.routes) == 1 else _NOWHERE
         knobs, limits = _knobs_of_process(config, wakeup), _limits_of_process(config, prepared.nofile)
-        return {"routes": len(prepared.routes), **listening, **of_process, **_lists(knobs, limits)}
+        return {**version, "routes": len(prepared.routes), **listening, **of_process, **_lists(knobs, limits)}
     (of_route,) = prepared.routes
     knobs = {**_knobs_of_process(config, wakeup), **_knobs(of_route.route)}
     limits = {**_limits(of_route.route), **_limits_of_process(config, prepared.nofile)}
-    return {**_listening(prepared.routes), **_asked(config, of_route), **of_process, **_lists(knobs, limits)}
+    return {**version, **_listening(prepared.routes), **_asked(config, of_route), **of_process, **_lists(knobs, limits)}
 
 
 def of_route(config: Config, prepared: PreparedRoute) -> Dict[str, Any]:
