@@ -161,6 +161,10 @@ class Supervisor:
         """With a file of routes, their `route` lines; and what to warn of."""
         for served in several if self._config.routes_file else ():
             self._reporter.log("route", **start_line.of_route(self._config, served.prepared))
+        routes = [served.prepared.route for served in self._table]
+        short = startup.shortage(self._config, routes, self._prepared.nofile)
+        if short and several:
+            self._log("warning", "warning", short)
         for served in several:
             resolver = served.prepared.resolver
             for warning in (listening.unbounded(served.prepared.route, served.prepared.listeners), resolver.excess):

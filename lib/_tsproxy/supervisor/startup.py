@@ -267,11 +267,42 @@ def _raise_limits(config: Config) -> int:
 
 
 def require_limits(config: Config, routes: Sequence[Route], nofile: int) -> None:
-    """Exit 2 if RLIMIT_FSIZE, or a limit of so many descriptors, is too low for these routes."""
+    """Exit 2 if RLIMIT_FSIZE, or a limit of so many descriptors, is too low for these routes.
+
+    With a file of routes each may have its limit of connections as long as not all do at once: see shortage().
+    """
     for route in routes:
         with naming(config, route):
             _require_file_size(config, route)
-    _require_descriptors(config, routes, nofile)
+    needed = _descriptors_for(config, routes) if not config.routes_file else _descriptors(config, routes, len(routes))
+    if nofile < needed:
+        given = f"given {len(routes)} routes" if config.routes_file else f"given {routes[0].max_connections}"
+        room = limits.connections_within(nofile, config.workers, len(routes))
+        raise Exit(
+            exits.USAGE,
+            f"--max-connections: {given}; allowed: up to {room} with this process's hard limit of "
+            f"{nofile} descriptors (raise it with ulimit -Hn {needed} or LimitNOFILE={needed})",
+        )
+
+
+def shortage(config: Config, routes: Sequence[Route], nofile: int) -> str:
+    """The warning for routes that together allow more connections than there are descriptors for; "" if they don't."""
+    needed = _descriptors_for(config, routes)
+    if nofile >= needed:
+        return ""
+    room = limits.connections_within(nofile, config.workers, len(routes))
+    return (
+        f"the routes allow {sum(route.max_connections for route in routes)} connections, and {nofile} descriptors suffice for "
+        f"{room}: clients beyond that wait in the backlog (lower max-connections, or start with LimitNOFILE={needed})"
+    )
+
+
+def _descriptors_for(config: Config, routes: Sequence[Route]) -> int:
+    return _descriptors(config, routes, sum(route.max_connections for route in routes))
+
+
+def _descriptors(config: Config, routes: Sequence[Route], connections: int) -> int:
+    return limits.descriptors_for(connections, config.workers, len(routes))
 
 
 def _require_file_size(config: Config, route: Route) -> None:
@@ -279,22 +310,6 @@ def _require_file_size(config: Config, route: Route) -> None:
     if limits.largest_file() < counters_bytes:
         given = f"the limit on file sizes (RLIMIT_FSIZE, ulimit -f): given {limits.largest_file():.0f} bytes"
         raise Exit(exits.USAGE, f"{given}; allowed: at least {counters_bytes}, for the counters in shared memory")
-
-
-def _descriptors_for(config: Config, routes: Sequence[Route]) -> int:
-    return limits.descriptors_for(sum(route.max_connections for route in routes), config.workers, len(routes))
-
-
-def _require_descriptors(config: Config, routes: Sequence[Route], limit: int) -> None:
-    needed = _descriptors_for(config, routes)
-    if limit < needed:
-        room = limits.connections_within(limit, config.workers, len(routes))
-        given = f"given {sum(route.max_connections for route in routes)}" + (" for all routes" if len(routes) > 1 else "")
-        raise Exit(
-            exits.USAGE,
-            f"--max-connections: {given}; allowed: up to {room} with this process's hard limit of "
-            f"{limit} descriptors (raise it with ulimit -Hn {needed} or LimitNOFILE={needed})",
-        )
 
 
 def _listeners(config: Config, proved: ProvedRoute, handed: Mapping[str, List[socket.socket]]) -> List[socket.socket]:
