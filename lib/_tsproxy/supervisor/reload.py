@@ -64,7 +64,7 @@ class Reload:
         self._handed, self._nofile = handed, nofile
         self._call_soon, self._on_done = call_soon, on_done
         self._numbers = len(config.routes)
-        self._runs = self._is_asked = False
+        self._runs = self._is_asked = self._is_stopped = False
 
     def request(self) -> None:
         """Begin, or begin again when the one that runs is done."""
@@ -78,6 +78,10 @@ class Reload:
             needs.start_thread(thread, "to read the routes again")
         except OSError as problem:
             self._finish(Done(str(problem.strerror)))
+
+    def stop(self) -> None:
+        """The end has come: nothing is served any more by one that runs."""
+        self._is_stopped = True
 
     def _run(self, now: Mapping[str, Route]) -> None:
         """In the thread."""
@@ -101,6 +105,8 @@ class Reload:
     # In the loop's thread
 
     def _apply(self, plan: Plan) -> None:
+        if self._is_stopped:
+            return
         try:
             done = self._swap(plan)
         except (Exit, OSError) as problem:
@@ -108,6 +114,8 @@ class Reload:
         self._finish(done)
 
     def _finish(self, done: Done) -> None:
+        if self._is_stopped:
+            return
         self._runs = False
         self._on_done(done._replace(problem=f"{done.problem}; {_GOES_ON}") if done.problem else done)
         if self._is_asked:

@@ -187,6 +187,8 @@ class Supervisor:
         """Close the listeners; let connections end, until the deadline or the next signal."""
         self._watchdog.extend(self._config.drain_timeout_s + _LAST_S, STOPPING=1)
         deadline = time.monotonic() + self._config.drain_timeout_s
+        if self._reload:
+            self._reload.stop()
         if self._pool.accepts:
             self._stop_worker_accepting(deadline)
         self._close_listeners(deadline)
@@ -281,7 +283,7 @@ class Supervisor:
     def _begin_reload(self) -> None:
         """Not once the end has come: the routes are being closed."""
         if self._reload and not self._is_ending:
-            self._notifier.notify(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
+            self._notifier.extend(startup.LOOK_UP_S, RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
             self._reload.request()
 
     def _on_reloaded(self, done: Done) -> None:

@@ -36,7 +36,7 @@ from _tsproxy.supervisor.signals import Signals
 from _tsproxy.supervisor.worker_args import RouteArgs, WorkerShared
 
 # What getaddrinfo(3) can take for one name: 5 s, twice, for three servers and each of six domains to search (resolv.conf(5)).
-_LOOK_UP_S = 240.0
+LOOK_UP_S = 240.0
 _MOST_NAMED = 8  # routes, or names, in a message
 
 
@@ -381,7 +381,7 @@ def _resolve_unless(resolvers: Sequence[Resolver], signals: Signals, notifier: s
     names = [str(target) for resolver in resolvers for target in resolver.targets if not target.is_literal]
     if names:
         shown = ", ".join(names) if len(names) <= _MOST_NAMED else f"{len(names)} names"
-        notifier.extend(_LOOK_UP_S * len(names), STATUS=f"resolving {shown}")
+        notifier.extend(LOOK_UP_S * len(names), STATUS=f"resolving {shown}")
     if not resolve_unless(resolvers, signals):
         raise Exit(exits.DRAINED, "ended by a signal while the targets' names were looked up; nothing was begun")
 
