@@ -21,7 +21,7 @@ import pytest
 from _tsproxy.stats import encoder, histogram
 from _tsproxy.tools.terminal import Style
 from _tsproxy.tools.top import picture, plain, verdict, words
-from _tsproxy.tools.top.lines import Closed, Metrics, Said, Start, Unread, clean, read
+from _tsproxy.tools.top.lines import Closed, Metrics, RouteStart, Said, Start, Unread, clean, read
 from _tsproxy.tools.top.model import Model
 from _tsproxy.tools.top.picture import View
 from _tsproxy.tools.top.source import Cutter, Follower
@@ -119,6 +119,26 @@ def said(event: str, message: str, second: float = 2, level: str = "error", pid:
     return {**head(event, second, level, pid), "message": message}
 
 
+def start_of_routes(count: int, pid: int = 100) -> Line:
+    """The `start` line of a process whose routes are in a file."""
+    own = {name: value for name, value in start(pid=pid).items() if name not in ("targets", "timestamps", "witness")}
+    return {**own, "routes": count, "listen_address": None, "listen_port": None, "limits": ["nofile=1024"]}
+
+
+def route(name: str, mode: str = "strip", witness: str = "sysctl", second: float = 0, pid: int = 100, **fields: Any) -> Line:
+    served = {name: start(mode, witness)[name] for name in ("listen_address", "targets", "timestamps", "static_timestamp")}
+    limits = ["max_connections=4", "on_full=reject"]
+    return {
+        **head("route", second, pid=pid),
+        "route": name,
+        **served,
+        "listen_port": 9001,
+        "witness": witness,
+        "limits": limits,
+        **fields,
+    }
+
+
 def model_of(*lines: Line | bytes) -> Model:
     model = Model()
     for line in lines:
@@ -165,6 +185,15 @@ SOUND = st.sampled_from(
         said("timestamps_drift", "it does not hold"),
         said("timestamps_drift", "it holds again", level="info"),
         said("resolve", "upstream addresses are now 192.0.2.1:443", level="info"),
+        start_of_routes(3),
+        route("oe"),
+        route("md", "preserve", "none"),
+        metrics(10, route=None, downstream_cx_active=3),
+        metrics(10, route="oe", downstream_cx_overflow=7, upstream_segments_per_s=12.5),
+        connection(route="oe", reason="policy", upstream_timestamps=False),
+        {**said("timestamps_drift", "it does not hold"), "route": "md"},
+        {**head("reload", 12), "added": 1, "removed": 0, "changed": 2, "unchanged": 3, "message": "read again"},
+        said("reload", "routes.ini:7: no", level="error"),
         {**head("drain", 30), "active_connections": 3, "drain_timeout_s": 30.0},
         {**head("stop", 31), "reason": "SIGTERM", "drained": True, "killed_connections": 0, "uptime_s": 31.0},
     ]
@@ -204,12 +233,16 @@ def test_any_bytes_as_lines_are_read_or_counted_and_never_raise(lines: List[byte
 
 
 @settings(unhurried, max_examples=examples(600))
-@given(STREAMS, st.integers(0, 210), st.integers(0, 70), st.text(max_size=30), st.booleans(), st.none() | st.integers(99, 103))
-@example([], 80, 24, "", False, None)
+@given(
+    *(STREAMS, st.integers(0, 210), st.integers(0, 70), st.text(max_size=30), st.booleans()),
+    *(st.none() | st.integers(99, 103), st.integers(0, 3)),
+)
+@example([], 80, 24, "", False, None, 0)
+@example([dumped(route(f"r{number}")) for number in range(40)], 80, 24, "", False, None, 2)
 def test_any_state_at_any_size_is_exactly_as_many_rows_and_columns(
-    lines: List[bytes], columns: int, rows: int, source: str, ended: bool, pid: Optional[int]
+    lines: List[bytes], columns: int, rows: int, source: str, ended: bool, pid: Optional[int], page: int
 ) -> None:
-    view = View(source, pid, time.time(), ended, source)
+    view = View(source, pid, time.time(), ended, source, page)
     model = model_of(*lines)
     shown = picture.draw(model, view, columns, rows)
     assert len(shown) == rows
@@ -241,6 +274,7 @@ def test_an_endless_stream_takes_no_more_memory_than_a_long_one() -> None:
             model.feed(dumped({**head(f"event{number}", 1), "x": number}))
             model.feed(dumped(said("error", f"trouble {number}")))
             model.feed(dumped(said("timestamps_drift", f"drift {number}")))
+            model.feed(dumped({**metrics(number), "pid": 1000 + number % 4, "route": f"r{number}"}))
         for number in range(begin, begin + count):
             model.feed(dumped({**head("metrics", number), "start_time": at(0), "uptime_s": number, "interval_s": 1}))
         return tracemalloc.get_traced_memory()[0]
@@ -263,6 +297,7 @@ def test_an_endless_stream_takes_no_more_memory_than_a_long_one() -> None:
 def test_each_event_is_read_into_a_record_of_its_kind() -> None:
     kinds = {
         Start: start(),
+        RouteStart: route("oe"),
         Closed: connection(),
         Metrics: metrics(10),
         Said: said("warning", "x", level="warning"),
@@ -289,6 +324,12 @@ def test_each_event_is_read_into_a_record_of_its_kind() -> None:
         (dumped({**metrics(10), "uptime_s": float("nan")}), "no sensible uptime_s"),
         (dumped({**metrics(10), "relay_us_le_4": 9}), "no sensible relay_us_le_"),
         (dumped({**start(), "targets": [1]}), "wrong type of targets"),
+        (dumped(route("oe", route=7)), "wrong type of route"),
+        (dumped(route("oe", route=None)), "no route"),
+        (dumped(connection(route="\x1b[2Joe")), "no sensible route"),
+        (dumped(metrics(10, route="")), "no sensible route"),
+        (dumped({**said("error", "x"), "route": "r" * 64}), "no sensible route"),
+        (dumped({**head("reload", 1), "added": "two"}), "wrong type of added"),
     ],
 )
 def test_a_line_that_can_not_be_used_says_why_and_is_counted(line: bytes, why: str) -> None:
@@ -574,6 +615,231 @@ def test_the_figures_behind_the_verdict_count_what_ended_since_the_last_metrics_
     assert rows[2].split("upstream")[1].rstrip() == " 3/3, clients 1/1, refused 0, drifts 0"
 
 
+# Routes
+
+
+def routed(*names: str, pid: int = 100) -> List[Line]:
+    return [start_of_routes(len(names), pid), *(route(name, pid=pid) for name in names)]
+
+
+def refusal(name: str, second: float = 3, level: str = "error", pid: int = 100) -> Line:
+    return {**said("timestamps_drift", "sysctl is 1", second, level, pid), "route": name}
+
+
+def table_of(rows: List[str]) -> Dict[str, str]:
+    """The rows of the table by the names of the routes, from the top."""
+    begin = next(number for number, shown in enumerate(rows) if shown.startswith(" process"))
+    end = next(number for number, shown in enumerate(rows) if number > begin and shown[:1] == "─")
+    return {shown[1:].split()[0]: shown for shown in rows[begin + 1 : end]}
+
+
+def names_of(rows: List[str]) -> List[str]:
+    return list(table_of(rows))
+
+
+def test_the_table_has_a_row_for_each_route_and_one_for_the_process() -> None:
+    counts = {"downstream_cx_active": 2, "downstream_cx_total": 10, "downstream_cx_rx_bytes_total": 5000}
+    before = [metrics(10, route="oe-primary"), metrics(10, route="oe-backup"), metrics(10, route=None)]
+    after = [
+        metrics(20, route="oe-primary", relays=(33_200,) * 9, **counts),
+        metrics(20, route="oe-backup", downstream_cx_tx_bytes_total=20_000),
+        metrics(20, route=None, relays=(33_200,) * 9, **{**counts, "downstream_cx_tx_bytes_total": 20_000}),
+    ]
+    model = model_of(*routed("oe-primary", "oe-backup"), *before, *after)
+    rows = drawn(model)
+    assert rows[0].startswith(" tsproxy  pid 100  relaying  up 20 s") and rows[0].rstrip().endswith("2 routes")
+    figures = ["2", "1", "500", "B", "0", "B", "≤33.2", "us"]
+    assert table_of(rows)["oe-primary"].split() == ["oe-primary", ":9001", *figures, "strip", "sysctl"]
+    assert table_of(rows)["oe-backup"].split()[2:9] == ["0", "0", "0", "B", "2.00", "kB", "-"]
+    assert row(rows, "process").split() == ["process", "2", "1", "500", "B", "2.00", "kB", "≤33.2", "us"]
+    assert row(rows, "from clients").split()[2:4] == ["500", "B/s"]
+    wide = row(drawn(model, 170, 40), "oe-primary")
+    assert " 127.0.0.1:9001 " in wide and " exchange.example:443 " in wide and re.search(" 2 +4 ", wide)
+
+
+def test_each_figure_of_a_row_ends_where_its_heading_does() -> None:
+    lines = [metrics(10, route="oe", upstream_segments_per_s=1234.5), metrics(10, route=None)]
+    for columns in (34, 50, 58, 72, 80, 112, 120, 124, 136, 160, 200):
+        rows = drawn(model_of(*routed("oe"), *lines), columns)
+        heading = next(shown for shown in rows if "── 1 route" in shown)
+        shown = table_of(drawn(model_of(*routed("oe"), *lines), columns))["oe"]
+        if "policy" in heading:
+            assert shown[heading.index("policy") :].startswith("strip sysctl"[: columns - heading.index("policy")])
+        for name, figure in (("active", "0"), ("p99", "-"), ("segs/s", "1.23k"), ("of", "4")):
+            if f" {name} " in heading:
+                end = heading.index(f" {name} ") + 1 + len(name)
+                assert shown[:end].endswith(f" {figure}"), (columns, name)
+
+
+def test_a_route_that_refuses_stands_on_top_and_in_the_verdict_and_no_other() -> None:
+    lines = routed(*(f"r{number}" for number in range(12)))
+    model = model_of(*lines, refusal("r7"))
+    shown = picture.draw(model, View(now=BEGAN + 12), 80, 24)
+    rows = ["".join(text for text, _ in painted) for painted in shown]
+    assert rows[1].startswith(" ALARM r7 refuses new connections: not held since 14:13:23") and "11 of 12 OK" in rows[1]
+    assert names_of(rows) == ["r7", *(f"r{number}" for number in range(12) if number != 7)]
+    (worst,) = [painted for painted in shown if painted[0][0].startswith("!")]
+    assert worst[0][1] == worst[2][1] == picture.RED and worst[2][0].startswith("REFUSED 14:13:23")
+    model.feed(encoder.line(refusal("r7", 9, "info")))
+    assert " NOTE  r7: No timestamp negotiated; the policy did not hold 14:13:23 to 14:13:29" in drawn(model)[1]
+
+
+ALL_GOOD = "No TCP timestamp has left by any of 3 routes, as far as these lines show"
+STAMPED = metrics(10, route="a", upstream_cx_timestamps_total=2)
+UNKNOWN = "d: Mode not known, for its route line is not here; 0 upstream connections with timestamps"
+MAY_LEAVE = "c: Timestamps may leave; no connection has negotiated them yet"
+OF_A_REMOVED_ONE = metrics(10, route=None, upstream_cx_policy_refused_total=2)
+BY_ROUTE: List[Tuple[List[Line], Grade, str, str]] = [
+    ([], Grade.GOOD, ALL_GOOD, "strip by sysctl"),
+    ([refusal("b")], Grade.BAD, "b refuses new connections: not held since 14:13:23", "2 of 3 OK"),
+    ([refusal("b"), refusal("c")], Grade.BAD, "2 of 3 routes refuse new connections since 14:13:23: b, c", "1 of 3 OK"),
+    ([refusal("b"), STAMPED], Grade.BAD, "2 of 3 routes in alarm: a, b", "1 of 3 OK"),
+    ([STAMPED], Grade.BAD, "a: 2 handshakes with a timestamp; reset before a byte was relayed", "2 of 3 OK"),
+    ([DRIFTED], Grade.BAD, "The policy does not hold since 14:13:23: new connections are refused", ""),
+    ([connection(route="d", witness="nftables")], Grade.OPEN, UNKNOWN, "3 of 4 OK"),
+    ([route("c", "preserve", "none")], Grade.NOTE, MAY_LEAVE, "2 of 3 OK"),
+    ([route(name, "strip", "trusted") for name in "abc"], Grade.NOTE, "3 of 3 routes with a note: a, b, c", "0 of 3 OK"),
+    ([OF_A_REMOVED_ONE], Grade.GOOD, ALL_GOOD, "strip by sysctl"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("lines", "grade", "text", "basis"), BY_ROUTE, ids=[f"{number}" for number in range(len(BY_ROUTE))])
+def test_the_verdict_on_a_process_is_that_on_the_worst_of_its_routes(
+    lines: List[Line], grade: Grade, text: str, basis: str
+) -> None:
+    judged = verdict.judge(model_of(*routed("a", "b", "c"), *lines).processes[100])
+    assert (judged.grade, judged.text) == (grade, text)
+    assert judged.basis == basis or not basis
+
+
+def test_a_fresh_trouble_lifts_a_route_for_a_minute_and_says_what_it_is() -> None:
+    quiet = [metrics(10, route=name) for name in "abc"]
+    model = model_of(*routed("a", "b", "c"), *quiet, metrics(20, route="b", upstream_cx_connect_fail=3))
+    assert names_of(drawn(model)) == ["b", "a", "c"]
+    assert "3 connects failed" in table_of(drawn(model))["b"]
+    model.feed(encoder.line({**said("error", "can't accept", 21), "route": "c"}))
+    assert names_of(drawn(model)) == ["c", "b", "a"]
+    assert "error   14:13:41" in table_of(drawn(model))["c"]
+    assert "c: can't accept" in "\n".join(drawn(model))
+    assert "14:13:40 3 connects failed" in table_of(drawn(model, 150, 40))["b"]
+    model.feed(encoder.line(metrics(100, route="a")))
+    assert names_of(drawn(model)) == ["a", "b", "c"]
+    assert "strip sysctl" in table_of(drawn(model))["b"]
+    assert "14:13:40 3 connects failed" in table_of(drawn(model, 150, 40))["b"]  # its last one, however long ago
+
+
+def test_what_was_counted_before_the_first_line_that_is_seen_is_no_fresh_trouble() -> None:
+    late = metrics(1000, route="b", downstream_cx_overflow=9)
+    assert names_of(drawn(model_of(metrics(1000, route="a"), late, metrics(1000, route=None)))) == ["a", "b"]
+
+
+@unhurried
+@given(st.lists(st.sampled_from("abcdefgh"), unique=True, min_size=1), st.sets(st.sampled_from("abcdefgh")), st.integers(1, 40))
+def test_of_any_routes_those_that_refuse_come_first_and_all_keep_their_order(
+    names: List[str], refusing: Any, rows: int
+) -> None:
+    shown: List[str] = []
+    model = model_of(*routed(*names), *(refusal(name) for name in names if name in refusing))
+    wanted = sorted(names, key=lambda name: name not in refusing)
+    for page in range(len(names)):
+        page_rows = drawn(model, 80, 24 if rows > 24 else 14 + rows % 3, page=page)
+        shown += [name for name in names_of(page_rows) if name not in shown]
+    assert shown == wanted
+
+
+PAGES = [(0, "1-14", range(14)), (1, "15-28", range(14, 28)), (2, "29-30", range(28, 30)), (3, "1-14", range(14))]
+
+
+@pytest.mark.parametrize(("page", "heading", "numbers"), PAGES)
+def test_more_routes_than_rows_are_turned_over_by_page(page: int, heading: str, numbers: range) -> None:
+    model = model_of(*routed(*(f"r{number:02}" for number in range(30))))
+    rows = drawn(model, page=page)
+    assert f"── routes {heading} of 30 " in "\n".join(rows)
+    assert names_of(rows) == [f"r{number:02}" for number in numbers]
+    assert "space more routes" in rows[-1]
+    assert "space" not in drawn(model, 80, 60)[-1]
+    assert "── 30 routes " in "\n".join(drawn(model, 80, 60))
+
+
+def test_a_removed_route_goes_when_its_lines_have_stopped_and_one_lost_line_removes_none() -> None:
+    model = model_of(*routed("a", "b"), {**head("reload", 5), "added": 0, "removed": 1, "changed": 0, "unchanged": 1})
+    for second, told in ((10, "ab"), (20, "a"), (30, "ab"), (40, "a")):
+        for name in told:
+            model.feed(encoder.line(metrics(second, route=name, downstream_cx_active=1)))
+        model.feed(encoder.line(metrics(second, route=None)))
+    assert names_of(drawn(model)) == ["a", "b"]
+    for name in ("a", None):
+        model.feed(encoder.line(metrics(50, route=name)))
+    assert names_of(drawn(model)) == ["a"]
+    assert "reload" in "\n".join(drawn(model)) and "1 removed" in "\n".join(drawn(model))
+    model.feed(encoder.line(route("b", second=60, listen_port=9100)))
+    assert ":9100" in table_of(drawn(model))["b"]
+
+
+def test_a_route_that_is_refused_and_removed_leaves_the_verdict() -> None:
+    model = model_of(*routed("a", "b"), refusal("b"), metrics(10, route="a"), metrics(10, route=None))
+    assert verdict.judge(model.processes[100]).grade is Grade.BAD
+    for second in (20, 30, 40):
+        for name in ("a", None):
+            model.feed(encoder.line(metrics(second, route=name)))
+    assert verdict.judge(model.processes[100]).grade is Grade.GOOD
+
+
+def test_a_route_line_for_a_known_route_changes_what_it_says_and_ends_its_refusal() -> None:
+    model = model_of(*routed("a", "b"), refusal("a"), route("a", second=9, listen_port=9100, targets=["other:1"]))
+    assert ":9100" in table_of(drawn(model))["a"]
+    judged = verdict.judge(model.processes[100].routes[0])
+    assert (judged.grade, judged.text) == (Grade.NOTE, "No timestamp negotiated; the policy did not hold 14:13:23 to 14:13:29")
+
+
+def test_a_route_that_changes_from_preserve_to_strip_is_not_blamed_for_what_was_preserved() -> None:
+    preserved = [route("a", "preserve", "none"), metrics(10, route="a", upstream_cx_timestamps_total=5)]
+    model = model_of(start_of_routes(1), *preserved, route("a", second=11))
+    for line in (
+        metrics(20, route="a", upstream_cx_timestamps_total=6),  # one more before the change
+        connection(21, route="a", upstream_timestamps=True, witness="none"),  # outlived it
+        metrics(30, route="a", upstream_cx_timestamps_total=6),
+    ):
+        model.feed(encoder.line(line))
+        assert verdict.judge(model.processes[100]).grade is Grade.GOOD
+    model.feed(encoder.line(metrics(40, route="a", upstream_cx_timestamps_total=7)))
+    assert verdict.judge(model.processes[100]).text == "a: 1 handshake with a timestamp; reset before a byte was relayed"
+
+
+def test_routes_of_two_processes_are_told_apart_by_pid() -> None:
+    old, new = routed("a", "b"), routed("b", "c", pid=200)
+    model = model_of(*old, refusal("b"), *new, connection(5, pid=100, route="b"), metrics(10, pid=200, route="b"))
+    assert names_of(drawn(model)) == ["b", "c"] and " OK " in drawn(model)[1]
+    older = drawn(model, pid=100)
+    assert names_of(older) == ["b", "a"] and " ALARM b refuses" in older[1]
+    assert "pid 100: b: sysctl is 1" in "\n".join(drawn(model))
+    model.feed(encoder.line(start_of_routes(1)))
+    assert model.processes[100].routes == []  # the same pid began anew
+
+
+def test_a_file_may_call_a_route_default_and_a_command_line_makes_no_table() -> None:
+    model = model_of(*routed("default", "a"), metrics(10, route="default", downstream_cx_active=1), metrics(10, route=None))
+    assert names_of(drawn(model)) == ["default", "a"]
+    alone = [start(), metrics(10, route="default", downstream_cx_active=1), connection(route="default"), refusal("default")]
+    rows = drawn(model_of(*alone))
+    assert rows[1].startswith(" ALARM The policy does not hold since 14:13:23")
+    assert row(rows, "active").split()[1] == "1/1,000"
+    assert not any("default" in shown or "policy ─" in shown for shown in rows)
+
+
+def test_whose_start_lines_are_not_here_is_known_by_the_metrics_lines() -> None:
+    rows = drawn(model_of(metrics(1000, route="a", rx_bytes_per_s=70), metrics(1000, route=None, rx_bytes_per_s=90)))
+    assert row(rows, "process").split()[3:5] == ["90", "B"]
+    shown = table_of(rows)["a"]
+    assert shown[0] == "?" and shown.split()[4:6] == ["70", "B"] and "not known" in shown
+    assert rows[1].startswith(" ?     a: Mode not known, for its route line is not here")
+
+
+def test_a_connection_that_ended_says_of_which_route_it_was() -> None:
+    rows = drawn(model_of(*routed("oe-primary", *"abcd"), connection(route="oe-primary")))
+    assert " 14:13:21 10.0.0.1:50001        oe-primary     5.32 ms no -- closed" in [shown.rstrip() for shown in rows]
+
+
 # Figures
 
 
@@ -856,6 +1122,22 @@ def test_lines_from_a_pipe_are_drawn_while_keys_come_from_the_terminal() -> None
         assert_given_back(session, 0)
 
 
+def test_space_turns_the_routes_over(tmp_path: Path) -> None:
+    path = tmp_path / "lines.json"
+    path.write_bytes(b"".join(map(encoder.line, [*routed(*(f"r{number:02}" for number in range(20))), refusal("r17")])))
+    with watch(str(path)) as session:
+        rows = session.wait_for("ALARM r17 refuses", "routes 1-14 of 20")
+        assert names_of(rows)[:2] == ["r17", "r00"]
+        session.press(b" ")
+        assert names_of(session.wait_for("routes 15-20 of 20"))[-1] == "r19"
+        session.press(b" ")
+        session.wait_for("routes 1-14 of 20")
+        append(path, encoder.line(refusal("r17", 9, "info")))
+        session.wait_for("NOTE  r17: No timestamp negotiated")
+        session.press(b"q")
+        assert_given_back(session, 0)
+
+
 def test_at_the_end_of_a_pipe_the_last_state_stays_until_q() -> None:
     reader, writer = os.pipe()
     with watch(stdin=reader) as session:
@@ -954,6 +1236,37 @@ def test_without_a_terminal_each_line_becomes_one_that_people_read(lines: Path) 
     assert said[2].startswith("2026-09-21T14:13:30Z  pid 100  metrics  active 0; connections 0 /s; in 0 B/s; out 0 B/s; ")
     assert said[3] == "2026-09-21T14:13:22Z  pid 100  error  a trouble"
     assert said[5:] == ["unusable  not JSON: ?[2J junk"]
+
+
+def test_plain_lines_say_of_which_route_they_are() -> None:
+    lines = [
+        *routed("oe-primary"),
+        refusal("oe-primary"),
+        connection(4, route="oe-primary"),
+        metrics(10, route="oe-primary", downstream_cx_active=3),
+        metrics(10, route=None, downstream_cx_active=3),
+        {**head("reload", 11), "added": 2, "removed": 1, "changed": 0, "unchanged": 9, "message": "workers need a restart"},
+        said("reload", "routes.ini:7: [x]: port: given 'y'", 12),
+    ]
+    told = run_plain(b"".join(map(encoder.line, lines))).stdout.decode().splitlines()
+    good = "OK: No TCP timestamp has left, as far as these lines show (strip by sysctl)"
+    bad = "ALARM: oe-primary refuses new connections: not held since 14:13:23 (0 of 1 OK)"
+    for shown, begins, ends in zip(
+        told,
+        (
+            "20Z  pid 100  start  tsproxy 0.1.0, 1 route; ?: ",
+            f"20Z  pid 100  route oe-primary  start  127.0.0.1:9001 to exchange.example:443; {good}",
+            "23Z  pid 100  route oe-primary  error  timestamps_drift: sysctl is 1",
+            "24Z  pid 100  route oe-primary  closed  10.0.0.1:50001 to 192.0.2.1:443, ",
+            "30Z  pid 100  route oe-primary  metrics  active 3; ",
+            "30Z  pid 100  metrics  active 3; ",
+            "31Z  pid 100  info  reload: 2 added, 1 removed, 0 changed, 9 unchanged; workers need a restart",
+            "32Z  pid 100  error  reload: routes.ini:7: [x]: port: given 'y'",
+        ),
+        ("", good, "", "closed --", "new connections are refused (strip by sysctl)", bad, "", ""),
+    ):
+        assert shown.startswith(f"2026-09-21T14:13:{begins}") and shown.endswith(ends), shown
+    assert len(told) == len(lines)
 
 
 @pytest.mark.parametrize("term", ["dumb", ""])

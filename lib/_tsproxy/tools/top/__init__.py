@@ -70,6 +70,7 @@ class _Watch:
         self._keys = open_keys()
         self._screen = Screen(1, self._keys)
         self._pid: Optional[int] = None
+        self._page = 0
         self._ended_by = 0  # a signal, or 0
         self._next_frame = time.monotonic() + _FIRST_S
         self._is_done = False
@@ -150,7 +151,7 @@ class _Watch:
     def _show(self) -> None:
         self._next_frame = time.monotonic() + _TICK_S
         columns, rows = self._screen.size
-        view = View(self._name, self._pid, time.time(), self._lines.ended, self._lines.note)
+        view = View(self._name, self._pid, time.time(), self._lines.ended, self._lines.note, self._page)
         drawn = picture.draw(self._model, view, columns, rows)
         self._screen.paint(["".join(self._style.paint(self._style.fit(text), code) for text, code in row) for row in drawn])
 
@@ -170,7 +171,9 @@ class _Watch:
             if key == ord("q"):
                 self._is_done = True
             elif key in b"n\t":
-                self._pid = self._next_pid()
+                self._pid, self._page = self._next_pid(), 0
+            elif key == ord(" "):
+                self._page += 1
             elif key == ord("\x0c"):
                 self._screen.forget()
             self._hurry(0)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import math
 import re
+from datetime import datetime, timezone
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple, Union
 
+from _tsproxy.cli.config import DEFAULT_ROUTE
 from _tsproxy.stats.histogram import LIMITS_US
 
 MOST_TEXT = 500
@@ -23,16 +25,32 @@ _STRANGE = re.compile(
     "\u2010-\u2027\u2030-\u205e\u20a0-\u20bf\u2190-\u22ff\u2500-\u259f]"
 )
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT(\d\d:\d\d:\d\d)(?:\.\d{1,9})?Z", re.ASCII)
-_SAID = ("error", "warning", "resolve", "timestamps_drift", "drain", "stop", "debug")
-_COUNTER = re.compile(r"(?:downstream|upstream|cx|idle|internal|log|worker)_[a-z_]+", re.ASCII)
+_SAID = ("error", "warning", "resolve", "reload", "timestamps_drift", "drain", "stop", "debug")
+_COUNTER = re.compile(r"(?:downstream|upstream|cx|idle|internal|log|worker)_[a-z_]+(?<!_per_s)(?<!_max)", re.ASCII)
+_ROUTE = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
 
 
 class Start(NamedTuple):
-    """A `start` line. Lists are joined to a text."""
+    """A `start` line. Lists are joined to a text. `routes`: how many a file has; None for the one of the command line."""
 
     at: str
     pid: int
     version: str
+    listening: str
+    targets: str
+    mode: str
+    static_timestamp: int
+    witness: str
+    max_connections: Optional[int]
+    routes: Optional[int] = None
+
+
+class RouteStart(NamedTuple):
+    """A `route` line: from here on this route is served as it says. Lists are joined to a text."""
+
+    at: str
+    pid: int
+    route: str
     listening: str
     targets: str
     mode: str
@@ -61,6 +79,7 @@ class Closed(NamedTuple):
     reason: str
     termination_state: str
     level: str
+    route: Optional[str]
 
 
 class Latency(NamedTuple):
@@ -75,7 +94,7 @@ class Latency(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """A `metrics` line. `counts` has each counter and gauge that it names."""
+    """A `metrics` line: of a route, or of the whole process (None). `counts` has each counter and gauge that it names."""
 
     at: str
     pid: int
@@ -87,16 +106,19 @@ class Metrics(NamedTuple):
     counts: Mapping[str, int]
     relay: Latency
     connect: Latency
+    route: Optional[str]
+    segments_per_s: Optional[float]
 
 
 class Said(NamedTuple):
-    """A line that is text for people: `error`, `warning`, `timestamps_drift`, `resolve`, `drain`, `stop`."""
+    """A line that is text for people: `error`, `warning`, `timestamps_drift`, `resolve`, `reload`, `drain`, `stop`."""
 
     at: str
     pid: int
     level: str
     event: str
     text: str
+    route: Optional[str] = None
 
 
 class Unread(NamedTuple):
@@ -106,12 +128,20 @@ class Unread(NamedTuple):
     text: str
 
 
-Record = Union[Start, Closed, Metrics, Said, Unread]
+Record = Union[Start, RouteStart, Closed, Metrics, Said, Unread]
 
 
 def clean(text: str, most: int = MOST_TEXT) -> str:
     """The text with each character that is no single visible column turned into "?", and its end cut off."""
     return _STRANGE.sub("?", text[:most])
+
+
+def moment(at: str) -> Optional[float]:
+    """Seconds since 1970 of a time in a line; None for one that no calendar has."""
+    try:
+        return datetime.strptime(at[:19], "%Y-%m-%dT%H:%M:%S").replace(tzinfo=timezone.utc).timestamp()
+    except ValueError:
+        return None
 
 
 def read(line: bytes) -> Record:
@@ -141,8 +171,10 @@ def _record(fields: _Reader) -> Record:
         return _closed(fields)
     if event == "start":
         return _start(fields)
+    if event == "route":
+        return _route_start(fields)
     if event in _SAID:
-        return Said(fields.at(), fields.pid(), fields.text("level"), event, _words(fields, event))
+        return Said(fields.at(), fields.pid(), fields.text("level"), event, _words(fields, event), fields.route(None))
     raise _Wrong(f"unknown event {event!a}" if event else "no event")
 
 
@@ -207,6 +239,15 @@ class _Reader:
             raise _Wrong(f"no sensible {name}")
         return text
 
+    def route(self, missing: Optional[str]) -> Optional[str]:
+        """The route that a line is about. None: the process, which null says too."""
+        if self._fields.get("route") is None:
+            return None if "route" in self._fields else missing
+        name = self.raw("route")
+        if not _ROUTE.fullmatch(name):
+            raise _Wrong("no sensible route")
+        return name
+
     def pid(self) -> int:
         """Who speaks: it must be there."""
         return int(self.measured("pid"))
@@ -226,11 +267,20 @@ class _Reader:
 
 
 def _start(fields: _Reader) -> Start:
+    return Start(fields.at(), fields.pid(), fields.text("version"), *_served(fields), fields.whole("routes"))
+
+
+def _route_start(fields: _Reader) -> RouteStart:
+    name = fields.route(None)
+    if name is None:
+        raise _Wrong("no route")
+    return RouteStart(fields.at(), fields.pid(), name, *_served(fields))
+
+
+def _served(fields: _Reader) -> Tuple[str, str, str, int, str, Optional[int]]:
+    """From `listening` to `max_connections`."""
     limit = re.search(r"\bmax_connections=(\d{1,9})\b", fields.texts("limits"), re.ASCII)
-    return Start(
-        fields.at(),
-        fields.pid(),
-        fields.text("version"),
+    return (
         _address(fields, "listen"),
         fields.texts("targets"),
         fields.text("timestamps"),
@@ -259,6 +309,7 @@ def _closed(fields: _Reader) -> Closed:
         fields.text("reason"),
         fields.text("termination_state"),
         fields.text("level"),
+        fields.route(DEFAULT_ROUTE),
     )
 
 
@@ -274,6 +325,8 @@ def _metrics(fields: _Reader) -> Metrics:
         fields.counts(),
         fields.latency("relay_us"),
         fields.latency("connect_us"),
+        fields.route(DEFAULT_ROUTE),
+        fields.number("upstream_segments_per_s"),
     )
 
 
@@ -291,6 +344,9 @@ def _words(fields: _Reader, event: str) -> str:
         return f"{left} connections may finish within {limit:g} s"
     if event == "stop":
         return f"{fields.text('reason')}; connections cut: {fields.whole('killed_connections') or 0}"
+    if event == "reload" and fields.text("level") != "error":
+        counts = ", ".join(f"{fields.whole(name) or 0} {name}" for name in ("added", "removed", "changed", "unchanged"))
+        return "; ".join(filter(None, (counts, clean(fields.text("message")))))
     told = [line.strip() for line in fields.raw("message").splitlines() if line.strip()]
     if len(told) > 1:
         first = "its traceback is in the line" if told[0].startswith("Traceback") else told[0]

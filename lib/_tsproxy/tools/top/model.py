@@ -7,18 +7,36 @@ long the stream is.
 from __future__ import annotations
 
 from collections import deque
-from typing import Counter, Deque, Dict, List, NamedTuple, Optional, Tuple, Union
+from typing import Counter, Deque, Dict, List, Mapping, NamedTuple, Optional, Tuple, Union
 
+from _tsproxy.cli.config import DEFAULT_ROUTE
 from _tsproxy.stats.histogram import LIMITS_US
-from _tsproxy.tools.top.lines import Closed, Latency, Metrics, Record, Said, Start, Unread, read
+from _tsproxy.tools.top.lines import Closed, Latency, Metrics, Record, RouteStart, Said, Start, Unread, read
 
 _HISTORY = 512  # intervals; more than a terminal has columns
+_ROUTES = 128  # of a process
 _CLOSED = 200
 _MESSAGES = 200
 _PROCESSES = 16
 _REASONS = 32  # kinds of unusable lines that are told apart
 _SHORTEST_S = 0.1  # a rate over less (two SIGUSR1 in a row) would be noise
 TOTALS = ("downstream_cx_rx_bytes_total", "downstream_cx_tx_bytes_total", "downstream_cx_total")
+TROUBLES = (
+    ("internal_errors_total", "internal errors", "error"),
+    ("worker_restarts_total", "workers died", "error"),
+    ("downstream_cx_lost_with_worker_total", "lost with them", "error"),
+    ("upstream_cx_policy_refused_total", "refused by policy", "error"),
+    ("upstream_cx_policy_ended_total", "ended by policy", "error"),
+    ("log_lines_dropped_total", "lines dropped", "warning"),
+    ("upstream_cx_connect_fail", "connects failed", "warning"),
+    ("upstream_cx_connect_timeout", "of them timed out", "warning"),
+    ("downstream_cx_overflow", "turned away, full", "warning"),
+    ("downstream_client_cx_overflow", "over the client limit", "warning"),
+    ("downstream_cx_denied", "denied", "warning"),
+    ("cx_reset_by_peer_total", "resets", "info"),
+    ("idle_timeout_total", "idle ends", "info"),
+)
+"""Counters of trouble, the worst first: what people call it, and the level of a line that would tell of it."""
 
 
 class Message(NamedTuple):
@@ -40,16 +58,23 @@ class Interval(NamedTuple):
     connect: Optional[Latency]
 
 
-class Process:
-    """One tsproxy: the lines with its pid, since its `start` line or since the first one seen."""
+class Trouble(NamedTuple):
+    """What last went wrong on a route: an `error` or `warning` line, or the worst of the counters of trouble that grew."""
 
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        self.start: Optional[Start] = None
+    at: str
+    level: str
+    text: str
+    grown: int = 0  # by how much; 0: it is a line
+
+
+class Watched:
+    """A process or one of its routes: what its lines say, put together."""
+
+    start: Optional[Union[Start, RouteStart]] = None
+
+    def __init__(self, history: int) -> None:
         self.metrics: Optional[Metrics] = None
-        self.intervals: Deque[Interval] = deque(maxlen=_HISTORY)
-        self.closed: Deque[Closed] = deque(maxlen=_CLOSED)
-        self.phase = "relaying"
+        self.intervals: Deque[Interval] = deque(maxlen=history)
         self.witness = ""
         self.drifts: List[Tuple[str, str]] = []  # the last two: since when it did not hold, and until when ("": still)
         self.drift_count = 0
@@ -73,6 +98,10 @@ class Process:
         """Since when the policy has not held; empty if it holds."""
         return self.drifts[-1][0] if self.drifts and not self.drifts[-1][1] else ""
 
+    def count_since(self, name: str) -> int:
+        """What a counter has counted."""
+        return self.count(name) or 0
+
     def measure(self, metrics: Metrics) -> None:
         """Take the next totals, and what has happened since the last ones."""
         self.metrics = metrics
@@ -89,7 +118,6 @@ class Process:
 
     def close(self, closed: Closed) -> None:
         """Note one that ended."""
-        self.closed.append(closed)
         self.witness = closed.witness or self.witness
         self.handshakes += closed.upstream_timestamps is not None
         self.stamped += closed.upstream_timestamps is True
@@ -101,8 +129,148 @@ class Process:
         if said.level == "error":
             self.drift_count += 1
             self.drifts = [*self.drifts[-1:], (said.at, "")]
-        elif self.drifted_since:
-            self.drifts[-1] = (self.drifts[-1][0], said.at)
+        else:
+            self.drift_ended(said.at)
+
+    def drift_ended(self, at: str) -> None:
+        """The policy holds, as of then."""
+        if self.drifted_since:
+            self.drifts[-1] = (self.drifts[-1][0], at)
+
+
+class Route(Watched):
+    """One route of a file: the lines with its name, since its first one or since another policy was asked for."""
+
+    def __init__(self, name: str, is_another: bool = False) -> None:
+        """`is_another`: one of this name was there before, and its totals go on in the lines of this one."""
+        super().__init__(history=1)
+        self.name = name
+        self.start: Optional[RouteStart] = None
+        self.trouble: Optional[Trouble] = None
+        self.missed = 0  # metrics lines of the process since the last one of the route
+        self._before: Optional[Mapping[str, int]] = None if is_another else {}  # what was counted before it
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether it was removed and its last session has ended: then its lines stop. One of them may be lost.
+
+        While they come, one line of the process stands between two of them.
+        """
+        return self.missed > 2
+
+    def count_since(self, name: str) -> int:
+        """What a counter has counted of this one; nothing before it is told apart from what was there before."""
+        return 0 if self._before is None else max(0, super().count_since(name) - self._before.get(name, 0))
+
+    def begin(self, start: RouteStart) -> None:
+        """Its `route` line. The policy held when that was written, or the line would not have been."""
+        self.start, self.witness, self.missed = start, start.witness, 0
+        self.drift_ended(start.at)
+
+    def measure(self, metrics: Metrics) -> None:
+        """The same, and what of it is trouble."""
+        is_first = self.metrics is None and self.start and self._before is not None
+        before = self._base.counts if self._base else self._before if is_first else None
+        if before is not None:
+            self.trouble = _trouble(before, metrics) or self.trouble
+        super().measure(metrics)
+        self.missed = 0
+        if self._before is None:
+            self._before = metrics.counts
+
+    def close(self, closed: Closed) -> None:
+        """The same, but one that outlives a change from `preserve` to `strip` proves nothing of `strip`."""
+        if closed.witness != "none" or not self.start or self.start.mode == "preserve":
+            super().close(closed)
+
+    def hear(self, said: Said) -> None:
+        """Something was said of it."""
+        if said.event == "timestamps_drift":
+            self.drift(said)
+        if said.level in ("error", "warning"):
+            self.trouble = Trouble(said.at, said.level, said.text)
+
+
+class Process(Watched):
+    """One tsproxy: the lines with its pid, since its `start` line or since the first one seen."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(_HISTORY)
+        self.pid = pid
+        self.start: Optional[Start] = None
+        self.closed: Deque[Closed] = deque(maxlen=_CLOSED)
+        self.phase = "relaying"
+        self.is_routed = False  # its routes are those of a file, and lines say of which they are
+        self._routes: Dict[str, Route] = {}
+
+    @property
+    def routes(self) -> List[Route]:
+        """Those that are there, in the order of their lines."""
+        return [route for route in self._routes.values() if not route.is_gone]
+
+    def is_itself(self, route: Optional[str]) -> bool:
+        """Whether a line of that route is of the whole process."""
+        return route is None or (route == DEFAULT_ROUTE and not self.is_routed)
+
+    def route(self, name: Optional[str]) -> Optional[Route]:
+        """The route of that name, a new one if need be; None where the process itself is meant."""
+        if name is None or self.is_itself(name):
+            return None
+        self.is_routed = True
+        return self._routes.get(name) or self._add(Route(name))
+
+    def begin_route(self, start: RouteStart) -> None:
+        """A `route` line: a new one, or another of the same name. Its facts go on only if the policy is the same."""
+        self.is_routed = True
+        route = self._routes.get(start.route)
+        if route is None or route.is_gone or route.start is None or route.start.mode != start.mode:
+            route = self._add(Route(start.route, is_another=route is not None and route.metrics is not None))
+        route.begin(start)
+
+    def _add(self, route: Route) -> Route:
+        """If there are too many, one that is gone leaves, or the oldest."""
+        self._routes[route.name] = route
+        while len(self._routes) > _ROUTES:
+            del self._routes[next((name for name, one in self._routes.items() if one.is_gone), next(iter(self._routes)))]
+        return route
+
+    def forget_totals(self) -> None:
+        """The same for its routes."""
+        super().forget_totals()
+        for route in self._routes.values():
+            route.forget_totals()
+
+    def measure(self, metrics: Metrics) -> None:
+        """Totals of the process, or of a route."""
+        route = self.route(metrics.route)
+        if route:
+            route.measure(metrics)
+            return
+        self.is_routed = self.is_routed or metrics.route is None
+        super().measure(metrics)
+        for each in self._routes.values():
+            each.missed += 1
+
+    def close(self, closed: Closed) -> None:
+        """Note one that ended, for its route too."""
+        super().close(closed)
+        self.closed.append(closed)
+        route = self.route(closed.route)
+        if route:
+            route.close(closed)
+
+    def hear(self, said: Said) -> None:
+        """Something was said to people."""
+        route = self.route(said.route)
+        if route:
+            route.hear(said)
+        if said.event == "timestamps_drift":
+            if route is None:
+                self.drift(said)
+            else:
+                self.drift_count += said.level == "error"
+        elif said.event in ("drain", "stop"):
+            self.phase = "draining" if said.event == "drain" else "stopped"
 
 
 class Model:
@@ -136,12 +304,16 @@ class Model:
     def _is_of_another(self, metrics: Metrics) -> bool:
         """In containers each tsproxy may be pid 1: the one that began later is the one shown."""
         known = self.processes.get(metrics.pid)
-        return bool(known and known.metrics and metrics.start_time < known.metrics.start_time)
+        if known is None or known.metrics is None or not known.is_itself(metrics.route):
+            return False
+        return metrics.start_time < known.metrics.start_time
 
-    def _take(self, record: Union[Start, Closed, Metrics, Said]) -> None:
+    def _take(self, record: Union[Start, RouteStart, Closed, Metrics, Said]) -> None:
         if isinstance(record, Start):
             process = self._begin(record.pid)
-            process.start, process.witness = record, record.witness
+            process.start, process.witness, process.is_routed = record, record.witness, record.routes is not None
+        elif isinstance(record, RouteStart):
+            self._process(record.pid).begin_route(record)
         elif isinstance(record, Closed):
             self._process(record.pid).close(record)
         elif isinstance(record, Metrics):
@@ -152,20 +324,16 @@ class Model:
     def _measured(self, metrics: Metrics) -> Process:
         """Whose totals these are: a successor's if they began anew without a `start` line."""
         process = self._process(metrics.pid)
-        if process.metrics and metrics.start_time > process.metrics.start_time:
+        if process.metrics and process.is_itself(metrics.route) and metrics.start_time > process.metrics.start_time:
             return self._begin(metrics.pid)
         return process
 
     def _hear(self, said: Said) -> None:
-        process = self._process(said.pid)
         times = 1
         if self.messages and self.messages[-1].said._replace(at=said.at) == said:
             times += self.messages.pop().times
         self.messages.append(Message(said, times))
-        if said.event == "timestamps_drift":
-            process.drift(said)
-        elif said.event in ("drain", "stop"):
-            process.phase = "draining" if said.event == "drain" else "stopped"
+        self._process(said.pid).hear(said)
 
     def _process(self, pid: int) -> Process:
         return self.processes.get(pid) or self._begin(pid)
@@ -177,6 +345,15 @@ class Model:
         while len(self.processes) > _PROCESSES:
             del self.processes[next(iter(self.processes))]
         return self.processes[pid]
+
+
+def _trouble(before: Mapping[str, int], metrics: Metrics) -> Optional[Trouble]:
+    """The worst counter of trouble that has grown."""
+    for name, text, level in TROUBLES:
+        grown = metrics.counts.get(name, 0) - before.get(name, 0)
+        if grown > 0 and level != "info":
+            return Trouble(metrics.at, level, text, grown)
+    return None
 
 
 def _first(metrics: Metrics) -> Interval:

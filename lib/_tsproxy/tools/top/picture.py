@@ -5,43 +5,24 @@ Knows what is worth a row when rows are few. Knows nothing of terminals; no cloc
 
 from __future__ import annotations
 
-from datetime import datetime, timezone
-from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Iterator, List, NamedTuple, Optional, Sequence
 
+from _tsproxy.cli.config import DEFAULT_ROUTE
 from _tsproxy.stats.histogram import LIMITS_US
 from _tsproxy.tools.terminal import BOLD, DIM, GREEN, RED, YELLOW
-from _tsproxy.tools.top import verdict, words
-from _tsproxy.tools.top.lines import Closed, Latency, Unread, clean
-from _tsproxy.tools.top.model import Message, Model, Process
+from _tsproxy.tools.top import table, verdict, words
+from _tsproxy.tools.top.lines import Closed, Latency, Unread, clean, moment
+from _tsproxy.tools.top.model import TROUBLES, Message, Model, Process
+from _tsproxy.tools.top.rows import PLAIN, REVERSE, Row, Segment, ends, fit, heading, middle, shorten
 from _tsproxy.tools.top.verdict import Grade, Verdict
 
-Segment = Tuple[str, str]  # text, colour
-Row = Sequence[Segment]
 BARS = "▁▂▃▄▅▆▇█"
-PLAIN, REVERSE = "", "7"
 _BAR_OF = {Grade.GOOD: "30;42", Grade.NOTE: "30;43", Grade.BAD: "1;37;41", Grade.OPEN: REVERSE}
 _LABEL, _FIGURE, _SPARK = 13, 12, 38  # columns: where figures begin, how wide each is, where sparklines begin
 _PERCENTILE, _COUNT = 9, 8
 _COUNTED = _LABEL + 4 * _PERCENTILE + _COUNT  # a number that is cut would be another number
 _NARROW, _ROOMY = 60, 100  # columns below which peaks, and the version, are left out
 _QUIET = 2.5  # intervals without a line before it is said
-
-# Counters of trouble, the worst first: what people call it, and its colour when it is not 0
-_TROUBLES = (
-    ("internal_errors_total", "internal errors", RED),
-    ("worker_restarts_total", "workers died", RED),
-    ("downstream_cx_lost_with_worker_total", "lost with them", RED),
-    ("upstream_cx_policy_refused_total", "refused by policy", RED),
-    ("upstream_cx_policy_ended_total", "ended by policy", RED),
-    ("log_lines_dropped_total", "lines dropped", YELLOW),
-    ("upstream_cx_connect_fail", "connects failed", YELLOW),
-    ("upstream_cx_connect_timeout", "of them timed out", YELLOW),
-    ("downstream_cx_overflow", "turned away, full", YELLOW),
-    ("downstream_client_cx_overflow", "over the client limit", YELLOW),
-    ("downstream_cx_denied", "denied", YELLOW),
-    ("cx_reset_by_peer_total", "resets", PLAIN),
-    ("idle_timeout_total", "idle ends", PLAIN),
-)
 
 
 class View(NamedTuple):
@@ -52,6 +33,7 @@ class View(NamedTuple):
     now: float = 0.0
     ended: bool = False  # no more lines will come
     note: str = ""  # about the source: rotated, truncated, waiting
+    page: int = 0  # of the table of routes, round and round
 
 
 class _Ranked(NamedTuple):
@@ -70,33 +52,77 @@ def chosen(model: Model, view: View) -> Optional[Process]:
 def draw(model: Model, view: View, columns: int, rows: int) -> List[Row]:
     """The rows, each exactly `columns` wide. The least worth are left out, the bottom one is always the footer."""
     process = chosen(model, view)
-    ranked = [*_top(process, model, view, columns), *_lists(process, model, columns, rows)]
+    if process and process.is_routed:
+        ranked = [*_with_routes(process, model, view, columns, rows)]
+    else:
+        ranked = [*_top(process, model, view, columns), *_lists(process, model, columns, rows)]
     room = max(0, rows - 1)
     kept = sorted(range(len(ranked)), key=lambda index: -ranked[index].worth)[:room]
     body = [ranked[index].row for index in sorted(kept)]
     body += [[]] * (room - len(body))
-    return [fit(row, columns) for row in [*body, _footer(process, model, view, columns)][:rows]]
-
-
-def fit(row: Row, columns: int) -> Row:
-    """The row cut or filled to that width."""
-    out: List[Segment] = []
-    left = columns
-    for text, code in row:
-        if left and text:
-            out.append((text[:left], code))
-            left -= len(out[-1][0])
-    return [*out, (" " * left, PLAIN)] if left else out
+    footer = _footer(process, model, view, columns, rows)
+    return [fit(row, columns) for row in [*body, footer][:rows]]
 
 
 def _top(process: Optional[Process], model: Model, view: View, columns: int) -> Iterator[_Ranked]:
     """All above the lists."""
-    judged = verdict.judge(process)
-    yield _Ranked(100, _header(process, model, view, columns))
-    yield _Ranked(99, _banner(judged, columns))
-    yield _Ranked(80, _evidence(process))
+    yield from _judged(process, model, view, columns)
     yield from _rates(process, columns)
     yield from _latencies(process, columns)
+
+
+def _judged(process: Optional[Process], model: Model, view: View, columns: int) -> Iterator[_Ranked]:
+    """The three rows that are always the first."""
+    yield _Ranked(100, _header(process, model, view, columns))
+    yield _Ranked(99, _banner(verdict.judge(process), columns))
+    yield _Ranked(80, _evidence(process))
+
+
+_BLOCK = 5  # rows of rates, or of latency, with their heading
+_FEW = 3  # rows that are not worth a heading
+_NO_TROUBLE = 14  # rows below which the table has all that the verdict leaves
+
+
+def _with_routes(process: Process, model: Model, view: View, columns: int, rows: int) -> Iterator[_Ranked]:
+    """The table gets what room there is; what it leaves goes to the process's rates, latency and ended connections.
+
+    Where each begins depends on the size and on how many routes there are: nothing jumps while the screen is watched.
+    """
+    room, said = _table_room(rows), _said_rows(rows)
+    spare = room - len(process.routes)
+    blocks = min(max(0, spare) // _BLOCK, 2)
+    left = max(0, spare - blocks * _BLOCK)
+    yield from _judged(process, model, view, columns)
+    if blocks:
+        yield from _rates(process, columns)
+    if blocks > 1:
+        yield from _latencies(process, columns)
+    yield from _routes(process, model, view, columns, room)
+    if said:
+        yield from _trouble(process, model, columns, said + (left if left < _FEW else 0))
+    if left >= _FEW:
+        yield from _closed_rows(list(process.closed)[::-1][: left - 1], columns, has_routes=True)
+
+
+def _said_rows(rows: int) -> int:
+    return min(8, 2 + max(0, rows - 24) // 6) if rows >= _NO_TROUBLE else 0
+
+
+def _table_room(rows: int) -> int:
+    """How many routes are shown at once, beside three rows of the verdict, two of the table itself, the trouble, the footer."""
+    said = _said_rows(rows)
+    return max(1, rows - 6 - (2 + said if said else 0))
+
+
+def _routes(process: Process, model: Model, view: View, columns: int, room: int) -> Iterator[_Ranked]:
+    """A page of the table."""
+    routes = table.ranked(process, model.last_at)
+    pages = max(1, -(-len(routes) // room))
+    begin = view.page % pages * room
+    shown = routes[begin : begin + room]
+    title = words.counted(len(routes), "route") if pages == 1 else f"routes {begin + 1}-{begin + len(shown)} of {len(routes)}"
+    for place, row in enumerate(table.rows(process, shown, title, columns)):
+        yield _Ranked((97, 96)[place] if place < 2 else 98, row)
 
 
 # Who speaks, and the verdict
@@ -109,14 +135,16 @@ def _header(process: Optional[Process], model: Model, view: View, columns: int) 
     name = f" tsproxy {start.version} " if start and columns >= _ROOMY else " tsproxy "
     up = f"  up {words.seconds(process.metrics.uptime_s)}" if process.metrics else ""
     where = f"{start.listening} → {start.targets} " if start else "(its start line is not here) "
+    if process.is_routed and start:
+        where = f"{words.counted(len(process.routes), 'route')} "
     pid = f" pid {process.pid}  "
     used = len(name + pid + process.phase)
-    return [(name, BOLD), (pid, PLAIN), (process.phase, colour), (_ends(up, where, columns - used), PLAIN)]
+    return [(name, BOLD), (pid, PLAIN), (process.phase, colour), (ends(up, where, columns - used), PLAIN)]
 
 
 def _banner(judged: Verdict, columns: int) -> Row:
     text, basis = f" {judged.grade.value:<5} {judged.text}", f"{judged.basis} "
-    return [(_ends(text, basis if len(text) + len(basis) < columns else "", columns), _BAR_OF[judged.grade])]
+    return [(ends(text, basis if len(text) + len(basis) < columns else "", columns), _BAR_OF[judged.grade])]
 
 
 def _evidence(process: Optional[Process]) -> Row:
@@ -127,7 +155,7 @@ def _evidence(process: Optional[Process]) -> Row:
     clients, upstream = process.count("downstream_cx_timestamps_total"), process.count("upstream_cx_total")
     if upstream is None or upstream < process.handshakes:
         upstream = process.handshakes  # connection lines that came after the last metrics line
-    bad = RED if verdict.mode_of(process) == "strip" else PLAIN
+    bad = RED if verdict.mode_of(process) == "strip" and not process.is_routed else PLAIN  # which route may, the table says
     return [
         ("       TSopt: upstream ", DIM),
         (f"{words.count(stamped)}/{words.count(upstream)}", bad if stamped else PLAIN),
@@ -138,32 +166,6 @@ def _evidence(process: Optional[Process]) -> Row:
         (", drifts ", DIM),
         (words.count(process.drift_count), RED if process.drift_count else PLAIN),
     ]
-
-
-def _ends(left: str, right: str, columns: int) -> str:
-    """One text at each end; the right one only as far as there is room."""
-    if len(left) >= columns:
-        return shorten(left, columns)
-    right = shorten(right, columns - len(left) - 2)
-    return f"{left}{right:>{max(0, columns - len(left))}}"
-
-
-def shorten(text: str, width: int) -> str:
-    """Its end cut off, and a mark there."""
-    if len(text) <= width:
-        return text
-    return f"{text[: width - 1]}…" if width > 0 else ""
-
-
-def _heading(columns: int, *names: Tuple[int, str]) -> Row:
-    """A rule with the names of columns in it: (the column that a name begins at, or if negative ends before; name)."""
-    row = ["─"] * columns
-    for at, name in names:
-        begin = at if at >= 0 else -at - len(name)
-        if begin < columns:
-            row[begin - 1 : begin + 1 + len(name)] = f" {name} "
-    title = len(names[0][1]) + 3
-    return [("".join(row[:2]), DIM), ("".join(row[2:title]), BOLD), ("".join(row[title:columns]), DIM)]
 
 
 # Rates
@@ -202,7 +204,7 @@ def _rates_heading(span: float, columns: int) -> Row:
     if columns >= _NARROW:
         names.append((-_LABEL - 2 * _FIGURE, "peak"))
     names.append((_spark_at(columns) + 2, f"the last {words.seconds(span)}" if span else "no metrics line yet"))
-    return _heading(columns, *names)
+    return heading(columns, *names)
 
 
 def _rate_row(name: str, now: str, peak: str, bars: str, columns: int) -> Row:
@@ -241,22 +243,17 @@ def _latency_heading(title: str, columns: int) -> Row:
         at += width
         names.append((-at, name))
     names.append((at + 1, "1us───────1ms───────1s"))
-    return _heading(columns, *names)
+    return heading(columns, *names)
 
 
 def _latency_row(name: str, latency: Optional[Latency], mark: str, columns: int) -> Row:
     """`mark` stands before figures that are upper limits only."""
     figures = (latency.p50, latency.p99, latency.p999, latency.most) if latency else (None,) * 4
-    texts = [f"{_at_most(value, mark):>{_PERCENTILE}}" for value in figures][: max(0, columns - _LABEL) // _PERCENTILE]
+    room = max(0, columns - _LABEL) // _PERCENTILE
+    texts = [f"{words.at_most(value, mark, LIMITS_US[-1]):>{_PERCENTILE}}" for value in figures[:room]]
     count = words.count(latency.total if latency else None) if columns >= _COUNTED else ""
     bars = _distribution(latency) if latency else ""
     return [(f" {name:<{_LABEL - 1}}", PLAIN), ("".join(texts), BOLD), (f"{count:>{_COUNT}} ", PLAIN), (bars, GREEN)]
-
-
-def _at_most(value: Optional[float], mark: str) -> str:
-    if value == float("inf"):
-        return f">{words.micros(LIMITS_US[-1])}"
-    return words.UNKNOWN if value is None else f"{mark}{words.micros(value)}"
 
 
 def _distribution(latency: Latency) -> str:
@@ -273,17 +270,26 @@ def _lists(process: Optional[Process], model: Model, columns: int, rows: int) ->
     """The two lists, the latest first. They share what room the size leaves, however much there is to say: nothing jumps."""
     room = max(0, rows - 17)
     said = max(1, min(12, room // 3))
-    yield _Ranked(64, _heading(columns, (3, "trouble")))
-    yield _Ranked(85, _troubles(process, model, columns))
-    for place, row in enumerate(_said(model, said, columns)):
-        yield _Ranked(60 - place if place else 84, row)
+    yield from _trouble(process, model, columns, said)
     closed = list(process.closed)[::-1][: room - said] if process and room > said else []
     yield from _closed_rows(closed, columns)
 
 
+def _trouble(process: Optional[Process], model: Model, columns: int, said: int) -> Iterator[_Ranked]:
+    yield _Ranked(64, heading(columns, (3, "trouble")))
+    yield _Ranked(85, _troubles(process, model, columns))
+    for place, row in enumerate(_said(model, said, columns)):
+        yield _Ranked(60 - place if place else 84, row)
+
+
 def _troubles(process: Optional[Process], model: Model, columns: int) -> Row:
     """The counters that are not 0, the worst first, as far as they fit."""
-    counts = [(words.count(value), name, code) for key, name, code in _TROUBLES for value in [_of(process, key)] if value]
+    counts = [
+        (words.count(value), name, _COLOURS.get(level, PLAIN))
+        for key, name, level in TROUBLES
+        for value in [_of(process, key)]
+        if value
+    ]
     unread = sum(model.unread.values())
     if unread:
         counts.insert(0, (words.count(unread), "unusable line" + "s" * (unread > 1), YELLOW))
@@ -313,10 +319,15 @@ def _said(model: Model, count: int, columns: int) -> List[Row]:
 def _message(message: Message, several: bool, columns: int) -> Row:
     said, times = message
     head = f" {said.at[11:19]} {_NAMES.get(said.event, said.event):<8}"
-    text = f"pid {said.pid}: {said.text}" if several else said.text
+    text = ": ".join(filter(None, (f"pid {said.pid}" if several else "", _route(said.route), said.text)))
     if times > 1:
         text = f"({words.count(times)} times) {text}"
     return [(head, _COLOURS.get(said.level, PLAIN)), (shorten(text, columns - len(head)), PLAIN)]
+
+
+def _route(name: Optional[str]) -> str:
+    """Its name where it tells something."""
+    return "" if name in (None, DEFAULT_ROUTE) else str(name)
 
 
 def _strange(line: Unread, columns: int) -> Row:
@@ -347,13 +358,19 @@ _COLUMNS = (
     _Column("offered", 10, 138),
     _Column("ts", 2, 48),
 )
+_ROUTE = _Column("route", 14, 70)
+_BY_ROUTE = tuple(
+    part
+    for column in _COLUMNS
+    for part in ([column, _ROUTE] if column.name == "client" else [column._replace(need=column.need + _ROUTE.width + 2)])
+)
 _WIDER = 190  # from here on there is room for whole IPv6 addresses
 _IPV6 = 26  # how much more they take
 
 
-def _closed_rows(closed: Sequence[Closed], columns: int) -> Iterator[_Ranked]:
+def _closed_rows(closed: Sequence[Closed], columns: int, has_routes: bool = False) -> Iterator[_Ranked]:
     """The last ones that ended; how it ended takes what width is left."""
-    layout = [column for column in _COLUMNS if columns >= column.need]
+    layout = [column for column in (_BY_ROUTE if has_routes else _COLUMNS) if columns >= column.need]
     if columns >= _WIDER:
         layout = [column._replace(width=column.width + _IPV6) if column.width == 21 else column for column in layout]
     names, at = [], 1
@@ -361,18 +378,19 @@ def _closed_rows(closed: Sequence[Closed], columns: int) -> Iterator[_Ranked]:
         names.append((at if column.name in _LEFT else -at - column.width, column.name))
         at += column.width + 1
     title = [(3, "closed"), *[name for name in names if name[1] not in ("time", "client")], (at, "end")]
-    yield _Ranked(55, _heading(columns, *title))
+    yield _Ranked(55, heading(columns, *title))
     for place, one in enumerate(closed):
         yield _Ranked(54 - min(place, 50), _closed_row(one, layout))
 
 
-_LEFT = ("time", "client", "upstream", "ts")
+_LEFT = ("time", "client", "route", "upstream", "ts")
 
 
 def _closed_row(one: Closed, layout: Sequence[_Column]) -> Row:
     cells = {
         "time": one.at[11:19],
         "client": one.client,
+        "route": one.route or words.UNKNOWN,
         "upstream": one.upstream or words.UNKNOWN,
         "lasted": words.micros(one.duration_us),
         "connect": words.micros(one.connect_us),
@@ -385,28 +403,23 @@ def _closed_row(one: Closed, layout: Sequence[_Column]) -> Row:
     }
     row: List[Segment] = []
     for name, width, _ in layout:
-        text = _middle(cells[name], width)
+        text = middle(cells[name], width)
         row.append((f" {text:<{width}}" if name in _LEFT else f" {text:>{width}}", PLAIN))
     return [*row, (f" {one.termination_state:<2} {one.reason}", _COLOURS.get(one.level, PLAIN))]
-
-
-def _middle(text: str, width: int) -> str:
-    """Cut in the middle: of an address both its beginning and its port tell something."""
-    if len(text) <= width:
-        return text
-    return f"{text[: width - 9]}…{text[-8:]}" if width > 9 else text[:width]
 
 
 # The last row
 
 
-def _footer(process: Optional[Process], model: Model, view: View, columns: int) -> Row:
+def _footer(process: Optional[Process], model: Model, view: View, columns: int, rows: int) -> Row:
     keys = " q quit"
     if len(model.processes) > 1 and process:
         place = list(model.processes).index(process.pid) + 1
         keys += f"   n next process ({place} of {len(model.processes)}{', the newest' if view.pid is None else ''})"
+    if process and len(process.routes) > _table_room(rows):
+        keys += "   space more routes"
     if view.ended:
-        return [(_ends(" END OF INPUT: the last state; q quits", f"{_last(model, view)} ", columns), REVERSE)]
+        return [(ends(" END OF INPUT: the last state; q quits", f"{_last(model, view)} ", columns), REVERSE)]
     code = YELLOW if _is_quiet(process, model, view) else DIM
     right = "; ".join(part for part in (clean(view.note), _last(model, view)) if part)
     return [(keys, DIM), (f"{shorten(right, columns - len(keys) - 2):>{max(0, columns - len(keys) - 1)}} ", code)]
@@ -430,7 +443,5 @@ def _is_quiet(process: Optional[Process], model: Model, view: View) -> bool:
 
 def age(at: str, now: float) -> Optional[float]:
     """Seconds since an RFC 3339 time; None for one that no calendar has."""
-    try:
-        return now - datetime.strptime(at[:19], "%Y-%m-%dT%H:%M:%S").replace(tzinfo=timezone.utc).timestamp()
-    except ValueError:
-        return None
+    then = moment(at)
+    return None if then is None else now - then

@@ -8,24 +8,30 @@ from __future__ import annotations
 from typing import Optional
 
 from _tsproxy.tools.top import verdict, words
-from _tsproxy.tools.top.lines import Closed, Latency, Metrics, Record, Said, Start, Unread
-from _tsproxy.tools.top.model import Model, Process
+from _tsproxy.tools.top.lines import Closed, Latency, Metrics, Record, RouteStart, Said, Start, Unread
+from _tsproxy.tools.top.model import Model, Watched
 
 
 def sentence(record: Record, model: Model) -> str:
     """What a line says, after the model has taken it."""
     if isinstance(record, Unread):
         return f"unusable  {record.why}: {record.text}"
-    return f"{record.at[:19]}Z  pid {record.pid}  {_event(record, model.processes[record.pid])}"
+    process = model.processes[record.pid]
+    route = None if isinstance(record, Start) else process.route(record.route)
+    of = f"route {route.name}  " if route else ""
+    return f"{record.at[:19]}Z  pid {record.pid}  {of}{_event(record, route or process)}"
 
 
-def _event(record: Start | Closed | Metrics | Said, process: Process) -> str:
+def _event(record: Start | RouteStart | Closed | Metrics | Said, watched: Watched) -> str:
     if isinstance(record, Start):
-        return f"start  tsproxy {record.version}, {record.listening} to {record.targets}; {_judged(process)}"
+        where = f"{record.listening} to {record.targets}" if record.routes is None else words.counted(record.routes, "route")
+        return f"start  tsproxy {record.version}, {where}; {_judged(watched)}"
+    if isinstance(record, RouteStart):
+        return f"start  {record.listening} to {record.targets}; {_judged(watched)}"
     if isinstance(record, Closed):
         return f"closed  {_closed(record)}"
     if isinstance(record, Metrics):
-        return f"metrics  {_measured(process)}"
+        return f"metrics  {_measured(watched)}"
     event = "" if record.event == record.level else f"{record.event}: "
     return f"{record.level}  {event}{record.text}"
 
@@ -43,16 +49,16 @@ def _closed(one: Closed) -> str:
     return ", ".join(parts)
 
 
-def _measured(process: Process) -> str:
-    last = process.last
+def _measured(watched: Watched) -> str:
+    last = watched.last
     parts = (
-        f"active {words.count(process.count('downstream_cx_active'))}",
+        f"active {words.count(watched.count('downstream_cx_active'))}",
         f"connections {words.per_second(last.cx_per_s if last else None)}",
         f"in {words.scaled(last.rx_per_s if last else None, 'B/s')}",
         f"out {words.scaled(last.tx_per_s if last else None, 'B/s')}",
         f"relay {_percentiles(last.relay if last else None)}",
         f"connect {_percentiles(last.connect if last else None)}",
-        _judged(process),
+        _judged(watched),
     )
     return "; ".join(parts)
 
@@ -64,6 +70,6 @@ def _percentiles(latency: Optional[Latency]) -> str:
     return f"p50 up to {words.micros(latency.p50)}, p99 up to {words.micros(latency.p99)}"
 
 
-def _judged(process: Process) -> str:
-    judged = verdict.judge(process)
+def _judged(watched: Watched) -> str:
+    judged = verdict.judge(watched)
     return f"{judged.grade.value}: {judged.text}" + (f" ({judged.basis})" if judged.basis else "")

@@ -33,6 +33,16 @@ def count(value: Optional[float]) -> str:
     return f"{value:,.0f}" if value < 999_999.5 else scaled(value, "")
 
 
+def counted(number: int, noun: str) -> str:
+    """So many of these: "1 route", "12 routes"."""
+    return f"{count(number)} {noun}{'' if number == 1 else 's'}"
+
+
+def few(value: Optional[float]) -> str:
+    """How many, in six columns: "12,345", and from a hundred thousand on "123k"."""
+    return count(value) if value is None or value < 99_999.5 else scaled(value, "")
+
+
 def per_second(value: Optional[float]) -> str:
     """How often: "120 /s", "0.5 /s"."""
     return UNKNOWN if value is None else f"{significant(value)} /s" if value < 999.5 else f"{count(value)} /s"
@@ -47,6 +57,13 @@ def micros(value: Optional[float]) -> str:
     if value < 999_500:
         return f"{significant(value / 1000)} ms"
     return f"{significant(value / 1e6)} s" if value < 59_950_000 else seconds(value / 1e6)
+
+
+def at_most(value: Optional[float], mark: str, beyond: float) -> str:
+    """A time that is an upper limit, as `mark` says; infinite: it is longer than `beyond`."""
+    if value == float("inf"):
+        return f">{micros(beyond)}"
+    return UNKNOWN if value is None else f"{mark}{micros(value)}"
 
 
 def seconds(value: float) -> str:
