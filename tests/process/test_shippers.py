@@ -142,7 +142,8 @@ def test_fields_prints_the_map_as_json_with_a_row_for_each_field() -> None:
 
 
 def mapped(line: Line) -> Set[str]:
-    return {*fields.EVENTS["every line"], *fields.EVENTS[line["event"]]}
+    only_of_routes = {"routes"} - line.keys()
+    return {*fields.EVENTS["every line"], *fields.EVENTS[line["event"]]} - only_of_routes
 
 
 @pytest.mark.root
@@ -319,6 +320,22 @@ def test_what_is_null_is_left_out_and_addresses_of_version_6_are_addresses(
     assert "tsproxy.connect_us" not in ended
 
 
+def test_the_lines_of_routes_come_out_with_their_route_and_that_of_the_process_without(
+    shipper: Shipper, echoing: Exchange, start: Callable[..., Proxy]
+) -> None:
+    proxy = start(echoing)
+    with proxy.connect() as client:
+        round_trips(client, 1)
+    proxy.line("connection")
+    proxy.stop()
+    lines = shippers.as_routes(proxy.lines)
+    shipper.lines_file.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
+    records = shipper.wait_for(len(lines))
+    assert_same(records, lines)
+    totals = [flat(record) for record in records if record["event"]["action"] == "metrics"]
+    assert [record.get("tsproxy.route") for record in totals] == ["oe-primary", None, "md.a"]
+
+
 def test_a_line_that_is_no_json_comes_out_too(shipper: Shipper) -> None:
     shipper.lines_file.write_text('Segmentation fault "(core dumped)"\n')
     (record,) = shipper.wait_for(1)
@@ -427,7 +444,7 @@ def test_a_file_that_is_rotated_under_way_goes_on_at_its_beginning(
 
 
 def sample(echoing: Exchange, start: Callable[..., Proxy]) -> List[Line]:
-    """Lines of a real tsproxy, with and without null fields."""
+    """Lines of a real tsproxy, with and without null fields, and the same as those of routes."""
     proxies = [start(echoing), start(refused())]
     with proxies[0].connect() as client:
         round_trips(client, 10)
@@ -435,7 +452,7 @@ def sample(echoing: Exchange, start: Callable[..., Proxy]) -> List[Line]:
     for proxy in proxies:
         proxy.line("connection")
         proxy.stop()
-    return [line for proxy in proxies for line in proxy.lines]
+    return [line for proxy in proxies for line in proxy.lines] + shippers.as_routes(proxies[0].lines)
 
 
 def vrl(transform: str, lines: List[str]) -> List[Line]:
@@ -481,7 +498,10 @@ def test_vector_makes_opentelemetry(echoing: Exchange, start: Callable[..., Prox
         assert got == wanted
         assert {name: type(value) for name, value in got.items()} == {name: type(value) for name, value in wanted.items()}
         assert record["eventName"] == f"tsproxy.{own['EventName']}"
-        assert (record["severityText"], record["severityNumber"]) == (line["level"], {"info": 9, "warning": 13}[line["level"]])
+        assert (record["severityText"], record["severityNumber"]) == (
+            line["level"],
+            {"info": 9, "warning": 13, "error": 17}[line["level"]],
+        )
         seconds, micros = divmod(int(record["timeUnixNano"]) // 1000, 1_000_000)
         assert time.strftime(f"%Y-%m-%dT%H:%M:%S.{micros:06d}Z", time.gmtime(seconds)) == own["Timestamp"]
 
@@ -532,7 +552,8 @@ def test_promtail_and_filebeat_and_vector_are_sound_yaml_that_reads_the_file() -
     (stages,) = [job["pipeline_stages"]]
     assert job["static_configs"][0]["labels"]["__path__"] == "/var/log/tsproxy/tsproxy.json"
     assert [next(iter(stage)) for stage in stages] == ["json", "timestamp", "labels"]
-    assert stages[2]["labels"].keys() == {"level", "event"}  # few values: each is a stream
+    assert stages[2]["labels"].keys() == {"level", "event", "route"}  # few values: each is a stream
+    assert stages[0]["json"]["expressions"].keys() == {"timestamp", "level", "event", "route"}
     (input_,) = yaml.safe_load(generated("filebeat"))
     assert input_["paths"] == yaml.safe_load(generated("vector"))["sources"]["tsproxy_lines"]["include"]
 

@@ -41,6 +41,30 @@ def generated(kind: str, directory: Optional[Path] = None) -> str:
     return done.stdout.replace("/var/log/tsproxy", str(directory)) if directory else done.stdout
 
 
+def as_routes(lines: List[Line]) -> List[Line]:
+    """Real lines as those of two routes of a file, with about half of what was counted, and of a process that sums it up."""
+    (start,) = [line for line in lines if line["event"] == "start"]
+    ended = [line for line in lines if line["event"] == "connection"]
+    (last,) = [line for line in lines if line["event"] == "metrics"][-1:]
+    last = {**last, "internal_errors_total": 3, "downstream_cx_lost_with_worker_total": 2}
+    of_route = {name: value for name, value in last.items() if not name.startswith(("loop_lag", "log_lines", "worker_re"))}
+    counts = [name for name, value in of_route.items() if isinstance(value, int) and name != "pid"]
+    lesser = {**of_route, **{name: of_route[name] // 2 for name in counts}, "route": "oe-primary"}
+    greater = {**of_route, **{name: of_route[name] - lesser[name] for name in counts}, "route": "md.a"}
+    head = {"timestamp": last["timestamp"], "level": "info", "event": "route", "pid": last["pid"]}
+    served = {name: start[name] for name in ("listen_address", "listen_port", "targets", "timestamps", "witness", "limits")}
+    return [
+        {**start, "routes": 2, "listen_address": None, "listen_port": None},
+        *({**head, "route": name, **served} for name in ("oe-primary", "md.a")),
+        *({**line, "route": name} for line, name in zip(ended, ["oe-primary", "md.a"] * 2)),
+        {**head, "event": "reload", "added": 0, "removed": 0, "changed": 1, "unchanged": 1, "message": "read again"},
+        {**head, "event": "reload", "level": "error", "message": 'routes.ini:7: [x]: port: given "y"'},
+        lesser,
+        {**last, "route": None},
+        greater,
+    ]
+
+
 def rsyslogd() -> List[str]:
     """The program, told where its modules are if it is not installed."""
     modules = UNPACKED / "usr/lib/x86_64-linux-gnu/rsyslog"

@@ -55,9 +55,14 @@ def _histograms() -> Iterator[str]:
 EVENTS: Mapping[str, Tuple[str, ...]] = {
     "every line": ("timestamp", "level", "event", "pid"),
     "start": (
-        *("version", "listen_address", "listen_port", "listeners", "targets", "upstream_addresses", "timestamps"),
+        *("routes", "version", "listen_address", "listen_port", "listeners", "targets", "upstream_addresses", "timestamps"),
         *("static_timestamp", "witness", "workers", "runtime", "python", "json_encoder", "knobs", "limits"),
     ),
+    "route": (
+        *("route", "listen_address", "listen_port", "listeners", "targets", "upstream_addresses", "timestamps"),
+        *("static_timestamp", "witness", "knobs", "limits"),
+    ),
+    "reload": ("added", "removed", "changed", "unchanged", "message"),
     "connection": (
         *("connection_id", "worker", "client_address", "client_port", "upstream_address", "upstream_port"),
         *("upstream_local_address", "upstream_local_port", "duration_us", "connect_us", "rx_bytes", "tx_bytes"),
@@ -85,7 +90,13 @@ EVENTS: Mapping[str, Tuple[str, ...]] = {
     "drain": ("active_connections", "drain_timeout_s"),
     "stop": ("reason", "drained", "killed_connections", "uptime_s"),
 }
-"""The fields of each line."""
+"""The fields of each line. `routes`, `route` and `reload` lines, and metrics lines whose `route` is null, are of --routes."""
+
+OF_PROCESS = (
+    *("internal_errors_total", "log_lines_dropped_total", "worker_restarts_total"),
+    *("downstream_cx_lost_with_worker_total", "loop_lag_us"),
+)
+"""The counters and histograms that are one number for all routes: what they count is of a loop, a worker or the reporter."""
 
 ADDED: Mapping[str, Mapping[str, object]] = {
     "every line": {

@@ -5,7 +5,7 @@ Knows which field becomes which metric. Knows nothing of the alerts and the dash
 
 from __future__ import annotations
 
-from typing import Iterator, NamedTuple, Tuple
+from typing import Iterator, NamedTuple, Sequence, Tuple
 
 from _tsproxy.stats.metrics import HISTOGRAMS
 from _tsproxy.tools.generate import fields, templates
@@ -15,7 +15,7 @@ _COMPUTED = ("start_time", "uptime_s", "interval_s", "rx_bytes_per_s", "tx_bytes
 
 
 class Metric(NamedTuple):
-    """Where a field goes: declared as "counter tsproxy_name by le", say, and set to `value`, $1 being what `number` finds."""
+    """Where a field goes: declared as "counter tsproxy_name by route", say, and set to `value`; $1 is what `number` finds."""
 
     field: str
     declared: str
@@ -23,37 +23,49 @@ class Metric(NamedTuple):
     number: str = r"\d+"
     value: str = "$1"
 
+    @property
+    def reading(self) -> str:
+        """The statement for mtail. A gauge of a route that was removed would stay for ever."""
+        forget = f"  del {self.name} after 24h\n" if self.declared.startswith("gauge") and "[" in self.name else ""
+        return f'/"{self.field}":({self.number})/ {{\n  {self.name} = {self.value}\n{forget}}}'
+
 
 def text() -> str:
     """The program for mtail and the rules, each under a heading that names its file."""
-    made = list(metrics())
-    declared = "\n".join(dict.fromkeys(metric.declared for metric in made))
-    program = templates.fill("tsproxy.mtail", METRICS=declared, READINGS="\n".join(map(_reading, made)))
+    of_process, of_route = (list(metrics(is_of_route)) for is_of_route in (False, True))
+    declared = "\n".join(dict.fromkeys(metric.declared for metric in (*of_process, *of_route)))
+    program = templates.fill("tsproxy.mtail", METRICS=declared, OF_PROCESS=_readings(of_process), OF_ROUTE=_readings(of_route))
     parts = {"/etc/mtail/tsproxy.mtail": program, "/etc/prometheus/tsproxy.rules.yml": templates.fill("prometheus-rules.yaml")}
     return templates.in_parts(templates.fill("prometheus.txt"), parts)
 
 
-def metrics() -> Iterator[Metric]:
-    """Each metric that comes from a field of the metrics lines."""
-    made_of_histograms = tuple(f"{name}_" for name in HISTOGRAMS)
+def metrics(is_of_route: bool) -> Iterator[Metric]:
+    """Each metric that comes from a field of the metrics lines: those of a route, or those of the process."""
+    by, at = (" by route", "[$route]") if is_of_route else ("", "")
+    of_histograms = tuple(f"{name}_" for name in HISTOGRAMS)
     for field in fields.EVENTS["metrics"]:
-        if field in _GAUGES:
-            yield Metric(field, f"gauge tsproxy_{field}", f"tsproxy_{field}")
-        elif field not in (*_COMPUTED, "route") and not field.startswith(made_of_histograms):
-            name = f"tsproxy_{field}" if field.endswith("_total") else f"tsproxy_{field}_total"
-            yield Metric(field, f"counter {name}", name)
+        if field in (*_COMPUTED, "route") or field.startswith(of_histograms):
+            continue
+        if is_of_route is (field in fields.OF_PROCESS):
+            continue
+        kind = "gauge" if field in _GAUGES else "counter"
+        name = f"tsproxy_{field}" if field in _GAUGES or field.endswith("_total") else f"tsproxy_{field}_total"
+        yield Metric(field, f"{kind} {name}{by}", f"{name}{at}")
     for field, (_, limits_us) in HISTOGRAMS.items():
-        yield from _histogram(field, limits_us)
+        if is_of_route is (field not in fields.OF_PROCESS):
+            yield from _histogram(field, limits_us, is_of_route)
 
 
-def _histogram(field: str, limits_us: Tuple[int, ...]) -> Iterator[Metric]:
+def _histogram(field: str, limits_us: Tuple[int, ...], is_of_route: bool) -> Iterator[Metric]:
     """Cumulative buckets as they are in the line, and what was the most: not since the last look, but the start."""
     name = f"tsproxy_{field[: -len('_us')]}_seconds"
+    by, at = ("route, le", "[$route]") if is_of_route else ("le", "")
     edges = [(f"le_{limit}", repr(limit / 1e6)) for limit in limits_us]
     for part, edge in [*edges, ("count", "+Inf")]:
-        yield Metric(f"{field}_{part}", f"counter {name}_bucket by le", f'{name}_bucket["{edge}"]')
-    yield Metric(f"{field}_max", f"gauge {name}_max", f"{name}_max", r"\d+\.?\d*", "$1 / 1000000.0")
+        yield Metric(f"{field}_{part}", f"counter {name}_bucket by {by}", f'{name}_bucket{at}["{edge}"]')
+    most = f"gauge {name}_max by route" if is_of_route else f"gauge {name}_max"
+    yield Metric(f"{field}_max", most, f"{name}_max{at}", r"\d+\.?\d*", "$1 / 1000000.0")
 
 
-def _reading(metric: Metric) -> str:
-    return f'/"{metric.field}":({metric.number})/ {{\n  {metric.name} = {metric.value}\n}}'
+def _readings(metrics: Sequence[Metric]) -> str:
+    return "\n".join(metric.reading for metric in metrics)
