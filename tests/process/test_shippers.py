@@ -172,6 +172,27 @@ def test_no_field_of_a_real_line_is_unmapped() -> None:
     assert seen >= {"start", "connection", "metrics", "timestamps_drift", "error", "drain", "stop"}
 
 
+def test_no_field_of_a_real_line_of_routes_is_unmapped(tmp_path: Path, echoing: Exchange) -> None:
+    path, lines = tmp_path / "routes.ini", f"port = 0\ntarget = {echoing.target}\n"
+    path.write_text(f"[oe]\n{lines}[md]\n{lines}")
+    with contextlib.closing(Proxy([*CHECKOUT, f"--routes={path}", "--timestamps=preserve", "--workers=1"])) as proxy:
+        proxy.line("route", lambda line: line["route"] == "md")
+        path.write_text(f"[oe]\n{lines}[md-b]\n{lines}")
+        proxy.process.send_signal(signal.SIGHUP)
+        proxy.line("reload")
+        proxy.stop()
+    assert {line["event"] for line in proxy.lines} >= {"start", "route", "reload", "metrics", "stop"}
+    for line in proxy.lines:
+        assert line.keys() <= mapped(line), line["event"]
+        if line["event"] == "route":
+            assert line.keys() == mapped(line)
+    (of_process,) = {frozenset(line) for line in proxy.lines if line["event"] == "metrics" and line["route"] is None}
+    (of_route,) = {frozenset(line) for line in proxy.lines if line["event"] == "metrics" and line["route"]}
+    missing = of_process - of_route
+    assert missing >= {"log_lines_dropped_total", "worker_restarts_total", "loop_lag_us_count"}
+    assert all(name.startswith(fields.OF_PROCESS) for name in missing)
+
+
 # What each of them prints
 
 

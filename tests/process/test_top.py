@@ -1390,6 +1390,74 @@ def test_each_line_of_a_real_tsproxy_is_understood(start: Any, echoing: Exchange
     assert process.start and process.start.max_connections == 1000
 
 
+ROUTES = """
+[oe-primary]
+port = 0
+target = {0}
+[md]
+port = 0
+target = {0}
+timestamps = {1}
+"""
+
+
+def test_each_line_of_real_routes_is_understood(tmp_path: Path, echoing: Exchange) -> None:
+    path, text = tmp_path / "routes.ini", ROUTES.format(echoing.target, "preserve")
+    options = [f"--routes={path}", "--timestamps=preserve", "--metrics-interval=0", "--workers=1"]
+    path.write_text(text)
+
+    def names() -> List[str]:
+        proxy.metrics()
+        return [one.name for one in model_of(*proxy.lines).processes[proxy.process.pid].routes]
+
+    with contextlib.closing(Proxy([*CHECKOUT, *options])) as proxy:
+        opened = proxy.line("route", lambda line: line["route"] == "md")
+        with socket.create_connection((opened["listen_address"], opened["listen_port"])) as client:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+        assert proxy.line("connection")["route"] == "md"
+        for contents, level in ((text.replace("[md]", "[md-b]"), "info"), ("[x", "error")):
+            path.write_text(contents)
+            proxy.process.send_signal(signal.SIGHUP)
+            proxy.line("reload", lambda line, level=level: line["level"] == level)
+        wait_until(lambda: names() == ["oe-primary", "md-b"], "the removed route has gone")
+        assert proxy.stop() == 0
+    model = model_of(*proxy.lines)
+    assert not model.unread
+    process = model.processes[proxy.process.pid]
+    assert process.is_routed and process.count("downstream_cx_total") == 1
+    assert {line["event"] for line in proxy.lines} >= {"start", "route", "reload", "connection", "metrics", "drain", "stop"}
+
+
+@pytest.mark.root
+def test_a_drift_of_one_route_is_an_alarm_by_its_name_and_the_other_one_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "routes.ini"
+    with contextlib.closing(Namespace(tcp_timestamps="0")) as clean_one:
+        with clean_one:
+            far = Exchange()
+        path.write_text(ROUTES.format(far.target, "preserve"))
+        reader, writer = os.pipe()
+        command = [*clean_one.enter, *CHECKOUT, f"--routes={path}", "--metrics-interval=200ms"]
+        with (
+            contextlib.closing(far),
+            contextlib.closing(Proxy(command, stdout=writer)) as proxy,
+            watch(stdin=reader) as session,
+        ):
+            os.close(reader)
+            os.close(writer)
+            rows = session.wait_for("NOTE  md: Timestamps may leave", "strip sysctl", " preserve")
+            assert names_of(rows) == ["oe-primary", "md"]
+            clean_one.sysctl("tcp_timestamps", "1")
+            rows = session.wait_for("ALARM oe-primary refuses new connections: not held since", "!oe-primary")
+            assert " REFUSED " in table_of(rows)["oe-primary"] and " preserve" in table_of(rows)["md"]
+            clean_one.sysctl("tcp_timestamps", "0")
+            session.wait_for("NOTE  2 of 2 routes with a note: oe-primary, md", "*oe-primary")
+            proxy.stop()
+            session.wait_for("END OF INPUT", "stopped")
+            session.press(b"q")
+            assert_given_back(session, 0)
+
+
 @pytest.mark.root
 def test_a_drift_raises_the_alarm_and_its_end_is_told() -> None:
     clean_one = Namespace(tcp_timestamps="0")

@@ -25,8 +25,8 @@ class Metric(NamedTuple):
 
     @property
     def reading(self) -> str:
-        """The statement for mtail. A gauge of a route that was removed would stay for ever."""
-        forget = f"  del {self.name} after 24h\n" if self.declared.startswith("gauge") and "[" in self.name else ""
+        """The statement for mtail. A route's gauge would stay as it was when the route was removed."""
+        forget = f"  del {self.name} after 15m\n" if self.declared.startswith("gauge") and "[" in self.name else ""
         return f'/"{self.field}":({self.number})/ {{\n  {self.name} = {self.value}\n{forget}}}'
 
 
