@@ -172,6 +172,48 @@ def test_each_process_has_its_own_mode_and_the_latest_start_counts(counts: Any) 
     assert counts(segments, lines) == (2, 0, 0, 0)
 
 
+def of_route(name: str, mode: str, pid: int = 17) -> Dict[str, Any]:
+    return {"timestamp": stamp(BEGIN), "event": "route", "pid": pid, "route": name, "timestamps": mode}
+
+
+def start_of_routes(pid: int = 17) -> Dict[str, Any]:
+    return {"timestamp": stamp(BEGIN), "event": "start", "pid": pid, "routes": 2}
+
+
+def test_each_route_has_its_own_mode_as_its_line_says_and_not_the_start_line(counts: Any) -> None:
+    segments = [segment for port in (1, 2, 3) for segment in seen(port, tsvals=CONSTANT)]
+    stamped = [connection(port, upstream_timestamps=True, route=name) for port, name in enumerate("abb", 1)]
+    modes = [of_route("a", "rewrite"), of_route("b", "preserve")]
+    assert counts(segments, [start_of_routes(), *modes, *stamped]) == (1, 0, 0, 0)
+    assert counts(segments, [start_of_routes(), *modes[::-1], *stamped]) == (1, 0, 0, 0)
+    assert counts(segments, [start_of_routes(), *(of_route(name, "rewrite") for name in "ab"), *stamped]) == (3, 0, 0, 0)
+
+
+def test_routes_of_one_name_in_two_processes_have_a_mode_each_and_the_latest_lines_count(counts: Any) -> None:
+    lines = [
+        start_of_routes(1), of_route("a", "rewrite", 1), start_of_routes(2), of_route("a", "preserve", 2),
+        start_of_routes(3), of_route("a", "preserve", 3), start_of_routes(3), of_route("a", "rewrite", 3),
+        *(connection(pid, pid=pid, upstream_timestamps=True, route="a") for pid in (1, 2, 3)),
+    ]  # fmt: skip
+    segments = [segment for port in (1, 2, 3) for segment in seen(port, tsvals=CONSTANT)]
+    assert counts(segments, lines) == (2, 0, 0, 0)
+
+
+def test_a_route_whose_line_was_rotated_away_contradicts_no_constant_though_another_route_is_known(counts: Any) -> None:
+    stamped = connection(1, upstream_timestamps=True, route="b")
+    lines = [start_of_routes(), of_route("b", "preserve"), start_of_routes(), of_route("a", "preserve"), stamped]
+    assert counts(seen(1, tsvals=CONSTANT), lines) == (1, 0, 0, 0)  # of an earlier start the `route` lines are no more
+    assert counts(seen(1, tsvals=LEAKING), lines) == (0, 0, 0, 0)
+
+
+def test_lines_of_routes_are_other_events_and_their_connections_are_joined(counts: Any, tmp_path: Path) -> None:
+    others = [{"event": "reload", "pid": 17}, {"event": "metrics", "pid": 17, "route": None}]
+    lines = [start_of_routes(), of_route("a", "strip"), *others, connection(1, route="a"), connection(2, route="a")]
+    assert counts([*seen(1), *seen(2, tsvals=LEAKING)], lines) == (1, 1, 0, 0)
+    reader = Lines(str(tmp_path / "lines"))
+    assert len(list(reader)) == 2 and reader.skipped == {"other": 4}
+
+
 def test_a_line_that_saw_no_handshake_claims_nothing(counts: Any) -> None:
     assert counts(seen(1), [connection(1, upstream_timestamps=None)]) == (0, 0, 0, 0)
     assert counts(seen(1), [connection(2, upstream_timestamps=None)]) == (0, 0, 0, 1)
@@ -269,11 +311,19 @@ def test_any_bytes_are_lines_that_claim_nothing(tmp_path_factory: pytest.TempPat
     assert sum(lines.skipped.values()) == len([line for line in (b"x" + data).split(b"\n") if line])
 
 
+@pytest.mark.parametrize("value", [None, 7, [], {}, "X" * 99])
+def test_a_route_line_with_any_values_claims_nothing_and_does_not_raise(value: Any, tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    path.write_bytes(packed([{"event": "route", name: value} for name in ("route", "pid", "timestamps")]))
+    lines = Lines(str(path))
+    assert list(lines) == [] and lines.skipped == {"other": 3}
+
+
 VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.integers(), max_size=2)
 
 
 @settings(deadline=None)  # a machine that tests share
-@given(st.dictionaries(st.sampled_from([*connection(1)]), VALUES))
+@given(st.dictionaries(st.sampled_from([*connection(1), "route"]), VALUES))
 def test_any_values_of_a_connections_fields_give_a_claim_or_are_counted(
     tmp_path_factory: pytest.TempPathFactory, fields: Dict[str, Any]
 ) -> None:

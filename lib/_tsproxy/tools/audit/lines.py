@@ -15,7 +15,7 @@ from contextlib import closing
 from typing import Any, Dict, Iterator, NamedTuple, Optional, Tuple
 
 from _tsproxy.capture.stream import Stream
-from _tsproxy.cli.config import UsageError
+from _tsproxy.cli.config import DEFAULT_ROUTE, UsageError
 
 End = Tuple[str, int]
 _LONGEST = 1 << 16  # a line of tsproxy's has 4,096 bytes at most
@@ -46,7 +46,7 @@ class Lines:
         """`-` is standard input."""
         self.skipped: Counter[str] = Counter()
         self.path = path
-        self._modes: Dict[Any, Any] = {}  # by pid, as its latest `start` line has it
+        self._modes: Dict[str, Dict[Any, Any]] = {}  # of each pid by route, since its latest `start` line
 
     def refuse(self) -> None:
         """UsageError now, for what can be told without reading."""
@@ -71,16 +71,27 @@ class Lines:
         except (ValueError, TypeError, KeyError, RecursionError):
             self.skipped["unreadable"] += 1
             return None
-        if event == "start":
-            self._modes[str(fields.get("pid"))] = fields.get("timestamps")
+        if event in ("start", "route"):
+            self._note_mode(event, fields)
         if event != "connection":
             self.skipped["other"] += 1
             return None
         try:
-            return _claim(fields, self._modes.get(str(fields.get("pid"))))
+            return _claim(fields, self._mode(fields))
         except (ValueError, TypeError, KeyError, AttributeError, OSError, OverflowError):
             self.skipped["without both ends" if fields.get("upstream_local_address") is None else "unreadable"] += 1
             return None
+
+    def _note_mode(self, event: str, fields: Dict[str, Any]) -> None:
+        """What a process, or one of its routes, was asked for. Only the `route` lines tell it where there are several."""
+        of_process = self._modes.setdefault(str(fields.get("pid")), {})
+        if event == "start":
+            of_process.clear()
+        of_process[str(fields.get("route", DEFAULT_ROUTE))] = fields.get("timestamps")
+
+    def _mode(self, fields: Dict[str, Any]) -> Any:
+        """The mode of a `connection` line's route; None where the line that has it is missing."""
+        return self._modes.get(str(fields.get("pid")), {}).get(str(fields.get("route", DEFAULT_ROUTE)))
 
 
 def _claim(fields: Dict[str, Any], mode: Any) -> Claim:

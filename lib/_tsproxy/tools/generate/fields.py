@@ -96,7 +96,7 @@ OF_PROCESS = (
     *("internal_errors_total", "log_lines_dropped_total", "worker_restarts_total"),
     *("downstream_cx_lost_with_worker_total", "loop_lag_us"),
 )
-"""The counters and histograms that are one number for all routes: what they count is of a loop, a worker or the reporter."""
+"""What is asked of the process and of no route: it is of a worker, a loop or the reporter, though a route may know its part."""
 
 ADDED: Mapping[str, Mapping[str, object]] = {
     "every line": {
