@@ -24,6 +24,7 @@ from _tsproxy.tools.top import picture, plain, verdict, words
 from _tsproxy.tools.top.lines import Closed, Metrics, RouteStart, Said, Start, Unread, clean, read
 from _tsproxy.tools.top.model import Model
 from _tsproxy.tools.top.picture import View
+from _tsproxy.tools.top.rows import shorten
 from _tsproxy.tools.top.source import Cutter, Follower
 from _tsproxy.tools.top.verdict import Grade
 from harness import CHECKOUT, Exchange, Proxy, children, examples, receive_exactly, wait_until
@@ -653,18 +654,19 @@ def test_the_table_has_a_row_for_each_route_and_one_for_the_process() -> None:
     assert table_of(rows)["oe-backup"].split()[2:9] == ["0", "0", "0", "B", "2.00", "kB", "-"]
     assert row(rows, "process").split() == ["process", "2", "1", "500", "B", "2.00", "kB", "≤33.2", "us"]
     assert row(rows, "from clients").split()[2:4] == ["500", "B/s"]
-    wide = row(drawn(model, 170, 40), "oe-primary")
+    wide = row(drawn(model, 172, 40), "oe-primary")
     assert " 127.0.0.1:9001 " in wide and " exchange.example:443 " in wide and re.search(" 2 +4 ", wide)
 
 
 def test_each_figure_of_a_row_ends_where_its_heading_does() -> None:
     lines = [metrics(10, route="oe", upstream_segments_per_s=1234.5), metrics(10, route=None)]
-    for columns in (34, 50, 58, 72, 80, 112, 120, 124, 136, 160, 200):
+    for columns in (34, 50, 58, 72, 80, 112, 120, 124, 136, 172, 200):
         rows = drawn(model_of(*routed("oe"), *lines), columns)
         heading = next(shown for shown in rows if "── 1 route" in shown)
         shown = table_of(drawn(model_of(*routed("oe"), *lines), columns))["oe"]
         if "policy" in heading:
-            assert shown[heading.index("policy") :].startswith("strip sysctl"[: columns - heading.index("policy")])
+            at = heading.index("policy")
+            assert shown[at:].startswith(shorten("strip sysctl", columns - at))
         for name, figure in (("active", "0"), ("p99", "-"), ("segs/s", "1.23k"), ("of", "4")):
             if f" {name} " in heading:
                 end = heading.index(f" {name} ") + 1 + len(name)

@@ -17,7 +17,7 @@ from _tsproxy.tools.top.rows import PLAIN, Row, heading, middle, shorten
 from _tsproxy.tools.top.verdict import Grade
 
 _FRESH_S = 60  # for so long after its trouble a route stands on top
-_NAME, _MOST_NAME = 14, 40  # columns
+_NAME, _MOST_NAME = 14, 24  # columns
 _POLICY = 17
 _ROOMY = 112  # columns from which on the last trouble has its own
 _MARKS = {Grade.BAD: "!", Grade.OPEN: "?", Grade.NOTE: "*", Grade.GOOD: " "}  # where there are no colours, too
@@ -33,7 +33,7 @@ class _Column(NamedTuple):
 _COLUMNS = (
     _Column("listener", 21, 136),
     _Column("port", 6, 58),
-    _Column("upstream", 24, 160),
+    _Column("upstream", 24, 172),
     _Column("active", 6, 0),
     _Column("of", 6, 124),
     _Column("new/s", 6, 50),
@@ -157,7 +157,9 @@ def _row(one: Ranked, layout: Sequence[_Column], width: int, columns: int) -> Ro
     ]
     name = f"{_MARKS[one.judged.grade]}{middle(route.name, width):<{width}}"
     colour = _COLOURS[one.judged.grade] if one.judged.grade is not Grade.GOOD else PLAIN
-    return [(name, colour), (f"{_cells(layout, values)} ", PLAIN), *_state(one, columns)]
+    row = [(name, colour), (f"{_cells(layout, values)} ", PLAIN), *_state(one, columns)]
+    text, code = row[-1]
+    return [*row[:-1], (shorten(text.rstrip(), columns - sum(len(before) for before, _ in row[:-1])), code)]
 
 
 def _state(one: Ranked, columns: int) -> Row:
