@@ -11,7 +11,7 @@ from _tsproxy.stats.metrics import HISTOGRAMS
 from _tsproxy.tools.generate import fields, templates
 
 _GAUGES = ("downstream_cx_active", "upstream_cx_active")
-_COMPUTED = ("start_time", "uptime_s", "interval_s", "rx_bytes_per_s", "tx_bytes_per_s")  # by Prometheus itself
+_COMPUTED = ("_time", "uptime_s", "interval_s", "_per_s")  # how the names end of what Prometheus computes itself
 
 
 class Metric(NamedTuple):
@@ -44,7 +44,7 @@ def metrics(is_of_route: bool) -> Iterator[Metric]:
     by, at = (" by route", "[$route]") if is_of_route else ("", "")
     of_histograms = tuple(f"{name}_" for name in HISTOGRAMS)
     for field in fields.EVENTS["metrics"]:
-        if field in (*_COMPUTED, "route") or field.startswith(of_histograms):
+        if field == "route" or field.endswith(_COMPUTED) or field.startswith(of_histograms):
             continue
         if is_of_route is (field in fields.OF_PROCESS):
             continue
