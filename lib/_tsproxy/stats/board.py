@@ -7,7 +7,7 @@ in its lines. Knows counters. Knows nothing of lines, or of when a route ends.
 from __future__ import annotations
 
 import time
-from typing import Callable, Dict, Iterator, List
+from typing import Callable, Dict, Iterator, Optional
 
 from _tsproxy.stats import encoder, metrics
 from _tsproxy.stats.counters import SharedCounters
@@ -54,27 +54,30 @@ class Board:
         self._rates_of.setdefault(name, Rates(self._clock))
         self._counters.setdefault(name, {})[number] = counters
 
-    def end(self, number: int, name: str) -> None:
-        """Nobody counts there any more: keep what was counted, for the route if there is a newer version of it."""
+    def end(self, number: int, name: str) -> Optional[Fields]:
+        """Nobody counts there any more: keep what was counted, for the route if there is a newer version of it.
+
+        If there is none these are the fields of the route's last line.
+        """
         of_name = self._counters[name]
+        last = self._line(name) if len(of_name) == 1 else None
         ended = of_name.pop(number)
         heirs = list(of_name.values()) or [self._process]
         heirs[-1].absorb(ended)
         ended.close()
-        if not of_name:
+        if last:
             del self._counters[name], self._rates_of[name]
+        return last
 
     def lines(self) -> Iterator[Fields]:
         """The fields of each metrics line, the process's last."""
-        totals = {name: metrics.sums(of_name.values()) for name, of_name in self._counters.items()}
         if self._many:
-            for name, of_name in self._counters.items():
-                yield {
-                    "route": name,
-                    **self._rates_of[name].fields(metrics.without_process(totals[name])),
-                    **metrics.latencies(list(of_name.values()), metrics.OF_ROUTE),
-                }
-        every: List[SharedCounters] = [counters for of_name in self._counters.values() for counters in of_name.values()]
+            yield from map(self._line, self._counters)
+        every = [self._process, *(counters for of_name in self._counters.values() for counters in of_name.values())]
         route = None if self._many else next(iter(self._counters), None)
-        whole = metrics.added([metrics.sums([self._process]), *totals.values()])
-        yield {"route": route, **self._rates.fields(whole), **metrics.latencies([self._process, *every])}
+        yield {"route": route, **self._rates.fields(metrics.sums(every)), **metrics.latencies(every)}
+
+    def _line(self, name: str) -> Fields:
+        of_name = list(self._counters[name].values())
+        totals = metrics.without_process(metrics.sums(of_name))
+        return {"route": name, **self._rates_of[name].fields(totals), **metrics.latencies(of_name, metrics.OF_ROUTE)}

@@ -85,7 +85,7 @@ class Reporter:
 
     def end_route(self, number: int) -> None:
         """Its last session has ended. Its name stays known, for a record that is late."""
-        self._board_changes.append(partial(self._board.end, number, self._route_names[number]))
+        self._board_changes.append(partial(self._put_last, number, self._route_names[number]))
         self._route_names.pop(number - _LATE_NAMES, None)
 
     def metrics_now(self) -> None:
@@ -177,6 +177,12 @@ class Reporter:
             timestamp = self._stamps.rfc3339(record.closed_at_ns)
             names = self._witness_names[record.witness], self._route_names[record.route]
             self._line_writer.put(connection_line.encode(record, timestamp, os.getpid(), *names))
+
+    def _put_last(self, number: int, name: str) -> None:
+        """The last metrics line of a route that is gone."""
+        fields = self._board.end(number, name)
+        if fields:
+            self._put_line(time.time_ns(), "info", "metrics", fields)
 
     def _put_metrics(self, at_ns: int) -> None:
         for fields in self._board.lines():

@@ -7,7 +7,7 @@ what it has done besides is that sessions which would leak from now on are ended
 from __future__ import annotations
 
 import time
-from typing import Callable, Dict
+from typing import Callable, Dict, List
 
 from _tsproxy.policy.evidence import FAMILY_NAMES, Answer
 from _tsproxy.policy.inspector import PolicyCheck
@@ -29,9 +29,14 @@ class Drift:
         self.evidence = ""  # of the last failure
 
     @property
+    def failing(self) -> List[int]:
+        """The address families over which new connections are refused."""
+        return [family for family, answer in sorted(self._answers.items()) if answer is Answer.FAILS]
+
+    @property
     def refused(self) -> str:
         """What is refused now, for people; "" if nothing is."""
-        failing = [family for family, answer in sorted(self._answers.items()) if answer is Answer.FAILS]
+        failing = self.failing
         if not failing:
             return ""
         others = Answer.HOLDS in self._answers.values()

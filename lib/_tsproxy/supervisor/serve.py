@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Callable, List, Sequence
+from typing import TYPE_CHECKING, Callable, List, Sequence, Tuple
 
 from _tsproxy.cli import exits
 from _tsproxy.cli.config import Config
@@ -21,6 +21,7 @@ from _tsproxy.linux.systemd import Notifier
 from _tsproxy.loop.event_loop import EventLoop
 from _tsproxy.loop.poller import READ
 from _tsproxy.policy import levers
+from _tsproxy.policy.evidence import FAMILY_NAMES
 from _tsproxy.proxy.acceptor import Acceptor
 from _tsproxy.proxy.inbox import Command
 from _tsproxy.stats.counters import Counter
@@ -360,7 +361,14 @@ class Supervisor:
         """Log what is about a policy over an address family: for each route that it concerns."""
         monitored = [served for served in self._table if served.is_monitored]
         for served in [served for served in monitored if served.uses(family)] or monitored:
-            self._table.log(served, event, level, message)
+            self._table.log(served, event, *self._as_of(served, event, level, message))
+
+    def _as_of(self, served: ServedRoute, event: str, level: str, message: str) -> Tuple[str, str]:
+        """Level and message: a drift is over for a route once nothing is refused there any more."""
+        left = [FAMILY_NAMES[family] for family in self._drift.failing if served.uses(family)]
+        if event != "timestamps_drift" or level != "info" or not left:
+            return level, message
+        return "error", f"{message}; new connections over {' and '.join(left)} are still refused"
 
 
 def _worker_accepts(prepared: Prepared) -> bool:
