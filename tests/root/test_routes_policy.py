@@ -179,6 +179,27 @@ def test_a_family_that_drifts_leaves_the_routes_over_the_other_one_alone(make_wi
     assert {line["route"] for line in proxy.lines if line["event"] == "timestamps_drift"} == {"six"}
 
 
+ACCEPT_FIRST = "insert rule inet tsproxy out meta nfproto {} accept\n"
+
+
+def test_a_drift_is_over_for_a_route_once_nothing_of_it_is_refused(make_wire: Any, start: Start) -> None:
+    wire = make_wire(split=False)
+    wire.rules(generated())
+    first, second = wire.far_end(4), wire.far_end(6)
+    proxy = start(wire, section(wire, "both", first, f"         {second.target}") + section(wire, "six", second))
+    assert is_served(wire, proxy, "both", first) and is_served(wire, proxy, "six", second)
+    wire.rules(ACCEPT_FIRST.format("ipv4") + ACCEPT_FIRST.format("ipv6"))
+    wait_until(lambda: proxy.metrics() and proxy.count("timestamps_drift") == 3, "each route and family has drifted")
+    wire.rules("delete table inet tsproxy\n" + generated() + ACCEPT_FIRST.format("ipv4"))
+    assert proxy.line("timestamps_drift", lambda line: line["level"] == "info")["route"] == "six"
+    again = proxy.line("timestamps_drift", lambda line: "policy holds again" in line["message"] and line["route"] == "both")
+    assert again["level"] == "error"
+    assert again["message"].endswith("; new connections over IPv4 are still refused")
+    wire.rules("delete table inet tsproxy\n" + generated())
+    ended = proxy.line("timestamps_drift", lambda line: (line["route"], line["level"]) == ("both", "info"))
+    assert "still refused" not in ended["message"]
+
+
 def test_a_reload_that_adds_a_route_which_can_not_be_proved_changes_nothing(
     make_wire: Any, start: Start, tmp_path: Path
 ) -> None:
