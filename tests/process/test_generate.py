@@ -53,11 +53,7 @@ def parsed(*options: str) -> Config:
 
 def made(kind: str, *options: str) -> str:
     """What `generate` prints for these options."""
-    return generate.KINDS[kind](parsed(*options), route_of(parsed(*options)))
-
-
-def words_of(meant: Config, without: Tuple[str, ...] = ()) -> List[str]:
-    return words(meant, route_of(meant), without)
+    return generate.KINDS[kind](parsed(*options))
 
 
 def with_route(meant: Config, **changes: object) -> Config:
@@ -213,14 +209,14 @@ def test_the_words_of_a_config_make_that_config_again(
     if "--cpus=0" in more:
         given_options = [option for option in given_options if not option.startswith("--workers")]
     meant = parsed(T, "--target=[fe80::1%eth0]:9", *given_options, *switches, *more)
-    again = parsed(*words_of(meant))
+    again = parsed(*words(meant))
     assert with_route(again, listen_options=route_of(meant).listen_options) == meant
 
 
 def test_only_options_that_differ_from_their_defaults_become_words() -> None:
-    assert words_of(parsed(T, "--keepalive=30", "--connection-log=on", "-p8080")) == [T]
-    assert words_of(parsed(T, "--keepalive=31")) == [T, "--keepalive=31"]
-    assert words_of(parsed(T, "--keepalive=31", "-p1"), without=("--port",)) == [T, "--keepalive=31"]
+    assert words(parsed(T, "--keepalive=30", "--connection-log=on", "-p8080")) == [T]
+    assert words(parsed(T, "--keepalive=31")) == [T, "--keepalive=31"]
+    assert words(parsed(T, "--keepalive=31", "-p1"), without=("--port",)) == [T, "--keepalive=31"]
 
 
 # nftables
@@ -814,7 +810,7 @@ def test_no_text_that_a_file_could_take_for_its_own_gets_past_the_options(option
         taken = parsed(T, f"{option}={value}")
     except config.UsageError:
         return
-    assert all(re.fullmatch(r"[\w.:/%$@,=\[\]-]+", word, re.ASCII) for word in words_of(taken)), words_of(taken)
+    assert all(re.fullmatch(r"[\w.:/%$@,=\[\]-]+", word, re.ASCII) for word in words(taken)), words(taken)
 
 
 def test_the_undo_of_systemd_and_of_journald_leave_nothing_of_theirs_whichever_comes_first(tmp_path: Path) -> None:

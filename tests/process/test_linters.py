@@ -27,6 +27,25 @@ YAML = """{extends: default, rules: {
 OPTIONS = ("--target=[fe80::1%eth0]:9", "--user=nobody", "--reuse-port", "--keepalive=7")
 
 
+ROUTES = """\
+[oe-primary]
+port = 9001
+target = 203.0.113.10:443
+[drop-copy.2]
+bind = ::1
+port = 9002
+target = [fe80::1%eth0]:9
+timestamps = preserve
+"""
+
+
+@pytest.fixture
+def routes(tmp_path: Path) -> str:
+    """The option that names a file of routes."""
+    (tmp_path / "the routes.ini").write_text(ROUTES)
+    return f"--routes={tmp_path / 'the routes.ini'}"
+
+
 def named(suffix: str) -> List[str]:
     """The templates of that kind."""
     found = [name for name in FILES if name.endswith(suffix)]
@@ -66,8 +85,9 @@ def test_shellcheck_finds_no_fault_in_a_template(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["netns", "docker"])
-def test_shellcheck_finds_no_fault_in_a_script_that_is_printed(kind: str) -> None:
+def test_shellcheck_finds_no_fault_in_a_script_that_is_printed(kind: str, routes: str) -> None:
     shellcheck(printed(kind, *OPTIONS))
+    shellcheck(printed(kind, routes))
 
 
 def test_shellcheck_finds_no_fault_in_the_completion(form: str) -> None:
@@ -97,8 +117,13 @@ def test_yamllint_finds_no_fault_in_what_is_printed(kind: str) -> None:
     yamllint(printed(kind, *(OPTIONS if kind == "kubernetes" else ())), width=256)  # as long as a command or a program is
 
 
-def test_yamllint_finds_no_fault_in_the_compose_file() -> None:
+def test_yamllint_finds_no_fault_in_the_compose_file(routes: str) -> None:
     yamllint(lint("sh", "-s", "compose", text=printed("docker", *OPTIONS)))
+    yamllint(lint("sh", "-s", "compose", text=printed("docker", routes)))
+
+
+def test_yamllint_finds_no_fault_in_the_manifest_of_routes(routes: str) -> None:
+    yamllint(printed("kubernetes", routes), width=256)
 
 
 # Log shippers

@@ -15,7 +15,7 @@ from _tsproxy.linux import uapi
 from _tsproxy.linux.needs import needing
 
 _FIRST_FD = 3
-_MOST_FDS = 1024
+MOST_FDS = 1024
 
 
 class BadHandover(ValueError):
@@ -34,8 +34,8 @@ def inherited(environment: Mapping[str, str], pid: int) -> List[Inherited]:
     if "LISTEN_FDS" not in environment or environment.get("LISTEN_PID") != str(pid):
         return []
     count, names = _number(environment["LISTEN_FDS"]), environment.get("LISTEN_FDNAMES", "").split(":")
-    if not 1 <= count <= _MOST_FDS:
-        raise BadHandover(f"LISTEN_FDS: given {environment['LISTEN_FDS']!r}; allowed: a number from 1 to {_MOST_FDS}")
+    if not 1 <= count <= MOST_FDS:
+        raise BadHandover(f"LISTEN_FDS: given {environment['LISTEN_FDS']!r}; allowed: a number from 1 to {MOST_FDS}")
     return [Inherited(_FIRST_FD + number, names[number] if number < len(names) else "") for number in range(count)]
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Callable, Mapping, Optional
+from typing import Callable, Mapping
 
 from _tsproxy.cli import exits
-from _tsproxy.cli.config import Config, Route
+from _tsproxy.cli.config import Config
 from _tsproxy.cli.exits import Exit
-from _tsproxy.tools.generate import completion, fields, man, prometheus, setups, shippers
+from _tsproxy.linux.systemd import MOST_FDS
+from _tsproxy.tools.generate import completion, containers, fields, man, prometheus, setups, shippers
+from _tsproxy.tools.generate.refusal import refused
 
-KINDS: Mapping[str, Callable[[Config, Route], str]] = {
+KINDS: Mapping[str, Callable[[Config], str]] = {
     "nftables": setups.nftables,
     "netns": setups.netns,
     "systemd": setups.systemd,
-    "docker": setups.docker,
-    "kubernetes": setups.kubernetes,
+    "docker": containers.docker,
+    "kubernetes": containers.kubernetes,
 }
 SHIPPERS: Mapping[str, Callable[[], str]] = {
     "rsyslog": shippers.rsyslog,
@@ -52,33 +54,48 @@ def run(kind: str, config: Config) -> int:
     """Print the set-up of that kind for what `config` asks. Exit 2 for a kind that is none or can't do it."""
     if kind not in KINDS:
         raise Exit(exits.USAGE, f"KIND: given {kind!r}; allowed: {' or '.join(KINDS)}; {' or '.join(ALONE)} alone")
-    (route,) = config.routes
-    _require_mode(kind, route.timestamps)
+    _require_plain_path(config)
+    _require_mode(kind, config)
     if kind != REWRITING:
-        _require_port(kind, route.port)
-        _require_no_interface(kind, route.interface)
-    print(KINDS[kind](config, route), end="")
+        _require_port(kind, config)
+        _require_no_interface(kind, config)
+    if kind == "systemd" and len(config.routes) > MOST_FDS:
+        given = f"--routes: given {len(config.routes)} routes"
+        raise Exit(exits.USAGE, f"{given}; allowed with generate systemd: up to {MOST_FDS}, a socket each")
+    print(KINDS[kind](config), end="")
     return exits.DRAINED
 
 
-def _require_mode(kind: str, mode: str) -> None:
-    if mode == "preserve":
-        raise Exit(exits.USAGE, "--timestamps: given 'preserve'; allowed with generate: strip or rewrite (it needs no set-up)")
-    if mode == "rewrite" and kind != REWRITING:
+def _require_plain_path(config: Config) -> None:
+    """It stands in comments and commands of what is printed, in whichever encoding that is read."""
+    path = config.routes_file
+    if path is not None and not (path.isascii() and path.isprintable()):
+        raise Exit(exits.USAGE, f"--routes: given {path!r}; allowed with generate: a path of printable ASCII characters")
+
+
+def _require_mode(kind: str, config: Config) -> None:
+    modes = {route.timestamps for route in config.routes}
+    if modes == {"preserve"}:
+        allowed = "with generate: strip or rewrite (it needs no set-up)"
+        raise refused(config, [route.name for route in config.routes], "timestamps", "preserve", allowed)
+    if "rewrite" in modes and kind != REWRITING:
         raise Exit(
             exits.USAGE,
             f"--timestamps: given 'rewrite'; allowed with generate {kind}: strip (generate {REWRITING} can rewrite)",
         )
 
 
-def _require_port(kind: str, port: int) -> None:
+def _require_port(kind: str, config: Config) -> None:
     """The set-up names the port, so it can't be left to the kernel."""
-    if port == 0:
-        raise Exit(exits.USAGE, f"--port: given '0'; allowed with generate {kind}: a port from 1 to 65535")
+    names = [route.name for route in config.routes if route.port == 0]
+    if names:
+        raise refused(config, names, "port", 0, f"with generate {kind}: a port from 1 to 65535")
 
 
-def _require_no_interface(kind: str, interface: Optional[str]) -> None:
+def _require_no_interface(kind: str, config: Config) -> None:
     """In a namespace of its own tsproxy has other interfaces than this host's."""
-    if interface is not None:
-        allowed = f"none (it is in a namespace of its own; generate {REWRITING} leaves it where the interface is)"
-        raise Exit(exits.USAGE, f"--interface: given {interface!r}; allowed with generate {kind}: {allowed}")
+    named = [route for route in config.routes if route.interface is not None]
+    if named:
+        why = f"it is in a namespace of its own; generate {REWRITING} leaves it where the interface is"
+        names = [route.name for route in named]
+        raise refused(config, names, "interface", named[0].interface, f"with generate {kind}: none ({why})")

@@ -1,34 +1,24 @@
-"""`generate nftables|netns|systemd|docker|kubernetes`: what their templates leave open, computed from the Config and its Route.
+"""`generate nftables|netns|systemd`: what their templates leave open, computed from the Config and its routes.
 
 Knows which template makes which set-up. Knows nothing of what may be asked for: see `run`.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import pwd
 import shlex
-from typing import Dict, List, Tuple
+from typing import Dict, Iterator, List
 
-from _tsproxy.cli import exits, program
-from _tsproxy.cli.config import Config, Route, usable_cpus
-from _tsproxy.cli.exits import Exit
-from _tsproxy.linux.limits import descriptors_for
+from _tsproxy.cli import program
+from _tsproxy.cli.config import Config, Route
 from _tsproxy.linux.sockets import TAG, TAG_DSCP
-from _tsproxy.tools.generate import templates
+from _tsproxy.tools.generate import routes_file, templates
+from _tsproxy.tools.generate.common import NONE_INSIDE, ROUTES, descriptors, filled, listening, preserved, stopping_s
+from _tsproxy.tools.generate.refusal import named, refused
 from _tsproxy.tools.generate.templates import in_parts
 from _tsproxy.tools.generate.words import words
 
 _MARK = "0x74730001"  # of the connections, in conntrack; "ts" and a number, so that nobody else's is the same
 _SOCKETS_OWN = ("--port", "--bind", "--reuse-port")  # what tsproxy.socket does in the service's place
-_IMAGE = "python:3.13-slim"
-_NOBODY = 65534
-_GONE_S = 5  # until no node sends new clients any more
-_MIB = 1 << 20
-_PYTHON_MIB = 128
-_KERNEL_BYTES = 512 << 10  # socket buffers of a busy connection, which count as the pod's
-
 _WHO = """\
 # By the priority only from {0}, and from root, who shows the rules to work before it becomes {0}. Not by the
 # DSCP: after close() a socket has no user."""
@@ -41,78 +31,141 @@ DynamicUser=yes"""
 _PIN = """\
 # For --cpus, which pins the workers.
 SystemCallFilter=sched_setaffinity"""
-_INNER_SOURCES = "# --source: these have to be addresses of the container, so take a NETWORK that gives it them."
-_INNER_NOBODY = f"OWNER={_NOBODY}:{_NOBODY} # nobody; generate --user=NAME takes a user of this host"
-_DOCKERFILE = "$(dockerfile | sed 's/^/        /')"  # compose.yaml stands in a here-document of docker.sh
+_RELOAD = f"""\
+# systemctl reload has {ROUTES} read again, and does not wait for that. From systemd 253 on it waits where
+# Type=notify-reload stands in the place of Type=notify above, and there is no ExecReload=: then systemd sends SIGHUP itself.
+ExecReload=/bin/sh -c 'kill -HUP $MAINPID'"""
+_OWN_SOCKET = "Requires=tsproxy.socket\nAfter=tsproxy-netns.service tsproxy.socket"
+_ENABLED_SOCKETS = """\
+# Its sockets want to be started before it: their [Install]. Nothing here requires one, so that a route's may be stopped.
+After=tsproxy-netns.service"""
 
 
-def _fill(name: str, kind: str, config: Config, route: Route, **values: object) -> str:
-    """The template with what each heading says, too: what was asked for, and the command that prints this again."""
-    again = shlex.join([program.name(), "generate", kind, *words(config, route)])
-    return templates.fill(name, COMMAND=again, TARGETS=", ".join(map(str, route.targets)), **values)
-
-
-def nftables(config: Config, route: Route) -> str:
+def nftables(config: Config) -> str:
     """Rules for `nft -f -`, which can be loaded again and again: for tsproxy's own sockets, by their tag, IPv4 and IPv6."""
-    stripping = route.timestamps == "strip"
+    stripping = all(route.timestamps != "rewrite" for route in config.routes)
     user = config.user if stripping else None
     who, uid = (_WHO.format(user), f'meta skuid {{ 0, "{user}" }} ') if user else ("", "")
     tags = templates.fill("nftables-tags.nft", TAG=TAG, DSCP=TAG_DSCP, WHO=who, UID=uid)
-    dscp = _wanted_dscp(route)
+    dscp = _wanted_dscp(config)
     name = "nftables-strip.nft" if stripping else "nftables-rewrite.nft"
-    return _fill(name, "nftables", config, route, TAGS=tags, MARK=_MARK, TSVAL=config.static_timestamp, SET=dscp)
+    notes = "\n".join(_on_rules(config, dscp))
+    return filled(name, "nftables", config, TAGS=tags, MARK=_MARK, TSVAL=config.static_timestamp, SET=dscp, NOTES=notes)
 
 
-def _wanted_dscp(route: Route) -> int:
+def _wanted_dscp(config: Config) -> int:
     """What the rules set in the place of the tag, by which they know a packet: so it can't be the tag itself."""
-    if route.dscp == TAG_DSCP:
-        raise Exit(exits.USAGE, f"--dscp: given '{TAG_DSCP}'; allowed with generate nftables: any other (it is tsproxy's tag)")
-    return route.dscp or 0
+    found: Dict[int, List[str]] = {}
+    for route in config.routes:
+        if route.dscp is not None:
+            found.setdefault(route.dscp, []).append(route.name)
+    if TAG_DSCP in found:
+        raise refused(config, found[TAG_DSCP], "dscp", TAG_DSCP, "with generate nftables: any other (it is tsproxy's tag)")
+    if len(found) > 1:
+        (first, names), *others = found.items()
+        differ = "; ".join(f"{dscp} ({named(whose)})" for dscp, whose in others)
+        raise refused(config, names, "dscp", first, f"with generate nftables: one for all, as its rules set it; not {differ}")
+    return next(iter(found), 0)
 
 
-def netns(config: Config, route: Route) -> str:
+def _on_rules(config: Config, dscp: int) -> Iterator[str]:
+    yield from preserved(config, "these rules know tsproxy's sockets, not their routes: theirs lose it, too.")
+    unnamed = [route.name for route in config.routes if route.dscp is None]
+    if dscp and unnamed:
+        yield f"# Note:   dscp = {dscp} is set for all: also for {named(unnamed)}."
+
+
+def netns(config: Config) -> str:
     """A script: without an argument it makes a namespace with a way out, with `down` it takes everything away again."""
-    ipv6 = any(":" in target.host for target in route.targets)
-    return _fill(
+    ipv6 = any(":" in target.host for route in config.routes for target in route.targets)
+    return filled(
         "netns.sh",
         "netns",
         config,
-        route,
-        SOURCES=" ".join(route.sources),
+        SOURCES=" ".join(dict.fromkeys(source for route in config.routes for source in route.sources)),
         ADDRESS='"10.203.116.2 fd74:7370::2"' if ipv6 else "10.203.116.2",
         GATEWAY='"10.203.116.1 fd74:7370::1"' if ipv6 else "10.203.116.1",
-        OPTIONS=_inside_namespace(config, route),
-        RUN=_inside_namespace(config._replace(user=config.user or "nobody"), route),
-        LISTEN=_listening(route),
+        OPTIONS=_inside_namespace(config),
+        RUN=_run_inside(config._replace(user=config.user or "nobody")),
+        NOTES="\n".join(preserved(config, NONE_INSIDE)),
     )
 
 
-def _inside_namespace(config: Config, route: Route) -> str:
-    return shlex.join(words(config, route, without=("--port", "--bind")))
+def _inside_namespace(config: Config) -> str:
+    return shlex.join(words(config, without=("--port", "--bind")))
 
 
-def _listening(route: Route) -> str:
-    """Where clients connect, as systemd and Docker write it: 127.0.0.1:8080 or [::1]:8080."""
-    return f"[{route.bind}]:{route.port}" if ":" in route.bind else f"{route.bind}:{route.port}"
+def _run_inside(config: Config) -> str:
+    """How to run tsproxy in the namespace with its listeners outside: a socket of a route's name takes its port and bind."""
+    sockets = " ".join(f"-l {listening(route)}" for route in config.routes)
+    program_inside = f"ip netns exec tsproxy {program.name()}"
+    if config.routes_file is None:
+        return f"""\
+Run tsproxy in it, with its listener left out here where the clients are:
+    systemd-socket-activate {sockets} {program_inside} {_inside_namespace(config)}"""
+    names = ":".join(route.name for route in config.routes)
+    inside = shlex.join(words(config._replace(routes_file="tsproxy-routes.ini")))
+    return f"""\
+Run tsproxy in it, with its listeners left out here where the clients are, and so not in the file:
+    sed -E '/^[[:space:]]*(port|bind)[[:space:]]*=/d' {shlex.quote(str(config.routes_file))} >tsproxy-routes.ini
+    systemd-socket-activate {sockets} --fdname={names} {program_inside} {inside}"""
 
 
-def systemd(config: Config, route: Route) -> str:
-    """The script of netns and the units, each under a heading that names its file: the listener in the host's namespace."""
-    units: Dict[str, Dict[str, object]] = {
-        "tsproxy-netns.service": {},
-        "tsproxy.socket": {"LISTEN": _setting(_listening(route)), "REUSE": _REUSE_PORT if config.reuse_port else ""},
-        "tsproxy.service": {
-            "OPTIONS": " ".join(map(_command_word, words(config, route, without=(*_SOCKETS_OWN, "--user")))),
-            "USER": _DYNAMIC_USER if config.user in (None, "nobody") else f"User={_setting(str(config.user))}",
-            "STOP_S": _stopping_s(config, 10),
-            "NOFILE": _descriptors(config, route),
-            "PIN": _PIN if config.cpus else "",
-        },
+def systemd(config: Config) -> str:
+    """The script of netns and the units, each under a heading that names its file: the listeners in the host's namespace."""
+    started = config if config.routes_file is None else config._replace(routes_file=ROUTES)
+    units = {
+        "tsproxy-netns.service": templates.fill("tsproxy-netns.service"),
+        **{unit: _socket_unit(unit, config, route) for unit, route in _socket_units(config).items()},
+        "tsproxy.service": templates.fill(
+            "tsproxy.service",
+            SOCKETS=_OWN_SOCKET if config.routes_file is None else _ENABLED_SOCKETS,
+            OPTIONS=" ".join(map(_command_word, words(started, without=(*_SOCKETS_OWN, "--user")))),
+            RELOAD="" if config.routes_file is None else _RELOAD,
+            USER=_DYNAMIC_USER if config.user in (None, "nobody") else f"User={_setting(str(config.user))}",
+            STOP_S=stopping_s(config, 10),
+            NOFILE=descriptors(config),
+            PIN=_PIN if config.cpus else "",
+        ),
     }
-    parts = {f"/etc/systemd/system/{name}": templates.fill(name, **values) for name, values in units.items()}
+    heading = "systemd.txt" if config.routes_file is None else "systemd-routes.txt"
+    notes = "\n".join(preserved(config, NONE_INSIDE))
+    parts = {f"/etc/systemd/system/{name}": text for name, text in units.items()}
     return in_parts(
-        _fill("systemd.txt", "systemd", config, route), {"/usr/local/sbin/tsproxy-netns": netns(config, route), **parts}
+        filled(heading, "systemd", config, NOTES=notes),
+        {"/usr/local/sbin/tsproxy-netns": netns(config), **parts, **_routes_of_service(config)},
     )
+
+
+def _socket_units(config: Config) -> Dict[str, Route]:
+    """Each route's unit; what a name may be made of, a unit's may be, too (systemd.unit(5))."""
+    if config.routes_file is None:
+        return {"tsproxy.socket": config.routes[0]}
+    return {f"tsproxy-{route.name}.socket": route for route in config.routes}
+
+
+def _socket_unit(unit: str, config: Config, route: Route) -> str:
+    alone = config.routes_file is None
+    return templates.fill(
+        "tsproxy.socket",
+        UNIT=unit,
+        WHOSE="" if alone else f" of {route.name}",
+        LISTEN=_setting(listening(route)),
+        NAME="tsproxy" if alone else route.name,
+        SERVICE="" if alone else "Service=tsproxy.service",
+        REUSE=_REUSE_PORT if config.reuse_port else "",
+        WANTED="sockets.target" if alone else "sockets.target tsproxy.service",
+    )
+
+
+def _routes_of_service(config: Config) -> Dict[str, str]:
+    """The file that the service reads: the socket of a route's name is its listener, so port and bind may not be there."""
+    if config.routes_file is None:
+        return {}
+    units = {route.name: unit for unit, route in _socket_units(config).items()}
+    remark = lambda route: f"Clients connect to {listening(route)}: {units[route.name]}"  # noqa: E731
+    made_of = f"# Made of {config.routes_file}; what its [DEFAULT] said is in each section.\n\n"
+    return {ROUTES: made_of + routes_file.text(config, remark, without=routes_file.LISTENING)}
 
 
 def _setting(text: str) -> str:
@@ -123,90 +176,3 @@ def _setting(text: str) -> str:
 def _command_word(text: str) -> str:
     """A word of a command line, in which variables are read too (systemd.service(5)). Ours have no blanks and no quotes."""
     return _setting(text).replace("$", "$$")
-
-
-def docker(config: Config, route: Route) -> str:
-    """A script that builds an image around the bundle and runs it; `down` undoes it, `compose` prints a compose file."""
-    published, inside = f"{_listening(route)}:{route.port}", _inside_container(config, route)
-    values = {"STOP_S": _stopping_s(config, 5), "NOFILE": _descriptors(config, route)}
-    compose = {"DOCKERFILE": _DOCKERFILE, "PUBLISH": published, "ARGUMENTS": _yaml_list(inside), **values}
-    return _fill(
-        "docker.sh",
-        "docker",
-        config,
-        route,
-        IMAGE=_IMAGE,
-        SOURCES=_INNER_SOURCES if route.sources else "",
-        OWNER=_docker_owner(config),
-        PUBLISH=shlex.quote(published),
-        OPTIONS=shlex.join(inside),
-        COMPOSE=templates.fill("compose.yaml", **compose),
-        **values,
-    )
-
-
-def _docker_owner(config: Config) -> str:
-    """Numbers, since a name would be looked up in the image."""
-    if config.user is None:
-        return _INNER_NOBODY
-    name = shlex.quote(config.user)
-    return f"OWNER=$(id -u {name}):$(id -g {name})"
-
-
-def kubernetes(config: Config, route: Route) -> str:
-    """A Deployment whose pods have the sysctl off, its disruption budget and a Service, for `kubectl apply -f -`."""
-    if route.sources:
-        said = f"--source: given {route.sources[0]!r}; allowed with generate kubernetes: none (pods are given theirs)"
-        raise Exit(exits.USAGE, said)
-    uid, gid = _pod_owner(config)
-    per_connection = 2 * route.buffer_size + _KERNEL_BYTES
-    return _fill(
-        "kubernetes.yaml",
-        "kubernetes",
-        config,
-        route,
-        IMAGE=_IMAGE,
-        UID=uid,
-        GID=gid,
-        ARGUMENTS=_yaml_list(_inside_container(config, route)),
-        PORT=route.port,
-        PORT_HEX=f"{route.port:04X}",
-        CPUS=1 if config.workers == len(usable_cpus()) else config.workers,
-        PYTHON_MIB=_PYTHON_MIB,
-        MEMORY_MIB=_PYTHON_MIB + math.ceil(route.max_connections * per_connection / _MIB),
-        GONE_S=_GONE_S,
-        STOP_S=_stopping_s(config, _GONE_S + 10),
-    )
-
-
-def _pod_owner(config: Config) -> Tuple[int, int]:
-    """User and group as numbers, which is all that runAsNonRoot takes: those of --user here, else nobody's."""
-    if config.user is None:
-        return _NOBODY, _NOBODY
-    try:
-        account = pwd.getpwnam(config.user)
-    except KeyError:
-        account = None
-    if account is None or account.pw_uid == 0:
-        allowed = "a user of this host but root (its number goes into the pods)"
-        raise Exit(exits.USAGE, f"--user: given {config.user!r}; allowed with generate kubernetes: {allowed}")
-    return account.pw_uid, account.pw_gid
-
-
-def _inside_container(config: Config, route: Route) -> List[str]:
-    """tsproxy's options in a container: it listens on all of its addresses, and is unprivileged from the start."""
-    return words(config._replace(user=None), route._replace(bind="::" if ":" in route.bind else "0.0.0.0"))
-
-
-def _yaml_list(inside: List[str]) -> str:
-    """Items that neither YAML, nor compose, nor the shell's here-document reads anything into: our words have no $."""
-    return "\n".join(f"- {json.dumps(word)}" for word in inside)
-
-
-def _stopping_s(config: Config, grace_s: int) -> int:
-    """How long a stop may take: the drain, and `grace_s` for what does not end by itself, and the last lines."""
-    return math.ceil(config.drain_timeout_s) + grace_s
-
-
-def _descriptors(config: Config, route: Route) -> int:
-    return descriptors_for(route.max_connections, config.workers)

@@ -4,17 +4,20 @@
 #
 # Write:  __COMMAND__ > tsproxy-docker.sh
 #         tsproxy.py bundle tsproxy            beside it: the program that goes into the image
+# __WRITE__
 # Make:   sh tsproxy-docker.sh                 as often as you like: the container is replaced
 # Undo:   sh tsproxy-docker.sh down
 # Or:     sh tsproxy-docker.sh compose > compose.yaml && docker compose up --build --detach
 #         undo: docker compose down --rmi local
 # Look:   docker logs -f tsproxy
+# __RELOAD__
 #
 # Doesn't work with --network=host, where the sysctl is the host's own and Docker refuses it; nor with rootless Docker
 # (slirp4netns, pasta) or Docker Desktop, which make each connection anew from outside: the container would see no
 # timestamps while the wire has them. This script refuses the last two.
 # NETWORK=name takes another network than the default bridge, e.g. a macvlan: the shortest way out.
 # __SOURCES__
+# __NOTES__
 set -eu
 NETWORK=${NETWORK:-bridge}
 # __OWNER__
@@ -45,6 +48,7 @@ END
 up() {
     require_own_kernel
     [ -f tsproxy ] || fail "no file 'tsproxy' here; to make it: tsproxy.py bundle tsproxy"
+    # __REQUIRE__
     dockerfile | docker build --tag tsproxy --file - .
     docker rm --force tsproxy >/dev/null 2>&1 || :
     # The sysctl is the point. The rest takes away what a relay has no use for: writing, capabilities, new privileges.
@@ -52,7 +56,7 @@ up() {
     docker run --detach --name tsproxy \
         --sysctl net.ipv4.tcp_timestamps=0 \
         --network "$NETWORK" \
-        --publish __PUBLISH__ \
+        __PUBLISH__ \
         --read-only \
         --cap-drop=ALL \
         --security-opt=no-new-privileges \
@@ -73,10 +77,12 @@ compose() {
 # __COMPOSE__
 END
 }
+# __ROUTES__
 
 case ${1:-up} in
 up) up ;;
 down) down ;;
 compose) compose ;;
-*) fail "given '$1'; allowed: up, down or compose" ;;
+# __PRINT_ROUTES__
+*) fail "given '$1'; allowed: __ALLOWED__" ;;
 esac

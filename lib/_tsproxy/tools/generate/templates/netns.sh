@@ -2,6 +2,7 @@
 # tsproxy __VERSION__: a network namespace, "tsproxy", whose TCP sends no timestamps, IPv4 and IPv6: its
 # net.ipv4.tcp_timestamps is 0, and was before it had a link. Nothing of it shows on the wire.
 # Asked for: __TARGETS__. Anything else can be reached from it, too.
+# __NOTES__
 #
 # Make:   __COMMAND__ | sh
 #         as root, as often as you like: what is there stays. Put settings before sh, as in "... | MODE=veth sh".
@@ -167,8 +168,7 @@ up() {
     cat <<'END'
 The namespace tsproxy is ready. Would the policy hold in it?
     ip netns exec tsproxy tsproxy.py check __OPTIONS__
-Run tsproxy in it, with its listener left out here where the clients are:
-    systemd-socket-activate -l __LISTEN__ ip netns exec tsproxy tsproxy.py __RUN__
+# __RUN__
 For good, at each boot: tsproxy.py generate systemd __OPTIONS__
 END
 }
