@@ -15,7 +15,7 @@ _HEADER_LENGTH = 0xB1  # BPF_LDX: X = 4 * (the low four bits of the byte at k)
 _AND, _EQUAL, _ANY_BIT, _ALWAYS, _RETURN = 0x54, 0x15, 0x45, 0x05, 0x06
 # include/uapi/linux/filter.h: the EtherType (SKF_AD_OFF + SKF_AD_PROTOCOL), and where the network header begins (SKF_NET_OFF)
 _PROTOCOL, _NETWORK = 0xFFFFF000, 0xFFF00000
-_MOST_PORTS = 200  # a conditional jump of classic BPF reaches 255 instructions
+MOST_PORTS = 200  # a conditional jump of classic BPF reaches 255 instructions
 _WHOLE = 0xFFFF
 _OFFSET = 0x1FFF  # of an IPv4 fragment
 
@@ -81,7 +81,7 @@ def tcp() -> Tuple[Instruction, ...]:
 
 
 def tcp_to(ports: Collection[int]) -> Tuple[Instruction, ...]:
-    """TCP over IPv4 or IPv6 to one of the ports: our own segments have no IPv6 extensions and are not fragmented."""
+    """TCP over IPv4 or IPv6 to one of MOST_PORTS ports: our own segments have no IPv6 extensions and are not fragmented."""
     return _assembled(
         [
             (_BYTE, _NETWORK),
@@ -101,7 +101,7 @@ def tcp_to(ports: Collection[int]) -> Tuple[Instruction, ...]:
             "tcp over ipv6",
             (_HALF, _NETWORK + 42),
             "ports",
-            *_any_of(sorted(ports)[:_MOST_PORTS], "pass"),
+            *_any_of(sorted(ports), "pass"),
             (_RETURN, 0),
             "pass",
             (_RETURN, _WHOLE),

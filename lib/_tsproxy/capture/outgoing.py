@@ -42,17 +42,24 @@ class Capture:
 
     def __init__(self, ports: Collection[int]) -> None:
         """Segments to these ports. OSError (EPERM without the right) if the host does not let us watch."""
-        self._tap = Tap(filters.tcp_to(ports))
+        wanted = sorted(ports)
+        self._taps: List[Tap] = []
         self._dissector = Dissector()
+        try:
+            for at in range(0, len(wanted), filters.MOST_PORTS):
+                self._taps.append(Tap(filters.tcp_to(wanted[at : at + filters.MOST_PORTS])))
+        except BaseException:
+            self.close()
+            raise
 
     def take(self) -> List[Seen]:
         """The segments that left since the last time."""
-        return list(self._take())
+        return [seen for tap in self._taps for seen in self._take(tap)]
 
-    def _take(self) -> Iterator[Seen]:
+    def _take(self, tap: Tap) -> Iterator[Seen]:
         with suppress(OSError):  # an interface went down (ENETDOWN): what had come is taken
             while True:
-                packet = self._tap.receive()
+                packet = tap.receive()
                 if packet is None:
                     return
                 seen = self._seen(packet)
@@ -74,8 +81,9 @@ class Capture:
 
     def lost(self) -> int:
         """How many packets to these ports were dropped so far, in either direction, because the buffer was full."""
-        return self._tap.drops()
+        return sum(tap.drops() for tap in self._taps)
 
     def close(self) -> None:
         """Stop watching."""
-        self._tap.close()
+        for tap in self._taps:
+            tap.close()

@@ -26,7 +26,7 @@ def unattainable(policy_check: PolicyCheck, policy: Policy, targets: Sequence[st
 
 
 def fixes(policy_check: PolicyCheck, policy: Policy, targets: Sequence[str]) -> List[str]:
-    """The commands alone, one line each, the best one first."""
+    """The commands alone, one line each, the best one first. `targets` are HOST:PORT, or the one option --routes=FILE."""
     return [line.strip() for line in _commands(policy_check, policy, targets) if line.startswith("    ")]
 
 
@@ -89,4 +89,4 @@ def _rewrite(policy_check: PolicyCheck, policy: Policy, targets: Sequence[str]) 
 
 
 def _targets(targets: Sequence[str]) -> str:
-    return " ".join(f"-t {target}" for target in targets)
+    return " ".join(target if target.startswith("--") else f"-t {target}" for target in targets)

@@ -1,88 +1,163 @@
 """`check`: would the timestamp policy hold here? Each lever, each witness: yes (0), no (78), no target resolves (75).
 
-It decides as relaying does, with the same Inspector and the same gate. No SYN leaves for a target before the loopback
+It decides as relaying does, with the same HostPolicy and the same gate. No SYN leaves for a target before the loopback
 witness is clean: that SYN would be the leak. What a target answers does not change what is true of the policy. A capture
 that lost packets can't tell: no (78).
+
+With --routes each route is proved by itself. Levers and loopback are looked at once for all that ask for the same policy.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import select
-import socket
+import shlex
 import sys
 import time
-from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from dataclasses import replace
+from typing import Dict, Iterator, List, NamedTuple, Sequence, Tuple, Union
 
-from _tsproxy.capture.outgoing import Capture, Seen
+from _tsproxy.capture.outgoing import Seen
 from _tsproxy.cli import exits
 from _tsproxy.cli.config import Config, Route
-from _tsproxy.linux import facts, netfilter, sockets, uapi, wakeup
-from _tsproxy.linux.addresses import Address
+from _tsproxy.cli.exits import Exit
+from _tsproxy.linux import facts, netfilter
 from _tsproxy.policy import advice, syn, witness
-from _tsproxy.policy.evidence import FAMILY_NAMES, Answer, Evidence
-from _tsproxy.policy.gates import LeverGate, gate_for
-from _tsproxy.policy.inspector import CHECK_TIMEOUT_S, Inspector, PolicyCheck
-from _tsproxy.policy.levers import MONITORED, Lever, Policy
+from _tsproxy.policy.evidence import FAMILY_NAMES
+from _tsproxy.policy.inspector import CHECK_TIMEOUT_S, PolicyCheck
+from _tsproxy.policy.levers import Lever, Policy
 from _tsproxy.policy.syn import Syn
 from _tsproxy.policy.witness import NoWitness
-from _tsproxy.supervisor.host_policy import check_twice
-from _tsproxy.supervisor.startup import policy_of, require_dscp, resolve
-from _tsproxy.supervisor.worker_args import egress_of
-from _tsproxy.tools import check_report
-from _tsproxy.tools.check_report import Connection, Report, Row
-
-_FOLLOW_S = 2.0  # how long the wire is watched after the connections were closed
+from _tsproxy.supervisor.host_policy import HostPolicy
+from _tsproxy.supervisor.resolver import Resolver, resolve_all
+from _tsproxy.supervisor.startup import policy_of, require_dscp, resolve, resolver_of
+from _tsproxy.tools import check_report, check_routes_report
+from _tsproxy.tools.check_report import Report, Row
+from _tsproxy.tools.check_targets import Attempt, Errand, attempts
 
 
 def run(config: Config, as_json: bool) -> int:
-    """Print the report, for people or as one JSON object; 0 if the policy would hold, else 78."""
-    (route,) = config.routes
-    report = update(config, route)
-    if as_json:
-        sys.stdout.buffer.write(check_report.as_json(report))
+    """Print the report, for people or as one JSON object; 0 if the policy would hold, else 78.
+
+    With --routes: 78 if it would not for one of them, 75 if all that is missing is an answer for a name.
+    """
+    if config.routes_file is None:
+        (route,) = config.routes
+        (report,) = _reports(config, {route.name: resolve(route)})
+        _print(check_report.as_json(report) if as_json else check_report.as_table(report, sys.stdout))
+        return exits.DRAINED if report.holds else exits.POLICY
+    resolvers = {route.name: resolver_of(route) for route in config.routes}
+    resolve_all(list(resolvers.values()))
+    found = check_routes_report.Found(config.routes_file, _reports(config, resolvers))
+    _print(check_routes_report.as_json(found) if as_json else check_routes_report.as_table(found, sys.stdout))
+    return exits.POLICY if found.failing else exits.NOT_YET if found.unknown else exits.DRAINED
+
+
+def _print(report: Union[bytes, str]) -> None:
+    if isinstance(report, bytes):
+        sys.stdout.buffer.write(report)
     else:
-        print(check_report.as_table(report, sys.stdout))
+        print(report)
     sys.stdout.flush()
-    return exits.DRAINED if report.holds else exits.POLICY
 
 
-def update(config: Config, route: Route) -> Report:
-    """All of it, in order: the host, the levers, the witnesses on loopback, then the targets. Exit 75 if none resolves."""
-    resolver = resolve(route)
-    policy = policy_of(config, route, resolver)
-    with contextlib.closing(Inspector(policy)) as inspector:
-        policy_check = check_twice(inspector)
-        require_dscp(route, policy, policy_check)
-        tried = inspector.rehearsed
-        rows, syns = _loopback(policy, policy_check)
-        attempts = list(_attempts(route, inspector, policy_check, resolver.addresses))
-    wires, refusals = _wires(policy, policy_check, attempts)
-    lost = _lost(policy, attempts)
+class _Ground(NamedTuple):
+    """What a policy rests on here, whichever routes ask for it."""
+
+    policy_check: PolicyCheck
+    levers: List[Row]
+    loopback: List[Row]
+
+
+def _reports(config: Config, resolvers: Dict[str, Resolver]) -> List[Report]:
+    """All of it, in order: the levers, the witnesses on loopback, then the targets, then the host. Exit 2: see _dscp()."""
+    routes = [route for route in config.routes if resolvers[route.name].addresses]
+    policies = {route.name: policy_of(config, route, resolvers[route.name]) for route in routes}
+    host = HostPolicy()
+    grounds = _grounds(host, list(dict.fromkeys(policies.values())))
+    refusals = {route.name: _dscp(config, route, policies[route.name], grounds) for route in routes}
+    errands = [
+        Errand(
+            route,
+            () if refusals[route.name] else resolvers[route.name].addresses,
+            policies[route.name],
+            grounds[policies[route.name]].policy_check,
+        )
+        for route in routes
+    ]
+    made = dict(zip(policies, zip(errands, attempts(errands, host) if errands else ())))
+    facts_of_host = facts.read_all()
+    reports: List[Report] = []
+    for route in config.routes:
+        resolver, name = resolvers[route.name], route.name
+        if name in made:
+            report = _report(config, *made[name], grounds[policies[name]], resolver, refusals[name])
+        else:
+            report = _unresolved(config, route)
+        unresolved = [f"{target}: {reason}" for target, reason in resolver.failures]
+        reports.append(replace(report, host=facts_of_host, unresolved=unresolved))
+    return reports
+
+
+def _grounds(host: HostPolicy, policies: Sequence[Policy]) -> Dict[Policy, _Ground]:
+    """For each policy. What was seen of a family counts for all."""
+    if not policies:
+        return {}
+    checks = host.check(policies)
+    tried = host.inspector.rehearsed
+    seen = {family: found for policy_check in checks for family, found in policy_check.syns.items()}
+    return {policy: _ground(policy, policy_check, seen, tried) for policy, policy_check in zip(policies, checks)}
+
+
+def _ground(policy: Policy, policy_check: PolicyCheck, seen: Dict[int, Syn], tried: Sequence[str]) -> _Ground:
+    rows, syns = _loopback(policy, seen)
+    return _Ground(policy_check, [_sysctl(policy, policy_check, syns), _rules(policy_check, syns, tried)], rows)
+
+
+def _dscp(config: Config, route: Route, policy: Policy, grounds: Dict[Policy, _Ground]) -> str:
+    """Why the DSCP of --dscp can't be had, "" if it can; without --routes that is Exit 2, as for relaying."""
+    try:
+        require_dscp(route, policy, grounds[policy].policy_check)
+    except Exit as problem:
+        if config.routes_file is None:
+            raise
+        return str(problem)
+    return ""
+
+
+def _report(
+    config: Config, errand: Errand, made: Sequence[Attempt], ground: _Ground, resolver: Resolver, refusal: str
+) -> Report:
+    policy, policy_check = errand.policy, errand.policy_check
+    wires, refusals = _wires(policy, policy_check, made)
+    lost = _lost(policy, made)
     problems = [policy_check.problem, *(wire.note for wire in wires if wire.shows == "leak"), *refusals]
     wrong = list(dict.fromkeys(problem for problem in problems if problem))
-    missing = [*wrong, *(row.note for row in lost)]
+    missing = [*wrong, *(row.note for row in lost), *([refusal] if refusal else [])]
     return Report(
-        route=route,
+        route=errand.route,
         static_timestamp=config.static_timestamp,
         lever=None if missing else policy_check.lever,
-        host=facts.read_all(),
-        levers=[_sysctl(policy, policy_check, syns), _rules(policy_check, syns, tried)],
-        witnesses=[*rows, *wires, *lost],
-        connections=[attempt.connection for attempt in attempts],
-        unresolved=[f"{target}: {reason}" for target, reason in resolver.failures],
+        levers=ground.levers,
+        witnesses=[*ground.loopback, *wires, *lost],
+        connections=[attempt.connection for attempt in made],
         left_out=resolver.left_out,
         missing=missing,
-        fixes=_fixes(route, policy, policy_check, wrong),
+        fixes=_fixes(config, errand, wrong),
     )
 
 
-def _fixes(route: Route, policy: Policy, policy_check: PolicyCheck, wrong: Sequence[str]) -> List[str]:
+def _unresolved(config: Config, route: Route) -> Report:
+    """Nothing is known of a route without an address: not even for which families its policy has to hold."""
+    return Report(route, config.static_timestamp, None)
+
+
+def _fixes(config: Config, errand: Errand, wrong: Sequence[str]) -> List[str]:
     if not wrong:
         return []
-    found = policy_check._replace(lever=None, problem=wrong[0])
-    return advice.fixes(found, policy, [str(target) for target in route.targets])
+    found = errand.policy_check._replace(lever=None, problem=wrong[0])
+    asked = [str(target) for target in errand.route.targets]
+    if config.routes_file is not None:
+        asked = [f"--routes={shlex.quote(config.routes_file)}"]
+    return advice.fixes(found, errand.policy, asked)
 
 
 # The levers
@@ -123,14 +198,14 @@ def _leaks(syns: Sequence[Syn]) -> bool:
 # The witnesses on loopback
 
 
-def _loopback(policy: Policy, policy_check: PolicyCheck) -> Tuple[List[Row], List[Syn]]:
+def _loopback(policy: Policy, seen: Dict[int, Syn]) -> Tuple[List[Row], List[Syn]]:
     """One row and, if it could be made, one SYN for each family; also where the policy does not ask for a witness."""
     rows: List[Row] = []
     syns: List[Syn] = []
     for family in policy.families:
         name = f"{FAMILY_NAMES[family]} SYN on loopback"
         try:
-            found = policy_check.syns.get(family) or witness.capture_syn(family, time.monotonic() + CHECK_TIMEOUT_S)
+            found = seen.get(family) or witness.capture_syn(family, time.monotonic() + CHECK_TIMEOUT_S)
         except NoWitness as problem:
             rows.append(Row(name, None, "unknown", str(problem)))
         else:
@@ -148,138 +223,10 @@ def _shown(policy: Policy, found: Syn) -> Tuple[str, str]:
     return "leak", (f"{what}, not {policy.tsval}" if policy.mode == "rewrite" else what) + beyond
 
 
-# The targets
+# The wire
 
 
-class _Attempt(NamedTuple):
-    """One connection: how it went, what was seen of it on the wire, and whether tsproxy would have relayed on it."""
-
-    connection: Connection
-    seen: List[Seen]
-    blind: str  # why the wire was not watched; "" if it was
-    lost: int = 0  # packets that the capture dropped, of whichever connection
-
-
-def _attempts(
-    route: Route, inspector: Inspector, policy_check: PolicyCheck, addresses: Sequence[Address]
-) -> Iterator[_Attempt]:
-    """One for each address, one after the other; none where the policy does not hold."""
-    if policy_check.lever is None:
-        for address in addresses:
-            yield _Attempt(Connection(str(address), "not tried", "its SYN would be the leak"), [], "no SYN was sent")
-        return
-    capture, blind = _capture(inspector.policy, addresses)
-    evidence, asked = Evidence.create(), {family: wakeup.create() for family in FAMILY_NAMES}
-    try:
-        gate = gate_for(policy_check.lever, inspector.policy, evidence, asked, for_rules=bool(inspector.rules_clear_mark))
-        tries = [_try(route, gate, address, _fresh(inspector, policy_check.lever, evidence, address)) for address in addresses]
-        yield from _with_the_wire(tries, capture, blind)
-    finally:
-        for wake in asked.values():
-            wake.close()
-        if capture:
-            capture.close()
-
-
-class _Try(NamedTuple):
-    """How one connection went, and its own end of it, if there was one."""
-
-    connection: Connection
-    target: Address
-    ours: Sequence[object] = ()
-
-
-def _fresh(inspector: Inspector, lever: Lever, evidence: Evidence, address: Address) -> str:
-    """Look anew, as for any connect(); what stands in its way."""
-    if lever not in MONITORED:
-        return ""
-    began = time.monotonic_ns()
-    policy_check = inspector.check((address.family,))
-    answer = policy_check.answer(address.family, lever)
-    evidence.publish(address.family, answer, began)
-    problem = policy_check.families[address.family].problem if address.family in policy_check.families else policy_check.problem
-    return "" if answer is Answer.HOLDS else problem or "the policy does not hold any more"
-
-
-def _capture(policy: Policy, addresses: Sequence[Address]) -> Tuple[Optional[Capture], str]:
-    """The tap, or None and why there is none."""
-    if policy.trusted:
-        return None, "with --trust-host it is changed where this host can't see it"
-    try:
-        return Capture({address.port for address in addresses}), ""
-    except PermissionError:
-        return None, f"that takes CAP_NET_RAW, which uid {os.geteuid()} does not have here: run check as root once"
-    except OSError as error:
-        return None, f"no packet socket here: {error.strerror or error}"
-
-
-def _try(route: Route, gate: LeverGate, address: Address, obstacle: str) -> _Try:
-    """Connect as a worker would, and close in order. What stands in the way of one connection is told, not raised."""
-    if obstacle or not gate.may_connect(address.family):
-        return _Try(Connection(str(address), "not tried", obstacle or "the policy does not hold any more"), address)
-    try:
-        source = _source(route, address.family)
-        sock = sockets.dial(address.family, source, gate.for_rules, egress_of(route))
-    except OSError as error:
-        return _Try(Connection(str(address), "failed", error.strerror or str(error)), address)
-    with contextlib.closing(sock):
-        begun = time.monotonic_ns()
-        number = sock.connect_ex(address.sockaddr)
-        ours = sock.getsockname()
-        return _Try(_outcome(sock, address, gate, route.connect_timeout_s, begun, number), address, ours)
-
-
-def _with_the_wire(tries: Sequence[_Try], capture: Optional[Capture], blind: str) -> Iterator[_Attempt]:
-    """Each connection with all that left for it, to its end and for some time after it: FIN, answers to the far end's."""
-    left = _left(tries, capture) if capture else []
-    lost = capture.lost() if capture else 0
-    for one in tries:
-        seen = [segment for segment in left if _is_ours(segment, one)]
-        yield _Attempt(one.connection, seen, blind or ("" if seen else _unseen(one, lost)), lost)
-
-
-def _left(tries: Sequence[_Try], capture: Capture) -> List[Seen]:
-    """What left so far; where one of our SYNs did, what follows as well: one that was given up may still be answered."""
-    left = capture.take()
-    if any(_is_ours(segment, one) for segment in left for one in tries):
-        time.sleep(_FOLLOW_S)
-        left += capture.take()
-    return left
-
-
-def _unseen(one: _Try, lost: int) -> str:
-    if not one.ours:
-        return "no SYN was sent"
-    return "its SYN may be among the packets that were dropped" if lost else "no SYN left"
-
-
-def _source(route: Route, family: int) -> Optional[Address]:
-    """The first --source of that family."""
-    return next((Address(family, ip, 0) for ip in route.sources if (":" in ip) == (family == socket.AF_INET6)), None)
-
-
-def _outcome(sock: socket.SocketType, to: Address, gate: LeverGate, patience_s: float, begun: int, number: int) -> Connection:
-    """`number` is what connect(2) answered at once: without a route that is all there is."""
-    if number in uapi.RETRY:
-        if not witness.poll(sock, select.POLLOUT, time.monotonic() + patience_s):
-            return Connection(str(to), "timed out", f"no answer within {patience_s:g} s")
-        number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    if number:
-        return Connection(str(to), "failed", os.strerror(number))
-    took_us = (time.monotonic_ns() - begun) // 1000
-    info = sockets.tcp_info(sock)
-    what = "timestamps negotiated" if info.timestamps else "no timestamps negotiated"
-    return Connection(str(to), "connected", what, took_us, info.timestamps, gate.may_relay(sock, info))
-
-
-def _is_ours(seen: Seen, one: _Try) -> bool:
-    """A packet filter may have changed one of the addresses."""
-    if not one.ours or seen.source.port != one.ours[1]:
-        return False
-    return seen.source.ip == one.ours[0] or seen.destination == one.target._replace(scope=0)
-
-
-def _wires(policy: Policy, policy_check: PolicyCheck, attempts: Sequence[_Attempt]) -> Tuple[List[Row], List[str]]:
+def _wires(policy: Policy, policy_check: PolicyCheck, attempts: Sequence[Attempt]) -> Tuple[List[Row], List[str]]:
     """A row for what was seen on the wire to each address, and what tsproxy would not have relayed."""
     rows = [row for attempt in attempts for row in _wire_rows(policy, attempt)]
     if len({attempt.blind for attempt in attempts}) == 1 and attempts[0].blind:
@@ -288,7 +235,7 @@ def _wires(policy: Policy, policy_check: PolicyCheck, attempts: Sequence[_Attemp
     return rows, [f"the connection to {one.address} would not be relayed: {one.note}" for one in refused]
 
 
-def _lost(policy: Policy, attempts: Sequence[_Attempt]) -> List[Row]:
+def _lost(policy: Policy, attempts: Sequence[Attempt]) -> List[Row]:
     """A row where a leak may be among what the capture dropped: then there is no yes."""
     lost = max((attempt.lost for attempt in attempts), default=0)
     if not lost or policy.mode == "preserve":
@@ -297,7 +244,7 @@ def _lost(policy: Policy, attempts: Sequence[_Attempt]) -> List[Row]:
     return [Row("SYN on the wire", None, "unknown", note)]
 
 
-def _wire_rows(policy: Policy, attempt: _Attempt) -> Iterator[Row]:
+def _wire_rows(policy: Policy, attempt: Attempt) -> Iterator[Row]:
     """A row for each interface that segments of the connection left through."""
     to = attempt.connection.address
     if attempt.blind:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, TextIO
+from dataclasses import dataclass, field
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, TextIO
 
 import _tsproxy
 from _tsproxy.cli.config import Route
@@ -14,8 +14,8 @@ from _tsproxy.tools import terminal
 from _tsproxy.tools.terminal import BOLD, DIM, GREEN, RED, WIDTH, YELLOW, Style
 
 _NAME, _SHOWS = 27, 10
-_MARKS = {"ok": "✓", "leak": "✗", "off": "·", "unknown": "?"}
-_COLOURS = {"ok": GREEN, "leak": RED, "off": DIM, "unknown": YELLOW}
+MARKS = {"ok": "✓", "leak": "✗", "off": "·", "unknown": "?"}
+COLOURS = {"ok": GREEN, "leak": RED, "off": DIM, "unknown": YELLOW}
 
 
 class Row(NamedTuple):
@@ -45,14 +45,14 @@ class Report:
     route: Route
     static_timestamp: int
     lever: Optional[Lever]
-    host: Dict[str, str]
-    levers: List[Row]
-    witnesses: List[Row]
-    connections: List[Connection]
-    unresolved: List[str]
-    left_out: int  # addresses of the targets, beyond those that are tried
-    missing: List[str]
-    fixes: List[str]
+    host: Dict[str, str] = field(default_factory=dict)
+    levers: List[Row] = field(default_factory=list)
+    witnesses: List[Row] = field(default_factory=list)
+    connections: List[Connection] = field(default_factory=list)
+    unresolved: List[str] = field(default_factory=list)
+    left_out: int = 0  # addresses of the targets, beyond those that are tried
+    missing: List[str] = field(default_factory=list)
+    fixes: List[str] = field(default_factory=list)
 
     @property
     def holds(self) -> bool:
@@ -62,8 +62,13 @@ class Report:
 
 def as_json(report: Report) -> bytes:
     """One line. Not cut to a pipe's atomic write as the log lines are: who asked reads all of it."""
+    return encoded(fields(report))
+
+
+def fields(report: Report) -> Dict[str, Any]:
+    """The JSON object of a report."""
     route = report.route
-    fields: Dict[str, Any] = {
+    return {
         "version": _tsproxy.__version__,
         "holds": report.holds,
         "timestamps": route.timestamps,
@@ -80,15 +85,19 @@ def as_json(report: Report) -> bytes:
         "missing": report.missing,
         "fixes": report.fixes,
     }
+
+
+def encoded(found: Dict[str, Any]) -> bytes:
+    """The object as one line."""
     encode = encoder.with_orjson if encoder.ENCODER == "orjson" else encoder.with_json
-    return encode(fields) + b"\n"
+    return encode(found) + b"\n"
 
 
 def as_table(report: Report, stream: TextIO) -> str:
     """For people: 80 columns, but for commands and addresses, which stay whole."""
     style = terminal.style_of(stream)
-    sections = [_head(report, style), _host(report, style), _rows("Levers", report.levers, style)]
-    sections += [_rows("Witnesses", report.witnesses, style), _targets(report, style), _verdict(report, style)]
+    sections = [_head(report, style), host(report, style), rows("Levers", report.levers, style)]
+    sections += [rows("Witnesses", report.witnesses, style), _targets(report, style), _verdict(report, style)]
     return style.fit("\n\n".join("\n".join(section) for section in sections))
 
 
@@ -99,16 +108,18 @@ def _head(report: Report, style: Style) -> List[str]:
     return [style.paint(line, BOLD) for line in terminal.wrapped(text, WIDTH)]
 
 
-def _host(report: Report, style: Style) -> List[str]:
+def host(report: Report, style: Style) -> List[str]:
+    """What the host is."""
     lines = [style.paint("Host", BOLD)]
     for name, text in report.host.items():
-        lines += _columns(name.replace("_", " "), 20, text)
+        lines += columns(name.replace("_", " "), 20, text)
     return lines
 
 
-def _rows(title: str, rows: List[Row], style: Style) -> List[str]:
+def rows(title: str, found: Sequence[Row], style: Style) -> List[str]:
+    """Levers or witnesses, under a title."""
     lines = [style.paint(title, BOLD)]
-    for row in rows:
+    for row in found:
         lines += _row(row, style)
     return lines
 
@@ -117,17 +128,17 @@ def _row(row: Row, style: Style) -> Iterator[str]:
     """Name, what it shows, why; what was read stands in a line of its own, whole, where it is long."""
     named = f"{row.name} = {row.value}"
     short = row.value is not None and len(named) <= _NAME
-    mark = style.paint(f"{_mark(row.shows, style):<{_SHOWS}}", _COLOURS[row.shows])
-    yield from _columns(named if short else row.name, _NAME, row.note, mark, _SHOWS)
+    mark = style.paint(f"{_mark(row.shows, style):<{_SHOWS}}", COLOURS[row.shows])
+    yield from columns(named if short else row.name, _NAME, row.note, mark, _SHOWS)
     if row.value is not None and not short:
         yield from (style.paint(f"      {line}", DIM) for line in terminal.wrapped(row.value, WIDTH - 6))
 
 
 def _mark(shows: str, style: Style) -> str:
-    return f"{_MARKS[shows]} {shows}" if style.wide else shows.upper() if shows == "leak" else shows
+    return f"{MARKS[shows]} {shows}" if style.wide else shows.upper() if shows == "leak" else shows
 
 
-def _columns(name: str, width: int, text: str, mark: str = "", mark_width: int = 0) -> Iterator[str]:
+def columns(name: str, width: int, text: str, mark: str = "", mark_width: int = 0) -> Iterator[str]:
     """The name, the mark, and the text wrapped in what is left of the line. A name that is too long has its own line."""
     indent = " " * (2 + width + 1)
     name = printable(name)
@@ -143,7 +154,7 @@ def _targets(report: Report, style: Style) -> List[str]:
     lines = [style.paint("Targets", BOLD)]
     for one in report.connections:
         took = f" in {one.connect_us / 1000:.3f} ms" if one.connect_us is not None else ""
-        lines += _columns(one.address, _NAME, f"{one.outcome}{took}: {one.note}")
+        lines += columns(one.address, _NAME, f"{one.outcome}{took}: {one.note}")
     if report.left_out:
         lines.append(f"  and {report.left_out} addresses more, which would not be tried")
     for text in report.unresolved:
@@ -153,16 +164,21 @@ def _targets(report: Report, style: Style) -> List[str]:
 
 def _verdict(report: Report, style: Style) -> List[str]:
     if report.lever is not None:
-        return [style.paint(line, GREEN) for line in terminal.wrapped(_yes(report.lever), WIDTH)]
+        return [style.paint(line, GREEN) for line in terminal.wrapped(yes(report.lever), WIDTH)]
     lines = [style.paint("NO: the policy would not hold here", RED)]
     for problem in report.missing:
-        lines += _columns("missing", 8, problem)
-    if report.fixes:
-        lines += ["", "An administrator runs one of these, once:"]
-    return lines + [f"  {printable(fix, kept=chr(10))}" for fix in report.fixes]
+        lines += columns("missing", 8, problem)
+    return [*lines, *commands(report.fixes)]
 
 
-def _yes(lever: Lever) -> str:
+def commands(fixes: Sequence[str]) -> List[str]:
+    """What helps, if there is something; each stays whole, to be copied."""
+    heading = ["", "An administrator runs one of these, once:"] if fixes else []
+    return heading + [f"  {printable(fix, kept=chr(10))}" for fix in fixes]
+
+
+def yes(lever: Lever) -> str:
+    """The verdict where the policy holds."""
     return {
         Lever.NONE: "YES: timestamps are relayed as the kernel makes them, and counted",
         Lever.SYSCTL: "YES: the policy holds by this namespace's sysctl",

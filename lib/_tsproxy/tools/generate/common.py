@@ -47,6 +47,6 @@ def stopping_s(config: Config, grace_s: int) -> int:
 
 
 def descriptors(config: Config) -> int:
-    """For all connections of all routes; that of one listener is among those that are counted anyway."""
+    """For the connections of all routes, together."""
     connections = sum(route.max_connections for route in config.routes)
-    return descriptors_for(connections, config.workers) + len(config.routes) - 1
+    return descriptors_for(connections, config.workers, len(config.routes))

@@ -238,10 +238,9 @@ def _port_names(config: Config) -> Iterator[str]:
         yield "relay"
         return
     given: Set[str] = set()
-    for number, route in enumerate(config.routes):
-        name = _port_name(route.name, "")
-        if name in given:
-            name = _port_name(route.name, f"-{number}")
+    for route in config.routes:
+        ends = ("", *(f"-{number}" for number in range(len(config.routes))))
+        name = next(name for name in (_port_name(route.name, end) for end in ends) if name not in given)
         given.add(name)
         yield name
 
