@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -24,6 +25,7 @@ from _tsproxy.tools import generate
 from _tsproxy.tools.generate import templates
 from command_line import MANUAL
 from docopt import docopt
+from handover import hand_over, listeners
 from harness import CHECKOUT, Exchange, Proxy, echo, examples, free_port, leave_out, receive_exactly, wait_until
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -295,6 +297,12 @@ def test_the_namespace_is_made_for_the_addresses_of_all_routes(text: str, file: 
     assert ("fd74:7370::2" in script) == ("fe80" in text)
 
 
+def answers(address: Tuple[str, int]) -> bool:
+    with socket.create_connection(address, 20) as client:
+        client.sendall(b"order")
+        return receive_exactly(client, 5) == b"order"
+
+
 @pytest.mark.root
 def test_the_listeners_of_routes_are_left_outside_as_the_script_says(tmp_path: Path, namespace: Namespace) -> None:
     """Each route's socket is handed over by its name, and the file has no listeners any more."""
@@ -302,23 +310,22 @@ def test_the_listeners_of_routes_are_left_outside_as_the_script_says(tmp_path: P
     namespace.sysctl("tcp_timestamps", "0")
     with namespace:
         far = Exchange(echo)
-    port = free_port()
-    text = f"[DEFAULT]\n bind = 127.0.0.1\n[oe.a]\nport={port}\ntarget = {far.target}\n"
+    ports = free_port(), free_port()
+    text = f"[DEFAULT]\n bind = 127.0.0.1\ntarget = {far.target}\n[oe.a]\nport={ports[0]}\n[oe-b]\n  port = {ports[1]}\n"
     script = made(tmp_path / "routes of it.ini", "netns", text, "--metrics-interval=0", "--user=nobody")
     found = re.search(r"^ +(sed -E .*)\n +(systemd-socket-activate .*)$", script, re.M)
     assert found
     subprocess.run(["sh", "-c", found[1]], cwd=tmp_path, check=True)
-    words = shlex.split(found[2].replace("tsproxy.py", shlex.join(CHECKOUT)).replace("ip netns exec tsproxy", ""))
+    words = shlex.split(re.sub(r"ip netns exec tsproxy \S+", shlex.join(CHECKOUT), found[2]))
     words = [word for word in words if word != "--user=nobody"]  # who may have no right to read this directory
     at = words.index(CHECKOUT[0])
     command = [*words[:at], *namespace.enter, *words[at:]]
     with contextlib.closing(far), contextlib.closing(Proxy(command, cwd=tmp_path)) as proxy:
-        wait_until(lambda: f":{port:04X} " in Path("/proc/net/tcp").read_text(), "it listens")
-        with socket.create_connection(("127.0.0.1", port), 20) as client:
-            client.sendall(b"order")
-            assert receive_exactly(client, 5) == b"order"
-        line = proxy.line("connection")
-    assert (line["witness"], line["upstream_timestamps"]) == ("sysctl", False)
+        for port in ports:
+            wait_until(lambda port=port: f":{port:04X} " in Path("/proc/net/tcp").read_text(), "it listens")
+        assert all(answers(("127.0.0.1", port)) for port in ports)
+        lines = [proxy.line("connection", lambda line, name=name: line["route"] == name) for name in ("oe.a", "oe-b")]
+    assert [(line["witness"], line["upstream_timestamps"]) for line in lines] == [("sysctl", False)] * 2
 
 
 # systemd
@@ -372,6 +379,36 @@ def test_the_file_of_the_service_has_no_listener_whoever_said_it(tmp_path: Path)
     written = parts(made(tmp_path / "r", "systemd", VENUE))["/etc/tsproxy/routes.ini"]
     assert not re.search(r"^ *(port|bind|\[DEFAULT\])", written, re.M)
     assert "# Clients connect to [::1]:9001: tsproxy-oe-backup.2_x-.socket\n" in written
+
+
+def test_the_file_of_the_service_is_served_reloaded_and_shortened_as_the_heading_says(
+    tmp_path: Path, echoing: Exchange
+) -> None:
+    """With a socket of each route's name; a route that goes leaves its socket behind until that is stopped."""
+    text = f"[DEFAULT]\ntarget = {echoing.target}\n" + "".join(
+        f"[{name}]\nport = {9001 + at}\n" for at, name in enumerate("ab")
+    )
+    written = parts(made(tmp_path / "r", "systemd", text))["/etc/tsproxy/routes.ini"]
+    (tmp_path / "routes.ini").write_text(written)
+    with listeners(2) as socks:
+        words = (f"--routes={tmp_path}/routes.ini", "--timestamps=preserve", "--metrics-interval=0")
+        proxy = hand_over(socks, *words, LISTEN_FDNAMES="a:b")
+        with contextlib.closing(proxy):
+            proxy.line("route", lambda line: line["route"] == "b")
+            assert all(answers(sock.getsockname()) for sock in socks)
+            first = written.partition("[b]")[0]
+            (tmp_path / "routes.ini").write_text(f"{first}[c]\nport = 0\ntarget = {echoing.target}\n")
+            proxy.process.send_signal(signal.SIGHUP)
+            reload = proxy.line("reload")
+            assert {name: reload.get(name) for name in ("added", "removed", "unchanged")} == {
+                "added": 1,
+                "removed": 1,
+                "unchanged": 1,
+            }
+            come = proxy.line("route", lambda line: line["route"] == "c")
+            assert answers(socks[0].getsockname())
+            assert answers((come["listen_address"], come["listen_port"]))
+            assert proxy.stop() == 0
 
 
 LONGEST = "a" + ".-_9" * 15 + "z."
@@ -497,6 +534,23 @@ def test_the_compose_file_of_routes_says_the_same_as_the_command(tmp_path: Path)
     mount = {"type": "bind", "source": "./tsproxy-routes", "target": "/etc/tsproxy", "read_only": True}
     assert service["volumes"] == [mount]
     assert service["command"] == ["--routes=/etc/tsproxy/routes.ini"]
+
+
+@pytest.mark.root
+def test_the_file_of_a_container_is_served_in_it(tmp_path: Path, namespace: Namespace) -> None:
+    """Two routes that differ in their address outside are two there as well."""
+    namespace.sysctl("tcp_timestamps", "0")
+    with namespace:
+        far = Exchange(echo)
+    docker = Docker(tmp_path, f"[DEFAULT]\ntarget = {far.target}\nport = 9001\n[a]\n[b]\nbind = ::1\n[c]\nbind = 127.0.0.3\n")
+    docker.write_routes()
+    command = [*namespace.enter, *CHECKOUT, f"--routes={tmp_path}/tsproxy-routes/routes.ini", "--metrics-interval=0"]
+    with contextlib.closing(far), contextlib.closing(Proxy(command)) as proxy:
+        lines = [proxy.line("route", lambda line, name=name: line["route"] == name) for name in "abc"]
+        assert [line["listen_address"] for line in lines] == ["0.0.0.0", "::", "0.0.0.0"]
+        with namespace:
+            assert all(answers(("127.0.0.1", line["listen_port"])) for line in lines if line["listen_address"] == "0.0.0.0")
+            assert answers(("::1", lines[1]["listen_port"]))
 
 
 def test_compose_takes_the_file(tmp_path: Path) -> None:
