@@ -370,9 +370,14 @@ def test_the_service_reads_the_routes_and_reads_them_again_on_every_systemd(tmp_
     assert "Type=notify-reload" in service
     assert setting(service, "Requires") == [], "one route's socket is stopped without the others"
     assert int(setting(service, "TimeoutStopSec")[0]) > 90.5
-    (limit,) = setting(service, "LimitNOFILE")
-    workers = asked(tmp_path / "r", VENUE).workers
-    assert int(limit) == descriptors_for(1000 + 4 + 1000, workers, 3)
+    assert setting(service, "LimitNOFILE") == ["524288"], "a route that is added needs some, too"
+
+
+def test_descriptors_are_for_the_connections_of_all_routes(tmp_path: Path) -> None:
+    text = PLAIN.replace("[b]", "max-connections = 500000\n[b]\nmax-connections = 7")
+    service = units(tmp_path / "r", text)["tsproxy.service"]
+    workers = asked(tmp_path / "r", text).workers
+    assert setting(service, "LimitNOFILE") == [str(descriptors_for(500007, workers, 2))]
 
 
 def test_the_file_of_the_service_has_no_listener_whoever_said_it(tmp_path: Path) -> None:
