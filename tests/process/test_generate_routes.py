@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -286,6 +287,19 @@ def test_routes_with_dscps_of_their_own_are_refused_under_rules(tmp_path: Path) 
     assert refusal(tmp_path / "r", "nftables", tagged).endswith(said)
 
 
+@pytest.mark.root
+def test_rules_take_timestamps_off_a_route_that_preserves_them_as_they_say(namespace: Namespace, tmp_path: Path) -> None:
+    with namespace, contextlib.closing(Exchange(host="127.0.0.1")) as far:
+        text = f"[a]\nport = 1\ntarget = {far.target}\n[b]\nport = 2\ntarget = {far.target}\ntimestamps = preserve\n"
+        rules = made(tmp_path / "r", "nftables", text)
+        assert "theirs lose it, too" in rules
+        namespace.run("nft", "-f", "-", input=rules)
+        said = json.loads(namespace.run(*CHECKOUT, "check", f"--routes={tmp_path}/r", "--json"))
+    seen = {route["route"]: route["witnesses"][-1]["value"] for route in said["routes"]}
+    assert "nop*11" in seen["b"]
+    assert seen["a"] == seen["b"]
+
+
 # netns
 
 
@@ -378,6 +392,9 @@ def test_descriptors_are_for_the_connections_of_all_routes(tmp_path: Path) -> No
     service = units(tmp_path / "r", text)["tsproxy.service"]
     workers = asked(tmp_path / "r", text).workers
     assert setting(service, "LimitNOFILE") == [str(descriptors_for(500007, workers, 2))]
+    # Docker can't give more than it has itself, and a port that is added takes a new container anyway.
+    few = descriptors_for(2000, workers, 2)
+    assert f"--ulimit nofile={few}:{few} " in made(tmp_path / "r", "docker", PLAIN)
 
 
 def test_the_file_of_the_service_has_no_listener_whoever_said_it(tmp_path: Path) -> None:

@@ -286,6 +286,30 @@ def test_the_pod_as_a_kubelet_would_start_it_is_probed_and_drains_within_its_gra
     docker.run("rm", "pod")
 
 
+def test_routes_are_published_and_a_file_that_an_editor_replaced_is_read_again(docker: Docker) -> None:
+    """In the container both listen on all addresses; outside they differ in theirs alone."""
+    first, second, place = ("127.0.0.1", 9001), ("127.0.0.2", 9001), f"{PLACE}/many"
+    sections = "".join(
+        f"[{name}]\nbind = {bind}\nport = {port}\n" for name, (bind, port) in (("oe.a", first), ("oe-b", second))
+    )
+    docker.machine.sh(f"mkdir -p {place}; cp {PLACE}/tsproxy {place}")
+    docker.machine.write(f"{place}/venue.ini", f"[DEFAULT]\ntarget = {docker.target}\n{sections}")
+    generate = f"cd {place}; python3 tsproxy generate docker --routes=venue.ini >tsproxy-docker.sh"
+    printed = "mkdir -p tsproxy-routes && sh tsproxy-docker.sh routes > tsproxy-routes/routes.ini"
+    docker.machine.sh(f"{generate}; {printed}; sh tsproxy-docker.sh")
+    for address in (first, second):
+        docker.seconds_until_served(address)
+    with docker.connected(first) as client:
+        docker.machine.sh(f"sed -i '$a max-connections = 7' {place}/tsproxy-routes/routes.ini")  # sed replaces the file
+        docker.run("kill", "--signal=HUP", "tsproxy")
+        wait_until(lambda: docker.lines("reload"), "the routes are read again", HEALED_S, 0.1)
+        assert (docker.lines("reload")[0]["changed"], docker.lines("reload")[0]["unchanged"]) == (1, 1)
+        client.sendall(b"still")
+        assert receive_exactly(client, 5) == b"still"
+    docker.trade(second)
+    assert {line["witness"] for line in docker.lines("route")} == {"sysctl"}
+
+
 def test_down_leaves_nothing(docker: Docker) -> None:
     docker.script("down")
     assert docker.has() == docker.before

@@ -14,7 +14,6 @@ from _tsproxy.tools.generate.refusal import named
 from _tsproxy.tools.generate.words import words
 
 ROUTES = "/etc/tsproxy/routes.ini"  # where the service, or the program in a container, reads them
-_SYSTEMDS_MOST = 1 << 19  # descriptors: the hard limit that systemd gives a service by itself (systemd-system.conf(5))
 NONE_INSIDE = "in there no connection has any, so neither have theirs.\n#         Run such a route elsewhere to have them."
 
 
@@ -48,7 +47,6 @@ def stopping_s(config: Config, grace_s: int) -> int:
 
 
 def descriptors(config: Config) -> int:
-    """For the connections of all routes, together; with a file there is room for routes that are added to it."""
+    """For the connections of all routes, together."""
     connections = sum(route.max_connections for route in config.routes)
-    needed = descriptors_for(connections, config.workers, len(config.routes))
-    return needed if config.routes_file is None else max(needed, _SYSTEMDS_MOST)
+    return descriptors_for(connections, config.workers, len(config.routes))

@@ -19,6 +19,7 @@ from _tsproxy.tools.generate.words import words
 
 _MARK = "0x74730001"  # of the connections, in conntrack; "ts" and a number, so that nobody else's is the same
 _SOCKETS_OWN = ("--port", "--bind", "--reuse-port")  # what tsproxy.socket does in the service's place
+_ROOM = 1 << 19  # descriptors, for routes to come: the hard limit that systemd has by itself (systemd-system.conf(5))
 _WHO = """\
 # By the priority only from {0}, and from root, who shows the rules to work before it becomes {0}. Not by the
 # DSCP: after close() a socket has no user."""
@@ -124,7 +125,7 @@ def systemd(config: Config) -> str:
             RELOAD="" if config.routes_file is None else _RELOAD,
             USER=_DYNAMIC_USER if config.user in (None, "nobody") else f"User={_setting(str(config.user))}",
             STOP_S=stopping_s(config, 10),
-            NOFILE=descriptors(config),
+            NOFILE=descriptors(config) if config.routes_file is None else max(descriptors(config), _ROOM),
             PIN=_PIN if config.cpus else "",
         ),
     }
