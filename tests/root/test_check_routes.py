@@ -301,6 +301,15 @@ def test_leaks_that_differ_in_their_target_alone_are_one_in_the_table_and_exact_
     assert "SYNs on the wire            ✗ leak    2 of 2 leave with what they must not" in out
 
 
+def test_leaks_of_one_route_are_told_with_their_targets(spaces: Any, routes: Routes) -> None:
+    fooled = spaces(rules(f'oifname "lo" tcp dport != {{ 44, 443 }} {STRIP}'), tcp_timestamps="1")
+    routes.write(a="127.0.0.1:44\n 127.0.0.1:443", b=NOWHERE)
+    found = re.findall(r"^  missing +(.*)$", routes.table(fooled)[1], re.M)
+    assert [re.sub(r"TSval \d+", "TSval", text) for text in found] == [
+        f"the SYN to 127.0.0.1:{port} leaves lo with TSval" for port in (44, 443)
+    ]
+
+
 def test_a_table_in_plain_ascii_shows_which_routes_fail(spaces: Any, routes: Routes) -> None:
     routes.write(a=NOWHERE, b=f"{NOWHERE}\ntimestamps = preserve")
     code, out = routes.table(spaces(tcp_timestamps="1"), encoding="ascii")

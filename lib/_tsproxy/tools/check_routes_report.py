@@ -223,13 +223,19 @@ def _named(text: str, reports: Sequence[Report], style: Style) -> List[str]:
 
 
 def _problems(found: Found) -> List[Tuple[str, List[str]]]:
-    """Each problem with the routes that have it. Those that differ in a target and a TSval alone are one."""
-    general = _grouped((_general(problem, one), one.route.name) for one in found.failing for problem in one.missing)
-    exact = {_general(problem, one): problem for one in found.failing for problem in one.missing}
-    return [(exact[problem] if len(whom) == 1 else problem, list(dict.fromkeys(whom))) for problem, whom in general]
+    """Each problem with the routes that have it. Those of several routes that differ in target and TSval alone are one."""
+    exact: Dict[str, List[Tuple[str, str]]] = {}
+    for report in found.failing:
+        for problem in report.missing:
+            exact.setdefault(_general(problem, report), []).append((problem, report.route.name))
+    told: List[Tuple[str, List[str]]] = []
+    for general, some in exact.items():
+        names = list(dict.fromkeys(name for _, name in some))
+        told += [(general, names)] if len(names) > 1 else [(problem, names) for problem, _ in some]
+    return told
 
 
 def _general(problem: str, report: Report) -> str:
-    for connection in report.connections:
-        problem = problem.replace(connection.address, "its target")
+    for address in sorted((connection.address for connection in report.connections), key=len, reverse=True):
+        problem = problem.replace(address, "its target")
     return re.sub(r"TSval \d+", "a TSval", problem) if "its target" in problem else problem
