@@ -93,7 +93,7 @@ def test_each_upstream_packet_has_the_dscp_asked_for_and_keeps_ecn(make_wire: An
     assert {line["reason"] for line in proxy.lines if line["event"] == "connection"} <= {"closed", "client_reset"}
 
 
-LEVERS_OF_OTHERS = {"preserve beside rules": ("--timestamps=preserve",), "trust beside rules": ("--trust-host",)}
+LEVERS_OF_OTHERS = {"trust beside rules": ("--trust-host",)}
 
 
 @pytest.mark.parametrize("lever", [lever for lever in (*LEVERS, *LEVERS_OF_OTHERS) if "rules" in lever])

@@ -9,13 +9,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Callable, Iterator, List
+from typing import Any, Callable, Iterator, List, Optional
 
 import pytest
 from handover import HAND_OVER
 from harness import CHECKOUT, ROOT, Exchange, Proxy, receive_exactly, wait_until
 from rules import generated
-from wire import UPSTREAM, Sniffer, Wire
+from wire import SYN, UPSTREAM, Sniffer, Wire
 
 pytestmark = pytest.mark.root
 
@@ -259,6 +259,24 @@ def test_each_route_leaves_by_its_own_source_and_dscp(make_wire: Any, start: Sta
     assert {(packet.source[0], packet.tos >> 2) for packet in plain} == {(ours, 0)}
     assert {(packet.source[0], packet.tos >> 2) for packet in marked} == {("198.51.100.77", 46)}
     assert [packet for packet in (*plain, *marked) if packet.tsval is not None] == []
+
+
+@pytest.mark.parametrize("dscp", [None, 46, *range(0, 64, 4)])  # a TOS sets the priority, too, by which rules know a socket
+def test_a_route_that_preserves_timestamps_keeps_them_beside_rules_for_another(
+    make_wire: Any, start: Start, dscp: Optional[int]
+) -> None:
+    wire = make_wire(split=False)
+    wire.rules(generated())
+    far, seen = wire.far_end(4), wire.far_end(4)
+    keys = ["timestamps = preserve", *([] if dscp is None else [f"dscp = {dscp}"])]
+    proxy = start(wire, section(wire, "oe", far) + section(wire, "seen", seen, *keys))
+    with contextlib.closing(Sniffer(wire.exchange, UPSTREAM)) as sniffer:
+        assert is_served(wire, proxy, "oe", far) and is_served(wire, proxy, "seen", seen)
+        packets = sniffer.stop()
+    stripped, kept = ([packet for packet in packets if packet.target == (end.host, end.port)] for end in (far, seen))
+    assert {packet.tsval is None for packet in stripped} == {True}
+    assert {packet.tsval is None for packet in kept if packet.payload or packet.flags & SYN} == {False}
+    assert {packet.tos >> 2 for packet in kept} == {dscp or 0}
 
 
 # Sockets that a service manager hands over

@@ -288,11 +288,13 @@ class Egress(NamedTuple):
 _ANYHOW = Egress()
 
 
-def dial(family: int, source: Optional[Address], for_rules: bool = False, egress: Egress = _ANYHOW) -> SocketType:
+def dial(
+    family: int, source: Optional[Address], for_rules: bool = False, egress: Egress = _ANYHOW, tagged: bool = True
+) -> SocketType:
     """An unconnected, non-blocking upstream socket with TAG, bound to `source` if one is given. OSError of socket(2) and so on.
 
     It has no keepalive yet. `for_rules`: packet filter rules are relied on, so its packets have TAG_DSCP, in whose place the
-    rules set the other one.
+    rules set the other one. Not `tagged`: rules that know TAG leave it alone.
     bind(2) needs no port here, so EADDRNOTAVAIL from it means the address: SourceUnavailable. From connect(2) it means ports.
     """
     sock = SocketType(family, _STREAM)
@@ -300,7 +302,8 @@ def dial(family: int, source: Optional[Address], for_rules: bool = False, egress
         dscp = TAG_DSCP if for_rules else egress.dscp
         if dscp:
             _set_dscp(sock, family, dscp)
-        sock.setsockopt(_SOCKET, _PRIORITY, TAG)  # after IP_TOS, which sets it, too (ip(7))
+        if tagged or dscp:
+            sock.setsockopt(_SOCKET, _PRIORITY, TAG if tagged else 0)  # after IP_TOS, which sets it, too (ip(7))
         set_at_once(sock)
         if egress.interface:
             bind_to_interface(sock, egress.interface)  # before bind(2): an address of a VRF is one of its interfaces' alone

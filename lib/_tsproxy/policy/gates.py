@@ -25,6 +25,7 @@ class UnmonitoredGate:
     """Base of the gates without evidence: a SYN may always leave, and no session ends by a drift."""
 
     proves_each_syn = for_rules = False
+    tagged = True
 
     def may_connect(self, family: int) -> Optional[bool]:
         """Always."""
@@ -40,9 +41,10 @@ class UnmonitoredGate:
 
 
 class Preserve(UnmonitoredGate):
-    """--timestamps=preserve: timestamps are sent as the kernel makes them, and only counted."""
+    """--timestamps=preserve: timestamps are sent as the kernel makes them, and counted. Rules for others leave it alone."""
 
     witness = int(Lever.NONE)
+    tagged = False
 
     def may_relay(self, upstream: socket.SocketType, info: TcpInfo) -> bool:
         """Always."""
@@ -65,7 +67,7 @@ class ByTrust(UnmonitoredGate):
 class MonitoredGate:
     """Base of the gates with evidence."""
 
-    proves_each_syn = True
+    proves_each_syn = tagged = True
 
     def __init__(self, policy: Policy, evidence: Evidence, asked: Mapping[int, Wakeup]) -> None:
         """`asked`, by family, wakes the monitor when the gate needs a newer answer."""

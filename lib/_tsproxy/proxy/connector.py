@@ -144,10 +144,10 @@ class Connector:
 
     def _connect_from_any_source(self, address: Address) -> socket.SocketType:
         """A socket in SYN_SENT. Without timestamps ports in TIME_WAIT can't be reused, so each source address is tried."""
-        code, egress = 0, self._context.settings.egress
+        code, egress, gate = 0, self._context.settings.egress, self._context.gate
         for source in self._context.sources(address.family):
             try:
-                sock = sockets.dial(address.family, source, self._context.gate.for_rules, egress)
+                sock = sockets.dial(address.family, source, gate.for_rules, egress, gate.tagged)
             except sockets.SourceUnavailable:
                 self._log_source_gone(source)
                 continue

@@ -13,6 +13,7 @@ class PolicyGate(Protocol):
 
     witness: int  # for the record: the number of the lever
     for_rules: bool  # whether upstream sockets set the DSCP mark that packet filter rules need
+    tagged: bool  # whether they set the tag by which such rules know them
     proves_each_syn: bool  # whether the kernel must not retransmit a SYN without a call of may_connect()
 
     def may_connect(self, family: int) -> Optional[bool]:

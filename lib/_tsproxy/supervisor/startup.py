@@ -205,7 +205,7 @@ def _refuse(route: Route, policy: Policy, policy_check: PolicyCheck) -> None:
 
 def require_dscp(route: Route, policy: Policy, policy_check: PolicyCheck) -> None:
     """Exit 2 if rules would set another DSCP than --dscp: the witness SYNs had TAG_DSCP, and show what became of it."""
-    if route.dscp is None:
+    if route.dscp is None or route.timestamps == "preserve":  # rules leave that one alone
         return
     syns = policy_check.syns or _witnessed(policy)
     found = {syn.dscp for syn in syns.values()} - {sockets.TAG_DSCP, route.dscp}

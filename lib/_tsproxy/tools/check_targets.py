@@ -125,7 +125,7 @@ class _Caller:
             return _Try(Connection(str(address), "not tried", obstacle), address)
         try:
             source = _source(route, address.family)
-            sock = sockets.dial(address.family, source, self._gate.for_rules, egress_of(route))
+            sock = sockets.dial(address.family, source, self._gate.for_rules, egress_of(route), self._gate.tagged)
         except OSError as error:
             return _Try(Connection(str(address), "failed", error.strerror or str(error)), address)
         call = _Call(sock, address, self._gate, route.connect_timeout_s)

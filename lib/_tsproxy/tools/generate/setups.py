@@ -56,12 +56,13 @@ def nftables(config: Config) -> str:
 
 def _wanted_dscp(config: Config) -> int:
     """What the rules set in the place of the tag, by which they know a packet: so it can't be the tag itself."""
+    tagged = [route.name for route in config.routes if route.dscp == TAG_DSCP]
     found: Dict[int, List[str]] = {}
-    for route in config.routes:
+    for route in _by_rules(config):
         if route.dscp is not None:
             found.setdefault(route.dscp, []).append(route.name)
-    if TAG_DSCP in found:
-        raise refused(config, found[TAG_DSCP], "dscp", TAG_DSCP, "with generate nftables: any other (it is tsproxy's tag)")
+    if tagged:
+        raise refused(config, tagged, "dscp", TAG_DSCP, "with generate nftables: any other (it is tsproxy's tag)")
     if len(found) > 1:
         (first, names), *others = found.items()
         differ = "; ".join(f"{dscp} ({named(whose)})" for dscp, whose in others)
@@ -69,9 +70,14 @@ def _wanted_dscp(config: Config) -> int:
     return next(iter(found), 0)
 
 
+def _by_rules(config: Config) -> List[Route]:
+    """Those whose sockets have the tag."""
+    return [route for route in config.routes if route.timestamps != "preserve"]
+
+
 def _on_rules(config: Config, dscp: int) -> Iterator[str]:
-    yield from preserved(config, "these rules know tsproxy's sockets, not their routes: theirs lose it, too.")
-    unnamed = [route.name for route in config.routes if route.dscp is None]
+    yield from preserved(config, "theirs have no tag, so these rules leave them alone.")
+    unnamed = [route.name for route in _by_rules(config) if route.dscp is None]
     if dscp and unnamed:
         yield f"# Note:   dscp = {dscp} is set for all: also for {named(unnamed)}."
 
