@@ -76,6 +76,8 @@ Relaying:
 
 Lines on standard output:
   --metrics-interval=<s>       Between metrics lines; 0 is only the last one [default: 10].
+  --segments-warning=<n>       Warn when more TCP segments than that go to the exchange in a second, once a minute at most;
+                               0 is off [default: 0].
   --connection-log=<on|off>    One line for each closed connection [default: on].
   --log-level=<level>          debug, info, warning or error [default: info].
 

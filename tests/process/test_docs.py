@@ -57,7 +57,7 @@ SHOWN = [page for page in PAGES if steps(page) and page.name != "audit.md"]  # t
 # What is otherwise each time, and the word that stands for it
 VOLATILE = {
     r'"(timestamp|version|runtime)":"[^"]*"': r'"\1":"@"',
-    r'"(pid|workers|\w+_us|\w*_port|\w*[rt]x_bytes|uptime_s)":(?:[\d.]+|null)': r'"\1":@',
+    r'"(pid|workers|\w+_us|\w*_port|\w*[rt]x_bytes|\w*_segments_\w+|uptime_s)":(?:[\d.]+|null)': r'"\1":@',
     r"TS val \d+": "TS val @",
     r"connected in [\d.]+ ms": "connected in @",
     r"nor in \d+ segments": "nor in @ segments",

@@ -80,7 +80,7 @@ def series_of(field: str, route: str = "default") -> Optional[str]:
     """What a field of a metrics line is called in Prometheus; None for the route, and for what Prometheus computes."""
     if field.endswith(("_p50", "_p99", "_p999", "_per_s", "_time", "uptime_s", "interval_s", "route")):
         return None
-    name, labels = f"tsproxy_{field}" + ("" if field.endswith(("_total", "_active")) else "_total"), []
+    name, labels = f"tsproxy_{field}" + ("" if field.endswith(("_total", "_active", "_per_s_max")) else "_total"), []
     histogram = re.fullmatch(r"(\w+)_us_(?:le_(\d+)|(max|count))", field)
     if histogram:
         name = f"tsproxy_{histogram[1]}_seconds_{'max' if histogram[3] == 'max' else 'bucket'}"

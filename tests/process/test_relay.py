@@ -15,13 +15,14 @@ LINE_FIELDS = {
     "connection": "connection_id worker client_address client_port upstream_address upstream_port "
     "upstream_local_address upstream_local_port duration_us connect_us rx_bytes tx_bytes upstream_tx_bytes discarded_bytes "
     "unacknowledged_bytes client_timestamps client_syn_tsval upstream_timestamps witness upstream_rtt_us "
-    "upstream_retransmits reason termination_state",
+    "upstream_retransmits upstream_segments_sent upstream_segments_received reason termination_state",
     "metrics": "start_time uptime_s interval_s downstream_cx_total downstream_cx_overflow downstream_cx_denied "
     "downstream_cx_rx_bytes_total downstream_cx_tx_bytes_total upstream_cx_total upstream_cx_rx_bytes_total "
     "upstream_cx_tx_bytes_total upstream_cx_connect_fail upstream_cx_connect_timeout downstream_cx_timestamps_total "
     "upstream_cx_timestamps_total upstream_cx_policy_refused_total downstream_flow_control_paused_reading_total "
     "upstream_flow_control_paused_reading_total cx_reset_by_peer_total idle_timeout_total log_lines_dropped_total "
     "worker_restarts_total downstream_cx_active upstream_cx_active rx_bytes_per_s tx_bytes_per_s "
+    "upstream_segments_sent upstream_segments_received upstream_segments_per_s upstream_segments_per_s_max "
     "connect_us_p50 connect_us_p99 connect_us_p999 connect_us_max relay_us_p50 relay_us_p99 relay_us_p999 relay_us_max",
     "drain": "",
     "stop": "",

@@ -85,6 +85,8 @@ def connection(second: float = 1, pid: int = 100, **fields: Any) -> Line:
         "upstream_timestamps": False,
         "upstream_rtt_us": 14,
         "upstream_retransmits": 0,
+        "upstream_segments_sent": 6,
+        "upstream_segments_received": 5,
         "reason": "closed",
         "termination_state": "--",
         "witness": "sysctl",

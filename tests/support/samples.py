@@ -37,6 +37,8 @@ FULL = ConnectionRecord(
     client_syn_tsval=2**32 - 1,
     upstream_rtt_us=40,
     upstream_retransmits=1,
+    upstream_segments_sent=9,
+    upstream_segments_received=8,
     ending=Ending.SERVER_RESET,
     witness=1,
 )
@@ -67,6 +69,8 @@ CONNECTIONS = st.builds(
     client_syn_tsval=st.none() | U32,
     upstream_rtt_us=st.none() | U32,
     upstream_retransmits=st.none() | U32,
+    upstream_segments_sent=st.none() | I63,
+    upstream_segments_received=st.none() | I63,
     ending=st.sampled_from(Ending),
     witness=st.integers(0, 255),
 )

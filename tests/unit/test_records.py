@@ -33,6 +33,8 @@ EMPTY = FULL._replace(
     client_syn_tsval=None,
     upstream_rtt_us=None,
     upstream_retransmits=None,
+    upstream_segments_sent=None,
+    upstream_segments_received=None,
 )
 
 
@@ -114,6 +116,8 @@ IMPOSSIBLE = [
     {"client_syn_tsval": 2**32},
     {"upstream_rtt_us": -5},
     {"upstream_retransmits": 2**40},
+    {"upstream_segments_sent": -2},
+    {"upstream_segments_received": -2},
     {"ending": len(Ending)},
 ]
 
@@ -173,6 +177,8 @@ def test_the_fields_of_a_connection_are_those_of_its_line_in_their_order() -> No
         "upstream_timestamps": False,
         "upstream_rtt_us": 40,
         "upstream_retransmits": 1,
+        "upstream_segments_sent": 9,
+        "upstream_segments_received": 8,
         "reason": "server_reset",
         "termination_state": "SD",
         "witness": "sysctl",
@@ -194,6 +200,7 @@ def test_what_was_not_there_to_see_is_null_and_not_zero() -> None:
             "client_syn_tsval",
         ),
         *("upstream_timestamps", "upstream_rtt_us", "upstream_retransmits"),
+        *("upstream_segments_sent", "upstream_segments_received"),
     }
     zeros = FULL._replace(connect_us=0, client_syn_tsval=0, upstream_rtt_us=0, upstream_retransmits=0, client_timestamps=False)
     assert decode(encode(zeros))[0] == [zeros]
@@ -287,6 +294,25 @@ def test_a_notice_that_does_not_fit_leaves_no_half_of_it_behind() -> None:
         assert row[Counter.LINES_DROPPED] == 1
         writer.put(long)
         assert len(all_in(pipe)) == 1
+
+
+def test_a_wake_up_is_bytes_to_read_and_no_record_once_a_second_at_most() -> None:
+    with pipe_and_row(size=4096) as (pipe, row):
+        writer = RecordWriter(pipe.writer, row)
+        second = 1_000_000_000
+        for now_ns, wakes in ((0, 1), (second - 1, 0), (second, 1), (3 * second, 1)):
+            writer.wake(now_ns)
+            found = b"".join(pipe.read())
+            assert (len(found) // 3, decode(found)) == (wakes, ([], b""))
+        writer.wake(5 * second)
+        writer.put(FULL)
+        assert all_in(pipe) == [FULL]
+        while not row[Counter.LINES_DROPPED]:
+            writer.put(FULL)
+        writer.wake(7 * second)
+        os.close(pipe.reader)
+        writer.wake(9 * second)
+        assert row[Counter.LINES_DROPPED] == 1, "a wake-up is no line"
 
 
 def test_a_pipe_that_nobody_reads_any_more_costs_a_line_and_nothing_else() -> None:

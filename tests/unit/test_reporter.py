@@ -15,9 +15,9 @@ from typing import Any, Callable, Iterator, List, Optional, Sequence
 
 import pytest
 from _tsproxy.linux.addresses import pack
-from _tsproxy.stats import counters, histogram, records
+from _tsproxy.stats import counters, encoder, histogram, records
 from _tsproxy.stats.board import Board
-from _tsproxy.stats.counters import ACCEPTOR_ROW, FIRST_WORKER_ROW, REPORTER_ROW, Counter, SharedCounters
+from _tsproxy.stats.counters import ACCEPTOR_ROW, REPORTER_ROW, Counter, SharedCounters
 from _tsproxy.stats.endings import ENDING_FIELDS, Ending
 from _tsproxy.stats.records import NOTICE_LEVELS, Notice, RecordPipe, RecordWriter
 from _tsproxy.stats.reporter import Reporter
@@ -36,13 +36,14 @@ HEAD = ["timestamp", "level", "event", "pid"]
 CONNECTION_FIELDS = """connection_id worker client_address client_port upstream_address upstream_port
     upstream_local_address upstream_local_port duration_us connect_us rx_bytes tx_bytes upstream_tx_bytes discarded_bytes
     unacknowledged_bytes client_timestamps client_syn_tsval upstream_timestamps witness upstream_rtt_us upstream_retransmits
-    reason termination_state route""".split()
+    upstream_segments_sent upstream_segments_received reason termination_state route""".split()
 METRICS_FIELDS = """route start_time uptime_s interval_s downstream_cx_total downstream_cx_overflow downstream_cx_denied
     downstream_cx_rx_bytes_total downstream_cx_tx_bytes_total upstream_cx_total upstream_cx_rx_bytes_total
     upstream_cx_tx_bytes_total upstream_cx_connect_fail upstream_cx_connect_timeout downstream_cx_timestamps_total
     upstream_cx_timestamps_total upstream_cx_policy_refused_total downstream_flow_control_paused_reading_total
     upstream_flow_control_paused_reading_total cx_reset_by_peer_total idle_timeout_total log_lines_dropped_total
-    worker_restarts_total downstream_cx_active upstream_cx_active rx_bytes_per_s tx_bytes_per_s""".split()
+    worker_restarts_total downstream_cx_active upstream_cx_active rx_bytes_per_s tx_bytes_per_s
+    upstream_segments_sent upstream_segments_received upstream_segments_per_s upstream_segments_per_s_max""".split()
 METRICS_FIELDS += [f"{name}_us_{of}" for name in ("connect", "relay") for of in ("p50", "p99", "p999", "max")]
 
 
@@ -119,7 +120,7 @@ ANY_CLIENT = st.binary(min_size=len(CLIENT), max_size=len(CLIENT)) | st.sampled_
 U16 = st.integers(0, 65535)
 ANY_BODY = st.tuples(
     *(U16, U16, U64, I64, ANY_CLIENT, I64, st.integers(0, 30), BYTE, st.integers(-128, 127), I64, ANY_CLIENT),
-    *(I64, st.integers(-128, 127), ANY_CLIENT, I64, I64, U64, U64, U64, U64, U64),
+    *(I64, st.integers(-128, 127), ANY_CLIENT, I64, I64, I64, I64, U64, U64, U64, U64, U64),
 ).map(lambda numbers: records._HEADER.pack(records._HEADER.size + records._BODY.size, 1) + records._BODY.pack(*numbers))
 ANY_NOTICE = st.tuples(U16, I64, st.integers(0, 5), st.integers(-3, 3), st.binary(max_size=60)).map(
     lambda given: (
@@ -382,33 +383,39 @@ def test_rates_are_what_came_since_the_line_before_over_the_time_between(desk: D
     assert next(board.lines())["rx_bytes_per_s"] == 1_000_000
 
 
-def fill(shared_counters: SharedCounters, rows: slice, value: int) -> None:
-    """The histograms of the workers alone: the reporter has one once it has absorbed another route's."""
-    reporters = shared_counters.rows[REPORTER_ROW]
-    for row in shared_counters.rows[rows]:
-        for index in range(len(Counter) if row is reporters else len(row)):
-            row[index] = value
+MOST_BYTES = 2**63 - 1  # 100 Gbit/s for 23 years; of segments, too, which are fewer
+MOST_EVENTS = 10**17 - 1  # 256 workers for twelve years, if an event (a message, a session, a timer) takes 1 us: it takes more
+MOST_NS = 2**63 - 1  # 292 years
+OF_BYTES = ("RECEIVED", "ACKNOWLEDGED", "SEGMENTS")
 
 
-@pytest.mark.parametrize(
-    ("rows", "value", "route"),
-    [
-        (slice(FIRST_WORKER_ROW, FIRST_WORKER_ROW + 1), 2**63 - 1, "r" * 63),  # the longest name that a route has
-        (slice(None), 2**63 - 1, "r" * 63),
-        (slice(None), 2**64 - 1, "default"),
-    ],
-    ids=["one row at 2**63 - 1", "all rows at 2**63 - 1", "all rows at 2**64 - 1"],
-)
-def test_a_metrics_line_fits_and_is_whole_however_high_the_counters_are(rows: slice, value: int, route: str) -> None:
-    with desk_with(names=(route,)) as desk:
-        fill(desk.shared_counters, rows, value)
-        line = desk.metrics()  # lines() holds that none is too long
-        writers = len(desk.shared_counters.rows[rows])
-        workers = len(desk.shared_counters.rows[FIRST_WORKER_ROW:][rows if rows.start is None else slice(0, 1)])
+def fill_to_the_most(row: memoryview) -> None:
+    """What all workers can have counted together: each counter at its most, each histogram with its most events."""
+    for counter in Counter:
+        row[counter] = MOST_BYTES if counter.name.startswith(OF_BYTES) else MOST_EVENTS
+    row[Counter.ENDED] = row[Counter.CONNECTS_ENDED] = 0  # all are open: the gauges are at their most, too
+    for start in (counters.RELAY, counters.CONNECT, counters.LOOP_LAG):
+        row[start] = row[start + histogram.BUCKETS - 1] = MOST_EVENTS // 2
+        row[start + histogram.BUCKETS] = MOST_NS
+
+
+def test_a_metrics_line_fits_and_is_whole_with_each_counter_at_its_most() -> None:
+    with desk_with(names=("r" * 63,)) as desk:  # the longest name that a route has
+        fill_to_the_most(desk.shared_counters.worker(0))
+        line = desk.metrics()
     assert set(METRICS_FIELDS) <= set(line)
-    assert (line["route"], line["relay_us_max"]) == (route, value / 1000)
-    assert line["upstream_cx_connect_fail"] == value * writers
-    assert line["relay_us_count"] == value * workers * histogram.BUCKETS
+    assert (line["route"], line["upstream_cx_active"], line["relay_us_max"]) == ("r" * 63, MOST_EVENTS, MOST_NS / 1000)
+    assert (line["upstream_segments_per_s_max"], line["relay_us_le_1"]) == (MOST_BYTES, MOST_EVENTS // 2)
+    longest = {**line, "pid": 2**22, "uptime_s": 378_432_000.123, "interval_s": 86_400.123}
+    assert len(encoder.line(longest)) == len(encoder.with_json(longest)) + 1 <= 4096 - 50  # and some room is left
+
+
+def test_a_sum_of_counters_is_exact_beyond_64_bits(desk: Desk) -> None:
+    for row in desk.shared_counters.rows:
+        for counter in Counter:
+            row[counter] = 2**64 - 1
+    line, writers = desk.metrics(), len(desk.shared_counters.rows)
+    assert line["upstream_cx_connect_fail"] == line["upstream_segments_sent"] == writers * (2**64 - 1)
 
 
 def test_metrics_come_each_interval_without_being_asked_for() -> None:

@@ -89,6 +89,7 @@ class Route(NamedTuple):
     interface: Optional[str] = None
     dscp: Optional[int] = None
     allow: Tuple[IPNetwork, ...] = ()
+    segments_warning: int = 0
 
 
 class Config(NamedTuple):
@@ -314,6 +315,7 @@ OPTIONS: Mapping[str, _Option] = {
     "--user-timeout": _Option("user_timeout_ms", rounded(duration(1, 2**31 - 1, "ms", zero=True))),
     "--keepalive": _Option("keepalive_s", rounded(duration(1, 32767, zero=True))),
     "--user": _Option("user", user_name),
+    "--segments-warning": _Option("segments_warning", whole(0, 1_000_000_000)),
     "--metrics-interval": _Option("metrics_interval_s", duration(0.01, _DAY, zero=True)),
     "--connection-log": _Option("connection_log", one_of(SWITCH)),
     "--log-level": _Option("log_level", one_of(LEVELS)),

@@ -46,6 +46,8 @@ class TcpInfo(NamedTuple):
     acknowledged: int  # bytes in total; our SYN counts as one, and our FIN as another
     outstanding: bool  # bytes, or a FIN; not valid after a reset, which empties the queue
     closed: bool  # the state is TCP_CLOSE
+    segments_sent: int = 0  # modulo 2**32; 0: this kernel does not count them, for the SYN is one (tcpi_segs_out)
+    segments_received: int = 0  # the same; the SYN-ACK is one, and dropped ones are in it (tcpi_segs_in)
 
 
 def tcp_info(sock: SocketType) -> TcpInfo:
@@ -59,15 +61,9 @@ def tcp_info(sock: SocketType) -> TcpInfo:
 def _tcp_info(raw: bytes) -> TcpInfo:
     if len(raw) < _SUMMARY_SIZE:
         raw = raw.ljust(_SUMMARY_SIZE, b"\0")  # an older kernel's is shorter
-    state, options, unacked, rtt_us, retransmits, acknowledged, not_sent = _UNPACK_SUMMARY(raw)
-    outstanding = unacked != 0 or not_sent != 0
-    return TcpInfo(options & _OPT_TIMESTAMPS != 0, rtt_us, retransmits, acknowledged, outstanding, state == _CLOSE)
-
-
-def segments_received(sock: SocketType) -> int:
-    """tcpi_segs_in: how many segments have come for this connection, dropped ones too."""
-    (count,) = struct.unpack_from("=I", sock.getsockopt(socket.IPPROTO_TCP, uapi.TCP_INFO, 144).ljust(144, b"\0"), 140)
-    return int(count)
+    state, options, unacked, rtt_us, retransmits, acknowledged, sent, received, not_sent = _UNPACK_SUMMARY(raw)
+    outstanding, timestamps = unacked != 0 or not_sent != 0, options & _OPT_TIMESTAMPS != 0
+    return TcpInfo(timestamps, rtt_us, retransmits, acknowledged, outstanding, state == _CLOSE, sent, received)
 
 
 def has_timestamps(sock: SocketType) -> bool:

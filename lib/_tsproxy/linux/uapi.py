@@ -23,8 +23,8 @@ TCP_CONNECTED = frozenset({TCP_ESTABLISHED, 8})  # and CLOSE_WAIT: the peer's FI
 # include/uapi/linux/tcp.h, struct tcp_info: tcpi_unacked, last_data_sent, last_ack_recv, bytes_acked, notsent_bytes, snd_wnd
 # (Linux 5.4), by their offsets. It has only ever grown at its end.
 TCPI_OUTSTANDING = struct.Struct("=24xI16xI8xI60xQ16xI80xI")
-# And tcpi_state, options, unacked, rtt, total_retrans, bytes_acked, notsent_bytes.
-TCPI_SUMMARY = struct.Struct("=B4xB18xI40xI28xI16xQ16xI")
+# And tcpi_state, options, unacked, rtt, total_retrans, bytes_acked, segs_out and segs_in (Linux 4.2), notsent_bytes.
+TCPI_SUMMARY = struct.Struct("=B4xB18xI40xI28xI16xQ8xIII")
 
 # include/uapi/linux/tcp.h, tcpi_options
 TCPI_OPT_TIMESTAMPS = 1

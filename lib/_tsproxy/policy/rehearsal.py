@@ -147,11 +147,11 @@ def _sends_constant_tsval(family: int, tsval: int, deadline: float) -> bool:
             with closing_by_reset(far):
                 if not _MIN_BEHIND_MS < (tsval - sockets.timestamp_clock(near)) % 2**32 < 2**31:
                     continue
-                answers = sockets.segments_received(near)
+                answers = sockets.tcp_info(near).segments_received
                 near.send(b".")
                 if poll(far, select.POLLIN, min(deadline, time.monotonic() + _SCENARIO_TIMEOUT_S)):
                     return True
-                was_refused = sockets.segments_received(near) > answers  # PAWS dropped it, and sent another ACK
+                was_refused = sockets.tcp_info(near).segments_received > answers  # PAWS dropped it, and sent another ACK
                 if poll(far, select.POLLIN, time.monotonic()):
                     return True
                 if was_refused:

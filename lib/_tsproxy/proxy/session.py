@@ -36,7 +36,9 @@ from _tsproxy.stats.endings import WHILE_CONNECTING, Ending
 from _tsproxy.stats.records import ConnectionRecord
 
 Peers = Tuple[TcpInfo, ...]  # of the upstream one, and of the client
-_Relayed = Tuple[bytes, Optional[int], int, int, int, int, int, int]
+_Relayed = Tuple[bytes, Optional[int], int, Optional[int], Optional[int], int, int, int, int, int]
+_UNSEEN = TcpInfo(False, 0, 0, 0, outstanding=False, closed=True)
+_QUIET_VISITS = 10  # after so many without a look at TCP_INFO there is one: keepalive probes are segments, too
 _NOT_READABLE, _NOT_WRITABLE = ~(READABLE | MORE), ~WRITABLE  # events of the direction's sink, and of its source
 _CUTTING = frozenset({Ending.POLICY, Ending.BUG})  # always reset: bytes must not be sent, or may be incomplete
 _GRAINS_NS = 256 * TICK_NS  # an idle timeout may fire 1/256 of its length late, or one tick
@@ -56,6 +58,9 @@ class Session:
         "_has_keepalive",
         "_message",
         "_phase",
+        "_quiet_visits",
+        "_segments_received",
+        "_segments_sent",
         "_settled_at",
         "_upstream_timestamps",
     )
@@ -71,6 +76,8 @@ class Session:
         self._upstream_timestamps: Optional[bool] = None
         self._has_keepalive = False  # of the upstream socket; the client's has the listener's
         self._settled_at = 0  # _last_active_ns when both peers had acknowledged all bytes
+        self._segments_sent = self._segments_received = 0  # of the upstream connection, as of the last TCP_INFO
+        self._quiet_visits = 0
         context.registry.sessions[message.connection_id] = self
 
     # Connecting
@@ -80,6 +87,8 @@ class Session:
         self._connector.connect()
         if self._phase is CONNECTING:
             self._context.loop.watch(self._message.fd, 0, self)
+        if len(self._context.registry.sessions) == 1:  # the first one: somebody has to sample what it sends
+            self._context.records.wake(self._context.loop.now)
 
     def readable(self) -> None:
         """Not called: the lane is NEW."""
@@ -101,6 +110,7 @@ class Session:
         up, _ = self._directions = make_directions(self, context, self._client, upstream)
         up.acknowledged_before = info.acknowledged
         self._upstream_timestamps = info.timestamps
+        self._count_segments(info)
         if info.timestamps:
             context.count(Counter.UPSTREAM_TIMESTAMPS)
         if not context.gate.may_relay(upstream, info):
@@ -198,20 +208,24 @@ class Session:
         if not self._directions:
             return
         up, down = self._directions
+        self._quiet_visits += 1
         if up.unacknowledged or down.unacknowledged or self._client_timestamps is None:
             self._look_at_peers()
+        elif self._quiet_visits >= _QUIET_VISITS:
+            self._count_segments(sockets.tcp_info(up.sink))
         if not self._has_keepalive:  # not at connect(2): four system calls that most short connections need not pay for
             self._has_keepalive = True
             self._context.settings.tuning.set_keepalive(up.sink)
 
     def _look_at_peers(self) -> Peers:
-        """Read TCP_INFO of each direction's sink; count acknowledged bytes, and the client's TSopt; () while connecting."""
+        """Read TCP_INFO of each direction's sink; count what is new since the last look; () while connecting."""
         if not self._directions:
             self._see_client(sockets.has_timestamps(self._client))
             return ()
         up, down = self._directions
         upstream, client = sockets.tcp_info(up.sink), sockets.tcp_info(down.sink)
         self._see_client(client.timestamps)
+        self._count_segments(upstream)
         up.count_acknowledged(upstream.acknowledged)
         down.count_acknowledged(client.acknowledged)
         return upstream, client
@@ -222,6 +236,17 @@ class Session:
             self._client_timestamps = timestamps
             if timestamps:
                 self._context.count(Counter.DOWNSTREAM_TIMESTAMPS)
+
+    def _count_segments(self, upstream: TcpInfo) -> None:
+        """Count the segments of the upstream connection since the last look. The kernel counts modulo 2**32, this does not."""
+        self._quiet_visits = 0
+        sent = (upstream.segments_sent - self._segments_sent) % 2**32
+        received = (upstream.segments_received - self._segments_received) % 2**32
+        self._segments_sent += sent
+        self._segments_received += received
+        counters = self._context.counters
+        counters[Counter.SEGMENTS_SENT] += sent
+        counters[Counter.SEGMENTS_RECEIVED] += received
 
     def check_peers(self, now_ns: int) -> None:
         """See LiveSession. After both peers have acknowledged all, they are not checked until there is traffic again."""
@@ -337,7 +362,7 @@ class Session:
         if not cut and ending is Ending.DRAIN:
             ending = Ending.CLOSED
         self._phase = phase_after(self._phase, ENDED)
-        peers = peers or self._look_at_peers()
+        peers = peers or self._last_look()
         left = 0 if cut else self._left_to_kernel(peers)
         self._close_sockets(cut)
         self._count_end(ending)
@@ -345,6 +370,14 @@ class Session:
         if self._context.settings.log_connections:
             self._context.record(self._record(ending, peers, left))  # last: a reader of the line finds the counters up to date
         self._directions = ()
+
+    def _last_look(self) -> Peers:
+        """TCP_INFO before close(2). If getsockopt(2) is refused now, what was seen before stands, and the end goes on."""
+        try:
+            return self._look_at_peers()
+        except OSError as error:
+            self._context.report(error)
+            return (_UNSEEN, _UNSEEN)
 
     def _left_to_kernel(self, peers: Peers) -> int:
         """Bytes that the kernel goes on to deliver after close(2)."""
@@ -402,6 +435,8 @@ class Session:
             pack(down.source.family, down.source.getsockname()),
             upstream.rtt_us or None,  # 0: nothing was measured
             upstream.retransmits,
+            self._segments_sent or None,
+            self._segments_received or None,
             up.received,
             down.acknowledged,
             up.acknowledged,

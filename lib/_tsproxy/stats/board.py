@@ -7,11 +7,12 @@ in its lines. Knows counters. Knows nothing of lines, or of when a route ends.
 from __future__ import annotations
 
 import time
-from typing import Callable, Dict, Iterator, Optional
+from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 from _tsproxy.stats import encoder, metrics
 from _tsproxy.stats.counters import SharedCounters
 from _tsproxy.stats.encoder import Fields
+from _tsproxy.stats.segments import Segments
 
 
 class Rates:
@@ -48,11 +49,19 @@ class Board:
         self._rates = Rates(clock)
         self._rates_of: Dict[str, Rates] = {}  # by name
         self._counters: Dict[str, Dict[int, SharedCounters]] = {}  # by name and number, the newest last
+        self._segments = Segments(self._all_counters, clock=clock)
+        self._segments_of: Dict[str, Segments] = {}
 
-    def add(self, number: int, name: str, counters: SharedCounters) -> None:
+    def add(self, number: int, name: str, counters: SharedCounters, segments_warning: int = 0) -> None:
         """A route, or the next version of one."""
+        of_name = self._counters.setdefault(name, {})
+        of_name[number] = counters
         self._rates_of.setdefault(name, Rates(self._clock))
-        self._counters.setdefault(name, {})[number] = counters
+        self._segments_of.setdefault(name, Segments(of_name.values, clock=self._clock)).limit = segments_warning
+
+    def _all_counters(self) -> List[SharedCounters]:
+        """The process's, and those of each version of each route."""
+        return [self._process, *(counters for of_name in self._counters.values() for counters in of_name.values())]
 
     def end(self, number: int, name: str) -> Optional[Fields]:
         """Nobody counts there any more: keep what was counted, for the route if there is a newer version of it.
@@ -66,18 +75,32 @@ class Board:
         heirs[-1].absorb(ended)
         ended.close()
         if last:
-            del self._counters[name], self._rates_of[name]
+            del self._counters[name], self._rates_of[name], self._segments_of[name]
         return last
+
+    @property
+    def next_sample(self) -> float:
+        """When sample() is due, by the clock; infinity while no session is open."""
+        return min(segments.next_sample for segments in (self._segments, *self._segments_of.values()))
+
+    def sample(self, woken: bool) -> Iterator[Tuple[str, str]]:
+        """See Segments.sample(): the name of each route for which a warning is due, and its text."""
+        self._segments.sample(woken)
+        for name, segments in self._segments_of.items():
+            warning = segments.sample(woken)
+            if warning:
+                yield name, warning
 
     def lines(self) -> Iterator[Fields]:
         """The fields of each metrics line, the process's last."""
         if self._many:
             yield from map(self._line, self._counters)
-        every = [self._process, *(counters for of_name in self._counters.values() for counters in of_name.values())]
-        route = None if self._many else next(iter(self._counters), None)
-        yield {"route": route, **self._rates.fields(metrics.sums(every)), **metrics.latencies(every)}
+        every, route = self._all_counters(), None if self._many else next(iter(self._counters), None)
+        times, segments = self._rates.fields(metrics.sums(every)), self._segments.fields()
+        yield {"route": route, **times, **segments, **metrics.latencies(every)}
 
     def _line(self, name: str) -> Fields:
         of_name = list(self._counters[name].values())
         totals = metrics.without_process(metrics.sums(of_name))
-        return {"route": name, **self._rates_of[name].fields(totals), **metrics.latencies(of_name, metrics.OF_ROUTE)}
+        times, segments = self._rates_of[name].fields(totals), self._segments_of[name].fields()
+        return {"route": name, **times, **segments, **metrics.latencies(of_name, metrics.OF_ROUTE)}

@@ -33,6 +33,8 @@ NAMES = (
     "upstream_timestamps",
     "upstream_rtt_us",
     "upstream_retransmits",
+    "upstream_segments_sent",
+    "upstream_segments_received",
     "reason",
     "termination_state",
     "witness",
@@ -48,7 +50,8 @@ _NULLS = ("null", "null")
 def encode(record: ConnectionRecord, timestamp: str, pid: int, witness: str, route: str) -> bytes:
     """The line with its newline; `witness` and `route` are the names of the record's."""
     (worker, _, connection_id, _, client, duration_us, ending, _, client_timestamps, client_syn_tsval, upstream, connect_us,
-     upstream_timestamps, local, rtt_us, retransmits, rx, tx, upstream_tx, discarded, unacknowledged) = record  # fmt: skip
+     upstream_timestamps, local, rtt_us, retransmits, segments_sent, segments_received,
+     rx, tx, upstream_tx, discarded, unacknowledged) = record  # fmt: skip
     reason, termination_state, level = ENDING_FIELDS[ending]
     line = _TEMPLATE % (
         timestamp,
@@ -71,6 +74,8 @@ def encode(record: ConnectionRecord, timestamp: str, pid: int, witness: str, rou
         _BOOLEANS[upstream_timestamps],
         "null" if rtt_us is None else rtt_us,
         "null" if retransmits is None else retransmits,
+        "null" if segments_sent is None else segments_sent,
+        "null" if segments_received is None else segments_received,
         reason,
         termination_state,
         witness,

@@ -47,6 +47,8 @@ class Counter(IntEnum):
     LINES_DROPPED = auto()
     WORKER_RESTARTS = auto()
     LOST_WITH_WORKER = auto()  # sessions whose worker exited without writing their records
+    SEGMENTS_SENT = auto()  # of upstream connections, as of the last TCP_INFO
+    SEGMENTS_RECEIVED = auto()
 
 
 # Index of each histogram's first bucket in a row; the word after its last bucket is the maximum, in nanoseconds.

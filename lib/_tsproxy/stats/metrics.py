@@ -32,6 +32,8 @@ _COUNTERS = {
     "log_lines_dropped_total": Counter.LINES_DROPPED,
     "worker_restarts_total": Counter.WORKER_RESTARTS,
     "downstream_cx_lost_with_worker_total": Counter.LOST_WITH_WORKER,
+    "upstream_segments_sent": Counter.SEGMENTS_SENT,
+    "upstream_segments_received": Counter.SEGMENTS_RECEIVED,
 }
 
 OF_PROCESS = frozenset({"log_lines_dropped_total", "worker_restarts_total"})

@@ -6,6 +6,7 @@ pipe is non-blocking: on EAGAIN the record is dropped and counted.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import struct
@@ -21,8 +22,10 @@ from _tsproxy.stats.counters import Counter
 from _tsproxy.stats.endings import Ending
 
 _HEADER = struct.Struct("=HB")  # size of the whole frame, kind
-_CONNECTION, _NOTICE = 1, 2
-_BODY = struct.Struct(f"=HIQq{PACKED_SIZE}sqBBbq{PACKED_SIZE}sqb{PACKED_SIZE}sqqQQQQQ")
+_CONNECTION, _NOTICE, _WAKE = 1, 2, 3
+_WAKE_FRAME = _HEADER.pack(_HEADER.size, _WAKE)
+_WAKE_NS = 1_000_000_000
+_BODY = struct.Struct(f"=HIQq{PACKED_SIZE}sqBBbq{PACKED_SIZE}sqb{PACKED_SIZE}sqqqqQQQQQ")
 _CONNECTION_FRAME = struct.Struct(_HEADER.format + _BODY.format[1:])
 _NOTICE_BODY = struct.Struct("=HqBi")
 _PIPE_BYTES = 1 << 20  # fs.pipe-max-size, what an unprivileged process may ask for
@@ -51,6 +54,8 @@ class ConnectionRecord(NamedTuple):
     upstream_local: Optional[bytes] = None
     upstream_rtt_us: Optional[int] = None
     upstream_retransmits: Optional[int] = None
+    upstream_segments_sent: Optional[int] = None
+    upstream_segments_received: Optional[int] = None
     rx_bytes: int = 0
     tx_bytes: int = 0  # acknowledged by the client's kernel
     upstream_tx_bytes: int = 0  # acknowledged by the upstream one's
@@ -89,7 +94,8 @@ def encode(record: Record) -> bytes:
 def _encode_connection(record: ConnectionRecord) -> bytes:
     """None is -1, or an address of zeros. Written out: it is done for each connection."""
     (worker, route, connection_id, closed_at_ns, client, duration_us, ending, witness, client_timestamps, client_syn_tsval,
-     upstream, connect_us, upstream_timestamps, local, rtt_us, retransmits, *counts) = record  # fmt: skip
+     upstream, connect_us, upstream_timestamps, local, rtt_us, retransmits, segments_sent, segments_received,
+     *counts) = record  # fmt: skip
     return _CONNECTION_FRAME.pack(
         _CONNECTION_FRAME.size,
         _CONNECTION,
@@ -109,6 +115,8 @@ def _encode_connection(record: ConnectionRecord) -> bytes:
         local or _NO_ADDRESS,
         -1 if rtt_us is None else rtt_us,
         -1 if retransmits is None else retransmits,
+        -1 if segments_sent is None else segments_sent,
+        -1 if segments_received is None else segments_received,
         *counts,
     )
 
@@ -126,7 +134,8 @@ def decode(data: bytes) -> Tuple[List[Record], bytes]:
             return [*found, _malformed(kind, data[start + _HEADER.size :])], b""
         if len(data) - start < size:
             break
-        found.append(_decode_one(kind, data[start + _HEADER.size : start + size]))
+        if kind != _WAKE:
+            found.append(_decode_one(kind, data[start + _HEADER.size : start + size]))
         start += size
     return found, data[start:]
 
@@ -154,7 +163,8 @@ def _notice(body: bytes) -> Notice:
 def _connection(kind: int, body: bytes) -> ConnectionRecord:
     """The record in a frame. ValueError, or the like, if it is malformed: a corrupt worker may write any bytes."""
     (worker, route, connection_id, closed_at_ns, client, duration_us, ending, witness, client_timestamps, client_syn_tsval,
-     upstream, connect_us, upstream_timestamps, local, rtt_us, retransmits, *counts) = _BODY.unpack(body)  # fmt: skip
+     upstream, connect_us, upstream_timestamps, local, rtt_us, retransmits, segments_sent, segments_received,
+     *counts) = _BODY.unpack(body)  # fmt: skip
     if kind != _CONNECTION or closed_at_ns < 0 or duration_us < 0 or not is_packed(client):
         raise ValueError
     return ConnectionRecord(
@@ -174,6 +184,8 @@ def _connection(kind: int, body: bytes) -> ConnectionRecord:
         None if local == _NO_ADDRESS else _checked_address(local),
         None if rtt_us == -1 else _checked(rtt_us, 2**32),
         None if retransmits == -1 else _checked(retransmits, 2**32),
+        None if segments_sent == -1 else _checked(segments_sent, 2**63),
+        None if segments_received == -1 else _checked(segments_received, 2**63),
         *counts,
     )
 
@@ -222,6 +234,14 @@ class RecordWriter:
     def __init__(self, fd: int, row: memoryview) -> None:
         self._fd = fd
         self._row = row
+        self._woke_ns = -_WAKE_NS
+
+    def wake(self, now_ns: int) -> None:
+        """Wake the reader, which sleeps while no session is open, by a frame that says nothing. Once a second at most."""
+        if now_ns - self._woke_ns >= _WAKE_NS:
+            self._woke_ns = now_ns
+            with contextlib.suppress(BlockingIOError, BrokenPipeError):  # full: the reader has been woken by what is in it
+                os.write(self._fd, _WAKE_FRAME)
 
     def put(self, record: Record) -> None:
         """Write one record. EAGAIN (the pipe is full) and EPIPE (no reader) drop it."""

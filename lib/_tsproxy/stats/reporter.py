@@ -78,10 +78,10 @@ class Reporter:
         self._log_queue.append((time.time_ns(), level, event, fields))
         self._wakeup.wake()
 
-    def add_route(self, number: int, name: str, counters: SharedCounters) -> None:
+    def add_route(self, number: int, name: str, counters: SharedCounters, segments_warning: int = 0) -> None:
         """Tell of a route too, before a record of it can come. `counters` are the reporter's to close, after end_route()."""
         self._route_names[number] = name
-        self._board_changes.append(partial(self._board.add, number, name, counters))
+        self._board_changes.append(partial(self._board.add, number, name, counters, segments_warning))
 
     def end_route(self, number: int) -> None:
         """Its last session has ended. Its name stays known, for a record that is late."""
@@ -114,7 +114,7 @@ class Reporter:
         self._line_writer.discard_queue()
 
     def _wait(self) -> None:
-        """poll(2) until there is something to encode, POLLOUT, or a metrics line is due.
+        """poll(2) until there is something to encode, POLLOUT, or a metrics line or a sample of segments is due.
 
         While records arrive, the pipe is read every 10 ms instead: a wake-up for each record would take CPU time from workers.
         """
@@ -128,8 +128,8 @@ class Reporter:
             self._poller.unregister(fd)
 
     def _timeout_ms(self) -> float:
-        """Until the next metrics line is due; at most 250 ms while lines are queued."""
-        wait = self._next_metrics - time.monotonic()
+        """Until the next metrics line or sample of segments is due; at most 250 ms while lines are queued."""
+        wait = min(self._next_metrics, self._board.next_sample) - time.monotonic()
         if not self._line_writer.is_empty:
             wait = min(wait, 0.25)
         return max(0.0, wait) * 1000
@@ -146,6 +146,7 @@ class Reporter:
             for record in records:
                 self._put_checked(record)
             self._line_writer.write()  # a burst may be more lines than the line writer queues
+        self._sample_segments()
         if time.monotonic() >= self._next_metrics:
             self._next_metrics = time.monotonic() + self._interval_s
             self._put_metrics(time.time_ns())
@@ -183,6 +184,10 @@ class Reporter:
         fields = self._board.end(number, name)
         if fields:
             self._put_line(time.time_ns(), "info", "metrics", fields)
+
+    def _sample_segments(self) -> None:
+        for route, warning in self._board.sample(woken=self._records_arriving):
+            self._put_line(time.time_ns(), "warning", "warning", {"route": route, "message": warning})
 
     def _put_metrics(self, at_ns: int) -> None:
         for fields in self._board.lines():

@@ -114,7 +114,7 @@ class RouteTable:
     def add(self, prepared: PreparedRoute) -> ServedRoute:
         """A route that the workers know already. Nothing is accepted before start_accepting()."""
         route, counters = prepared.route, prepared.counters
-        self._reporter.add_route(prepared.args.number, route.name, counters)
+        self._reporter.add_route(prepared.args.number, route.name, counters, route.segments_warning)
         acceptor = self.acceptor_of(prepared, self._ids)
         served = ServedRoute(self._loop, prepared, acceptor, watches=not self._pool.accepts)
         self.served[route.name] = served

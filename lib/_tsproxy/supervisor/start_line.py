@@ -100,6 +100,7 @@ def _knobs(route: Route) -> Dict[str, object]:
         "interface": route.interface,
         "dscp": route.dscp,
         "allow": ",".join(map(str, route.allow)),
+        "segments_warning": route.segments_warning,
     }
 
 

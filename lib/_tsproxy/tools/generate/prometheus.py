@@ -10,7 +10,7 @@ from typing import Iterator, NamedTuple, Sequence, Tuple
 from _tsproxy.stats.metrics import HISTOGRAMS
 from _tsproxy.tools.generate import fields, templates
 
-_GAUGES = ("downstream_cx_active", "upstream_cx_active")
+_GAUGES = ("downstream_cx_active", "upstream_cx_active", "upstream_segments_per_s_max")
 _COMPUTED = ("_time", "uptime_s", "interval_s", "_per_s")  # how the names end of what Prometheus computes itself
 
 
