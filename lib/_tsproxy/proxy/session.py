@@ -110,7 +110,6 @@ class Session:
         up, _ = self._directions = make_directions(self, context, self._client, upstream)
         up.acknowledged_before = info.acknowledged
         self._upstream_timestamps = info.timestamps
-        self._count_segments(info)
         if info.timestamps:
             context.count(Counter.UPSTREAM_TIMESTAMPS)
         if not context.gate.may_relay(upstream, info):
