@@ -179,3 +179,17 @@ def named(bundle: Path, tmp_path: Path) -> Iterator[Named]:
     for stand in make_stand("processes from checkout", bundle):
         with Named(stand, tmp_path) as named:
             yield named
+
+
+@pytest.fixture
+def spaces() -> Iterator[Any]:
+    """spaces(tcp_timestamps="0", rules="...") -> a namespace with lo up."""
+    with contextlib.ExitStack() as stack:
+
+        def make(rules: str = "", **sysctls: str) -> namespaces.Namespace:
+            namespace = stack.enter_context(contextlib.closing(namespaces.Namespace(**sysctls)))
+            if rules:
+                namespace.run("nft", "-f", "-", input=rules)
+            return namespace
+
+        yield make

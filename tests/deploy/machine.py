@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 from harness import wait_until
 from namespaces import Namespace
@@ -45,6 +46,8 @@ exec systemd-nspawn --boot --register=no --keep-unit --console=pipe \\
 """
 # More than nspawn allows by itself: what runc asks the kernel for.
 _FOR_CONTAINERS = ["--capability=all", "--system-call-filter=add_key keyctl bpf"]
+
+HEALED_S = 120
 
 
 class Machine:
@@ -196,3 +199,22 @@ def _descendants(pid: int) -> List[int]:
         with contextlib.suppress(OSError):
             found += map(int, Path(f"/proc/{each}/task/{each}/children").read_text().split())
     return found
+
+
+def eventually(look: Callable[[], Any], what: str, deadline: float = HEALED_S) -> None:
+    """Wait for it; what is asked about may have gone, or not be there yet."""
+
+    def once() -> bool:
+        with contextlib.suppress(AssertionError, OSError, ValueError, LookupError):
+            return bool(look())
+        return False
+
+    wait_until(once, what, deadline, 0.1)
+
+
+def steps(text: str, heading: str) -> str:
+    """The commands below a word of the comment at the top, as a person would copy them."""
+    block = re.search(rf"^# {heading}:(.*?)^#? *(?:[A-Z][a-z]+:|$)", text, re.MULTILINE | re.DOTALL)
+    assert block, text
+    lines = [re.sub(r"^#? *(\d\. )?", "", line) for line in block.group(1).splitlines()]
+    return "\n".join(line for line in lines if not line.endswith("which this does:"))

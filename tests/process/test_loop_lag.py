@@ -9,7 +9,7 @@ import threading
 from typing import Any, Iterator
 
 import pytest
-from harness import Exchange, Proxy, pause, receive_exactly, wait_until
+from harness import Exchange, Proxy, asking, pause, receive_exactly, wait_until
 
 STOPPED_S = 0.5
 
@@ -17,21 +17,8 @@ STOPPED_S = 0.5
 @contextlib.contextmanager
 def traffic(proxy: Proxy) -> Iterator[None]:
     """A client that asks and waits for the answer, again and again."""
-    ended, client = threading.Event(), proxy.connect()
-
-    def ask() -> None:
-        while not ended.is_set():
-            client.sendall(b"x")
-            assert receive_exactly(client, 1) == b"x"
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    try:
+    with proxy.connect() as client, asking([client]):
         yield
-    finally:
-        ended.set()
-        thread.join()
-        client.close()
 
 
 @pytest.mark.parametrize("runtime", ["processes", "threads"])

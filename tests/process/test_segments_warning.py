@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Iterator, List
 
 import pytest
-from harness import CHECKOUT, PATIENCE, Exchange, Line, Proxy, free_port, of_threads, receive_exactly, reset, wait_until
+from harness import CHECKOUT, PATIENCE, Exchange, Line, Proxy, asking, free_port, of_threads, receive_exactly, reset, wait_until
 from program import EACH_RUNTIME, checkout_alone, python_for
 
 FIELDS = ("upstream_segments_sent", "upstream_segments_received")
@@ -32,26 +32,6 @@ def trade(proxy: Proxy, orders: int) -> None:
             assert receive_exactly(client, 5) == b"order"
         if orders % 2:
             reset(client)
-
-
-@contextlib.contextmanager
-def asking(clients: List[socket.socket]) -> Iterator[None]:
-    """Each client sends an order and waits for its echo, again and again."""
-    ended = threading.Event()
-
-    def ask() -> None:
-        while not ended.is_set():
-            for client in clients:
-                client.sendall(b"order")
-                assert receive_exactly(client, 5) == b"order"
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def sums(lines: List[Line]) -> List[int]:

@@ -15,6 +15,7 @@ from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import pytest
 from _tsproxy.policy import rehearsal
+from checked import NOWHERE, STRIP, far_end, rules
 from common.segments import ACK, FIN, RST, SYN, mss, timestamp
 from far_end import Peer
 from harness import CHECKOUT, Exchange, wait_until
@@ -26,39 +27,8 @@ from wire import UPSTREAM, Wire
 
 pytestmark = pytest.mark.root
 
-STRIP = "meta priority 0:4 reset tcp option timestamp"
-OUTPUT = "type filter hook output priority mangle; policy accept;"
 SPOOF = ["--spoof-timestamps", "--static-timestamp=287454020"]
 REWRITE = generated(*SPOOF)
-NOWHERE = "192.0.2.1:9"  # there is no route: no SYN leaves, and nothing is followed for two seconds
-
-
-def rules(rule: str) -> str:
-    return f"table inet tsproxy {{\n  chain out {{\n    {OUTPUT}\n    {rule}\n  }}\n}}\n"
-
-
-@pytest.fixture
-def spaces() -> Iterator[Any]:
-    """spaces(tcp_timestamps="0", rules="...") -> a namespace with lo up."""
-    with contextlib.ExitStack() as stack:
-
-        def make(rules: str = "", **sysctls: str) -> Namespace:
-            namespace = stack.enter_context(contextlib.closing(Namespace(**sysctls)))
-            if rules:
-                namespace.run("nft", "-f", "-", input=rules)
-            return namespace
-
-        yield make
-
-
-@contextlib.contextmanager
-def far_end(namespace: Namespace, host: str = "127.0.0.1") -> Iterator[Exchange]:
-    with namespace:
-        exchange = Exchange(host=host)
-    try:
-        yield exchange
-    finally:
-        exchange.close()
 
 
 def check(namespace: Namespace, *options: str, command: Sequence[str] = CHECKOUT, **run: Any) -> Tuple[int, str]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import pytest
+from checked import NOWHERE, STRIP, far_end, rules
 from harness import CHECKOUT, Exchange, wait_until
 from namespaces import Namespace
 from rules import generated
@@ -19,39 +19,8 @@ from unprivileged import as_nobody
 
 pytestmark = pytest.mark.root
 
-STRIP = "meta priority 0:4 reset tcp option timestamp"
-OUTPUT = "type filter hook output priority mangle; policy accept;"
-NOWHERE = "192.0.2.1:9"  # there is no route: no SYN leaves, and nothing is followed for two seconds
 SYN_SENT = "02"  # include/net/tcp_states.h
 DEAF = 7  # SYNs to this port are dropped
-
-
-def rules(rule: str) -> str:
-    return f"table inet tsproxy {{\n  chain out {{\n    {OUTPUT}\n    {rule}\n  }}\n}}\n"
-
-
-@pytest.fixture
-def spaces() -> Iterator[Any]:
-    """spaces(tcp_timestamps="0", rules="...") -> a namespace with lo up."""
-    with contextlib.ExitStack() as stack:
-
-        def make(rules: str = "", **sysctls: str) -> Namespace:
-            namespace = stack.enter_context(contextlib.closing(Namespace(**sysctls)))
-            if rules:
-                namespace.run("nft", "-f", "-", input=rules)
-            return namespace
-
-        yield make
-
-
-@contextlib.contextmanager
-def far_end(namespace: Namespace, host: str = "127.0.0.1") -> Iterator[Exchange]:
-    with namespace:
-        exchange = Exchange(host=host)
-    try:
-        yield exchange
-    finally:
-        exchange.close()
 
 
 class Routes:

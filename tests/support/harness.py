@@ -400,3 +400,23 @@ def first_free(pid: int, sockets: int) -> int:
     wait_until(lambda: sum("socket:" in target(fd) for fd in fds.iterdir()) == sockets, "its connections are closed")
     used = {int(fd.name) for fd in fds.iterdir()}
     return next(number for number in range(1000) if number not in used)
+
+
+@contextlib.contextmanager
+def asking(clients: List[socket.socket]) -> Iterator[None]:
+    """Each client sends an order and waits for its echo, again and again."""
+    ended = threading.Event()
+
+    def ask() -> None:
+        while not ended.is_set():
+            for client in clients:
+                client.sendall(b"order")
+                assert receive_exactly(client, 5) == b"order"
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

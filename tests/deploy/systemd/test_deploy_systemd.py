@@ -10,12 +10,12 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List
+from typing import Any, Dict, Iterator, List
 
 import pytest
 import roots
-from harness import Line, children, pause, receive_exactly, wait_until
-from machine import EXCHANGE, Machine
+from harness import Line, children, pause, receive_exactly
+from machine import EXCHANGE, HEALED_S, Machine, eventually, steps
 from progress import Progress
 from storms import Storm, far_end
 from wire import UPSTREAM, Sniffer
@@ -26,27 +26,7 @@ LISTENER = ("127.0.0.1", 8080)
 PROGRAM = "/opt/tsproxy/tsproxy.py"  # whoever installs has one; what is installed is made from it
 STORMED_S = 60
 STORMERS = 8  # of six clients each
-HEALED_S = 120
 LATEST = "1000"  # of some hundred thousand after a storm
-
-
-def eventually(look: Callable[[], Any], what: str, deadline: float = HEALED_S) -> None:
-    """Wait for it; what is asked about may have gone, or not be there yet."""
-
-    def once() -> bool:
-        with contextlib.suppress(AssertionError, OSError, ValueError, LookupError):
-            return bool(look())
-        return False
-
-    wait_until(once, what, deadline, 0.1)
-
-
-def steps(text: str, heading: str) -> str:
-    """The commands below a word of the comment at the top, as a person would copy them."""
-    block = re.search(rf"^# {heading}:(.*?)^#? *(?:[A-Z][a-z]+:|$)", text, re.MULTILINE | re.DOTALL)
-    assert block, text
-    lines = [re.sub(r"^#? *(\d\. )?", "", line) for line in block.group(1).splitlines()]
-    return "\n".join(line for line in lines if not line.endswith("which this does:"))
 
 
 class Service:

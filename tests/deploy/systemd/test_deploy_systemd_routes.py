@@ -7,12 +7,12 @@ import json
 import re
 import socket
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List, Tuple
 
 import pytest
 import roots
-from harness import receive_exactly, wait_until
-from machine import EXCHANGE, Machine
+from harness import receive_exactly
+from machine import EXCHANGE, Machine, eventually, steps
 from progress import Progress
 from storms import far_end
 from wire import UPSTREAM, Sniffer
@@ -22,23 +22,6 @@ PROGRAM = "/opt/tsproxy/tsproxy.py"  # whoever installs has one; what is install
 ROUTES = "/etc/tsproxy/routes.ini"
 A, B, C = ("127.0.0.1", 9001), ("127.0.0.2", 9001), ("127.0.0.1", 9003)
 HEALED_S = 60
-
-
-def eventually(look: Callable[[], Any], what: str) -> None:
-    def once() -> bool:
-        with contextlib.suppress(AssertionError, OSError, ValueError, LookupError):
-            return bool(look())
-        return False
-
-    wait_until(once, what, HEALED_S, 0.1)
-
-
-def steps(text: str, heading: str) -> str:
-    """The commands below a word of the comment at the top, as a person would copy them."""
-    block = re.search(rf"^# {heading}:(.*?)^#? *(?:[A-Z][a-z]+:|$)", text, re.MULTILINE | re.DOTALL)
-    assert block, text
-    lines = [re.sub(r"^#? *(\d\. )?", "", line) for line in block.group(1).splitlines()]
-    return "\n".join(line for line in lines if not line.endswith("which this does:"))
 
 
 class Service:

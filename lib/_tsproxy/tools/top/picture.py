@@ -13,7 +13,7 @@ from _tsproxy.tools.terminal import BOLD, DIM, GREEN, RED, YELLOW
 from _tsproxy.tools.top import table, verdict, words
 from _tsproxy.tools.top.lines import Closed, Latency, Unread, clean, moment
 from _tsproxy.tools.top.model import TROUBLES, Message, Model, Process
-from _tsproxy.tools.top.rows import PLAIN, REVERSE, Row, Segment, ends, fit, heading, middle, shorten
+from _tsproxy.tools.top.rows import PLAIN, REVERSE, Column, Row, Segment, ends, fit, heading, middle, shorten
 from _tsproxy.tools.top.verdict import Grade, Verdict
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -339,26 +339,20 @@ _NAMES = {"timestamps_drift": "drift"}
 _COLOURS = {"error": RED, "warning": YELLOW}
 
 
-class _Column(NamedTuple):
-    name: str
-    width: int
-    need: int  # how wide the screen must be
-
-
 _COLUMNS = (
-    _Column("time", 8, 58),
-    _Column("client", 21, 0),
-    _Column("upstream", 21, 102),
-    _Column("lasted", 7, 0),
-    _Column("connect", 7, 110),
-    _Column("in", 7, 66),
-    _Column("out", 7, 74),
-    _Column("rtt", 7, 118),
-    _Column("resent", 6, 126),
-    _Column("offered", 10, 138),
-    _Column("ts", 2, 48),
+    Column("time", 8, 58),
+    Column("client", 21, 0),
+    Column("upstream", 21, 102),
+    Column("lasted", 7, 0),
+    Column("connect", 7, 110),
+    Column("in", 7, 66),
+    Column("out", 7, 74),
+    Column("rtt", 7, 118),
+    Column("resent", 6, 126),
+    Column("offered", 10, 138),
+    Column("ts", 2, 48),
 )
-_ROUTE = _Column("route", 14, 70)
+_ROUTE = Column("route", 14, 70)
 _BY_ROUTE = tuple(
     part
     for column in _COLUMNS
@@ -386,7 +380,7 @@ def _closed_rows(closed: Sequence[Closed], columns: int, has_routes: bool = Fals
 _LEFT = ("time", "client", "route", "upstream", "ts")
 
 
-def _closed_row(one: Closed, layout: Sequence[_Column]) -> Row:
+def _closed_row(one: Closed, layout: Sequence[Column]) -> Row:
     cells = {
         "time": one.at[11:19],
         "client": one.client,

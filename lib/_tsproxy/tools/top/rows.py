@@ -5,13 +5,21 @@ Knows columns. Knows nothing of what stands in them.
 
 from __future__ import annotations
 
-from typing import List, Sequence, Tuple
+from typing import List, NamedTuple, Sequence, Tuple
 
 from _tsproxy.tools.terminal import BOLD, DIM
 
 Segment = Tuple[str, str]  # text, colour
 Row = Sequence[Segment]
 PLAIN, REVERSE = "", "7"
+
+
+class Column(NamedTuple):
+    """Of a table."""
+
+    name: str
+    width: int
+    need: int  # how wide the screen must be
 
 
 def fit(row: Row, columns: int) -> Row:

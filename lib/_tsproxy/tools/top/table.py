@@ -13,7 +13,7 @@ from _tsproxy.tools.terminal import BOLD, DIM, GREEN, RED, YELLOW
 from _tsproxy.tools.top import verdict, words
 from _tsproxy.tools.top.lines import moment
 from _tsproxy.tools.top.model import Interval, Process, Route, Trouble
-from _tsproxy.tools.top.rows import PLAIN, Row, heading, middle, shorten
+from _tsproxy.tools.top.rows import PLAIN, Column, Row, heading, middle, shorten
 from _tsproxy.tools.top.verdict import Grade
 
 _FRESH_S = 60  # for so long after its trouble a route stands on top
@@ -24,23 +24,17 @@ _MARKS = {Grade.BAD: "!", Grade.OPEN: "?", Grade.NOTE: "*", Grade.GOOD: " "}  # 
 _COLOURS = {Grade.BAD: RED, Grade.OPEN: YELLOW, Grade.NOTE: YELLOW, Grade.GOOD: GREEN}
 
 
-class _Column(NamedTuple):
-    name: str
-    width: int
-    need: int  # how wide the screen must be
-
-
 _COLUMNS = (
-    _Column("listener", 21, 136),
-    _Column("port", 6, 58),
-    _Column("upstream", 24, 172),
-    _Column("active", 6, 0),
-    _Column("of", 6, 124),
-    _Column("new/s", 6, 50),
-    _Column("in/s", 7, 72),
-    _Column("out/s", 7, 80),
-    _Column("segs/s", 7, 120),
-    _Column("p99", 8, 34),
+    Column("listener", 21, 136),
+    Column("port", 6, 58),
+    Column("upstream", 24, 172),
+    Column("active", 6, 0),
+    Column("of", 6, 124),
+    Column("new/s", 6, 50),
+    Column("in/s", 7, 72),
+    Column("out/s", 7, 80),
+    Column("segs/s", 7, 120),
+    Column("p99", 8, 34),
 )
 _LEFT = ("listener", "upstream")
 
@@ -87,7 +81,7 @@ def rows(process: Process, shown: Sequence[Ranked], title: str, columns: int) ->
         yield _row(one, layout, width, columns)
 
 
-def _layout(process: Process, columns: int) -> List[_Column]:
+def _layout(process: Process, columns: int) -> List[Column]:
     has_segments = any(route.metrics and route.metrics.segments_per_s is not None for route in process.routes)
     names = {column.name for column in _COLUMNS if columns >= column.need}
     names -= {"port"} if "listener" in names else set()
@@ -95,14 +89,14 @@ def _layout(process: Process, columns: int) -> List[_Column]:
     return [column for column in _COLUMNS if column.name in names]
 
 
-def _name_width(process: Process, layout: Sequence[_Column], columns: int) -> int:
+def _name_width(process: Process, layout: Sequence[Column], columns: int) -> int:
     """As long as the longest name, as far as what else there is leaves room."""
     others = sum(column.width + 1 for column in layout) + 2 + _POLICY + (26 if columns >= _ROOMY else 0)
     longest = max((len(route.name) for route in process.routes), default=0)
     return min(max(_NAME, longest), _MOST_NAME, max(_NAME, columns - others))
 
 
-def _heading(layout: Sequence[_Column], width: int, title: str, columns: int) -> Row:
+def _heading(layout: Sequence[Column], width: int, title: str, columns: int) -> Row:
     names, at = [(3, title)], 1 + width
     for column in layout:
         begin = at + 1 if column.name in _LEFT else -(at + 1 + column.width)
@@ -115,12 +109,12 @@ def _heading(layout: Sequence[_Column], width: int, title: str, columns: int) ->
     return heading(columns, *names)
 
 
-def _cells(layout: Sequence[_Column], values: Sequence[Tuple[str, str]]) -> str:
+def _cells(layout: Sequence[Column], values: Sequence[Tuple[str, str]]) -> str:
     texts = dict(values)
     return "".join(f" {_cell(column, texts.get(column.name, ''))}" for column in layout)
 
 
-def _cell(column: _Column, text: str) -> str:
+def _cell(column: Column, text: str) -> str:
     width = column.width
     return f"{middle(text, width):<{width}}" if column.name in _LEFT else f"{text[:width]:>{width}}"
 
@@ -137,14 +131,14 @@ def _figures(last: Optional[Interval], segments: Optional[float]) -> List[Tuple[
     ]
 
 
-def _whole(process: Process, layout: Sequence[_Column], width: int) -> Row:
+def _whole(process: Process, layout: Sequence[Column], width: int) -> Row:
     segments = process.metrics.segments_per_s if process.metrics else None
     active = words.few(process.count("downstream_cx_active"))
     figures = _cells(layout, [("active", active), *_figures(process.last, segments)])
     return [(f" {'process':<{width}}{figures}", BOLD)]
 
 
-def _row(one: Ranked, layout: Sequence[_Column], width: int, columns: int) -> Row:
+def _row(one: Ranked, layout: Sequence[Column], width: int, columns: int) -> Row:
     route, start = one.route, one.route.start
     listener = start.listening if start else ""
     values = [
