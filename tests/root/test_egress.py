@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import socket
 import subprocess
+import tempfile
+from pathlib import Path
 from typing import Any, Callable, Iterator, List
 
 import pytest
@@ -165,6 +169,40 @@ def test_upstream_connections_take_the_interface_asked_for_and_no_other(
         settled(sniffers[chosen == BACKUP], {"SYN", "data", "FIN"}, (far.host, far.port))
         assert proxy.stop() == 0
         assert [bool(sniffer.stop()) for sniffer in sniffers] == [chosen == UPSTREAM, chosen == BACKUP]
+
+
+@FAMILIES
+def test_each_route_takes_its_own_interface_to_the_same_address(wire: Wire, elsewhere: Namespace, family: int) -> None:
+    """Two lines to one venue: also after a reload, in which the routes swap them, by a user without rights."""
+    with tempfile.TemporaryDirectory() as directory, twins(wire, elsewhere, family) as fars:
+        file = Path(directory) / "routes.ini"  # not in pytest's: nobody can't read that
+        file.parent.chmod(0o755)
+
+        def say(*interfaces: str) -> None:
+            bind = wire.listen_address(family)
+            sections = (f"[{name}]\nport = 0\ninterface = {link}\n" for name, link in zip(("main", "spare"), interfaces))
+            file.write_text(f"[DEFAULT]\nbind = {bind}\ntarget = {fars[0].target}\n" + "".join(sections))
+
+        say(UPSTREAM, BACKUP)
+        with contextlib.closing(Proxy([*wire.clean.enter, *CHECKOUT], f"--routes={file}", "--user=nobody")) as proxy:
+            for far in fars:
+                reached(wire, proxy, ("main", "spare")[fars.index(far)], far)
+            say(BACKUP, UPSTREAM)
+            proxy.process.send_signal(signal.SIGHUP)
+            assert proxy.line("reload")["changed"] == 2
+            for far in fars:
+                reached(wire, proxy, ("spare", "main")[fars.index(far)], far)
+            assert proxy.stop() == 0
+
+
+def reached(wire: Wire, proxy: Proxy, name: str, far: Exchange) -> None:
+    """A client of this route reaches this far end."""
+    route = proxy.line("route", lambda line: line["route"] == name)
+    with wire.client:
+        client = socket.create_connection((route["listen_address"], route["listen_port"]), 20)
+    with client, far.accept() as server:
+        client.sendall(b"here?")
+        assert receive_exactly(server, 5) == b"here?"
 
 
 def test_an_interface_that_goes_fails_new_connections_until_it_is_there_again(wire: Wire, elsewhere: Namespace) -> None:
