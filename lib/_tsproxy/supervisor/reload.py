@@ -1,12 +1,14 @@
 """Reads the file of routes again, and serves what it says: all of it or, if anything in it can't be had, nothing.
 
 What may block (names, the policy) is done in a thread; then one step in the loop's thread swaps the listeners and the routes.
-Knows the table of routes and the file. Knows nothing of signals, or of the sessions.
+Knows the table of routes and the file. Knows nothing of signals, or of the sessions. It is imported at the start, if at all: a
+user without rights (--user) may have none to read Python's own files.
 """
 
 from __future__ import annotations
 
 import contextlib
+import pickle
 import threading
 import traceback
 from functools import partial
@@ -150,7 +152,7 @@ class Reload:
             prepared: List[PreparedRoute] = []
             for of_route, listeners in zip(proved, found):
                 number = self._numbers + len(prepared)
-                prepared.append(startup.with_counters(of_route, listeners, number, self._config.workers, noted=True))
+                prepared.append(startup.with_counters(of_route, listeners, number, self._config.workers, pickle.dumps))
                 undo.callback(prepared[-1].counters.close)
             undo.pop_all()
         self._numbers += len(prepared)

@@ -20,7 +20,6 @@ from _tsproxy.linux.addresses import Address, from_sockaddr, pack
 from _tsproxy.supervisor.signals import Signals
 
 _INTERVAL_S = 30.0
-_MOST_THREADS = 32
 Found = Tuple[Dict[Target, List[Address]], Dict[Target, str]]  # answers, and why there is none
 Log = Callable[[str, str, str], None]  # event, level, message
 
@@ -188,13 +187,16 @@ def _be_the_child(asked: Sequence[Resolver], writer: int) -> None:
 
 def resolve_all(asked: Sequence[Resolver]) -> None:
     """Each in a thread, so that a name server which does not answer one does not keep the others waiting."""
-    if len(asked) == 1:
-        asked[0].resolve()
-        return
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(_MOST_THREADS) as threads:
-        list(threads.map(Resolver.resolve, asked))
+    threads: List[threading.Thread] = []
+    for resolver in asked:
+        thread = threading.Thread(target=resolver.resolve, name="look-up", daemon=True)
+        try:
+            needs.start_thread(thread, "to resolve the targets")
+            threads.append(thread)
+        except OSError:  # a limit on tasks
+            resolver.resolve()
+    for thread in threads:
+        thread.join()
 
 
 def _distinct(answers: List[List[Address]]) -> List[Address]:

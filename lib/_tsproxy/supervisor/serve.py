@@ -6,6 +6,7 @@ those of the modules that it puts together here. Knows nothing of how they work.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 import signal
@@ -58,6 +59,8 @@ def serve(config: Config) -> int:
         signals = Signals(reloads=config.routes_file is not None)
     inherited.unblock_signals()
     notifier = Notifier(os.environ, os.getpid())
+    if config.routes_file:
+        importlib.import_module("_tsproxy.supervisor.reload")  # now, while this user may read it, and before workers are forked
     prepared = startup.prepare(config, os.environ, notifier, signals)
     heap.prepare_fork()
     return Supervisor(prepared, notifier, signals).run()

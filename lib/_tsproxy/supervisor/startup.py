@@ -12,7 +12,7 @@ import os
 import pwd
 import socket
 import time
-from typing import Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from _tsproxy.cli import exits
 from _tsproxy.cli.config import Config, Route
@@ -133,15 +133,15 @@ def prepare(config: Config, environment: Mapping[str, str], notifier: systemd.No
 
 
 def with_counters(
-    proved: ProvedRoute, listeners: List[socket.socket], number: int, workers: int, noted: bool = False
+    proved: ProvedRoute,
+    listeners: List[socket.socket],
+    number: int,
+    workers: int,
+    encode: Callable[[RouteArgs], bytes] = lambda args: b"",
 ) -> PreparedRoute:
-    """The route with new counters. `noted`: they carry its arguments to workers that run. Refused without memory."""
-    args, note = proved.args(number), b""
-    if noted:
-        import pickle  # 0.3 MiB that only a reload needs
-
-        note = pickle.dumps(args)
-    counters = SharedCounters.create(workers, proved.client_slots, note)
+    """The route with new counters, which carry its encoded arguments to workers that run already. Refused without memory."""
+    args = proved.args(number)
+    counters = SharedCounters.create(workers, proved.client_slots, encode(args))
     return PreparedRoute(proved, listeners, args._replace(counters_fd=counters.fd), counters)
 
 
