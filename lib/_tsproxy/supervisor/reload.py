@@ -113,6 +113,8 @@ class Reload:
             done = self._swap(plan)
         except (Exit, OSError) as problem:
             done = Done(_told(problem))
+        except Exception:  # a bug must not end the sessions of all routes
+            done = Done(traceback.format_exc())
         self._finish(done)
 
     def _finish(self, done: Done) -> None:
@@ -146,22 +148,32 @@ class Reload:
     ) -> List[PreparedRoute]:
         """All that can fail. Exit, or OSError without descriptors or memory, with everything put back."""
         with contextlib.ExitStack() as undo:
-            found = ListenerSwap(self._config, going, self._handed, undo).listeners(proved)
+            found = ListenerSwap(self._config, going, self._handed, undo, self._on_lost).listeners(proved)
             every = [*((served.prepared.proved, served.prepared.listeners) for served in staying), *zip(proved, found)]
             startup.refuse_circles(self._config, *zip(*every))
-            prepared: List[PreparedRoute] = []
+            prepared = self._with_counters(proved, found)
+            for of_route in prepared:
+                self._pool.add_route(of_route.args, of_route.counters)
+            undo.pop_all()
+        return prepared
+
+    def _with_counters(self, proved: Sequence[ProvedRoute], found: Sequence[List[socket]]) -> List[PreparedRoute]:
+        """No number is used again, and no descriptor closed that workers may have been told of."""
+        prepared: List[PreparedRoute] = []
+        with contextlib.ExitStack() as undo:
             for of_route, listeners in zip(proved, found):
-                number = self._numbers + len(prepared)
+                for sock in listeners:
+                    listening.reuse(sock, of_route.route)
+                number, self._numbers = self._numbers, self._numbers + 1
                 prepared.append(startup.with_counters(of_route, listeners, number, self._config.workers, pickle.dumps))
                 undo.callback(prepared[-1].counters.close)
             undo.pop_all()
-        self._numbers += len(prepared)
         return prepared
 
+    def _on_lost(self, served: ServedRoute, problem: Exit) -> None:
+        self._table.log(served, "error", "error", f"{problem}: it listens no more; its connections go on")
+
     def _begin(self, prepared: PreparedRoute) -> ServedRoute:
-        for sock in prepared.listeners:
-            listening.reuse(sock, prepared.route)
-        self._pool.add_route(prepared.args, prepared.counters)
         served = self._table.add(prepared)
         try:
             self._table.follow(served)
@@ -179,10 +191,15 @@ class ListenerSwap:
     """Finds the listeners of new and changed routes: those of routes that go, where the place is the same, or new ones."""
 
     def __init__(
-        self, config: Config, going: Sequence[ServedRoute], handed: Mapping[str, List[socket]], undo: contextlib.ExitStack
+        self,
+        config: Config,
+        going: Sequence[ServedRoute],
+        handed: Mapping[str, List[socket]],
+        undo: contextlib.ExitStack,
+        on_lost: Callable[[ServedRoute, Exit], None],
     ) -> None:
-        """What has to be undone if anything fails later is pushed on `undo`."""
-        self._config, self._handed, self._undo = config, handed, undo
+        """What has to be undone if anything fails later is pushed on `undo`. `on_lost`: a listener that can't be had again."""
+        self._config, self._handed, self._undo, self._on_lost = config, handed, undo, on_lost
         self._free = {served.name: served for served in going if served.name not in handed}
 
     def listeners(self, proved: Sequence[ProvedRoute]) -> List[List[socket]]:
@@ -211,12 +228,18 @@ class ListenerSwap:
     def _new(self, of_route: ProvedRoute) -> List[socket]:
         for served in self._in_the_way(of_route.route):
             self._free.pop(served.name).stop_listening()
-            self._undo.callback(served.listen_again, self._config)
+            self._undo.callback(self._put_back, served)
         with startup.naming(self._config, of_route.route):
             made = listening.listeners(of_route.route, self._config.reuse_port, of_route.ends)
         for sock in made:
             self._undo.callback(sock.close)
         return made
+
+    def _put_back(self, served: ServedRoute) -> None:
+        try:
+            served.listen_again(self._config)
+        except Exit as problem:
+            self._on_lost(served, problem)
 
 
 def _place(route: Route) -> Place:
