@@ -228,7 +228,7 @@ def test_the_table_of_30_routes_has_a_row_for_each_and_says_what_is_wrong_once(s
     )
     code, out = routes.table(namespace)
     body, _, commands = out.partition("An administrator runs one of these, once:")
-    assert [line for line in body.splitlines() if len(line) > 80] == []
+    assert [line for line in body.splitlines() if len(line) > 80 and line.strip() != str(routes.path)] == []
     assert len(body.splitlines()) < 31 + 50
     rows = re.findall(r"^  [✓✗] (\S+)", out, re.M)
     assert [row for row in rows if not row.startswith("nft")] == ["x-copy", *NAMES]
