@@ -96,6 +96,7 @@ class RouteTable:
         self._ids = itertools.count(1)
         self._is_accepting = False
         self._timer = CallTimer(loop, self._each_second)
+        self._ticks = False
 
     def __iter__(self) -> Iterator[ServedRoute]:
         return iter(self.served.values())
@@ -126,7 +127,7 @@ class RouteTable:
         resolver = served.prepared.resolver
         resolver.follow(self._threadsafe(partial(self._on_resolver, served)))
         if resolver.may_change:
-            self._timer.arm(_SECOND_S)
+            self._tick()
 
     def acceptor_of(self, prepared: PreparedRoute, ids: Iterator[int]) -> Acceptor:
         """What accepts its clients in this thread."""
@@ -193,16 +194,23 @@ class RouteTable:
         if self.served.get(served.name) is served:
             del self.served[served.name]
         self._leaving.append(served)
-        self._timer.arm(_SECOND_S)
+        self._tick()
+
+    def _tick(self) -> None:
+        """See to it that the second goes on: reloads in quick succession must not put it off."""
+        if not self._ticks:
+            self._ticks = True
+            self._timer.arm(_SECOND_S)
 
     def _each_second(self) -> None:
+        self._ticks = False
         for served in self:
             if served.prepared.resolver.may_change:
                 served.note_failed_connects()
         for served in list(self._leaving):
             self._see_off(served)
         if self._leaving or any(served.prepared.resolver.may_change for served in self):
-            self._timer.arm(_SECOND_S)
+            self._tick()
 
     def _see_off(self, served: ServedRoute) -> None:
         """A second after its last session has ended there is no trace of it on its way, and all may forget it."""
