@@ -53,7 +53,7 @@ class Acceptor:
         `dispatch` owns the client's descriptor if it returns True; False: no inbox has room. `log_ratelimited` gets level and
         text of a line.
         """
-        self._route, self._counters, self._clients = route, row, clients
+        self._route, self._counters, self.clients = route, row, clients
         self._number, self._ids, self._active = number, ids, active
         self._dispatch, self._log_ratelimited = dispatch, log_ratelimited
         self.upstreams = b""  # packed addresses to try, one after the other; set by the owner
@@ -130,7 +130,7 @@ class Acceptor:
 
     def _admit(self, fd: int, packed: bytes, accepted_ns: int) -> None:
         """Admit the client unless its address is at its limit."""
-        client_slot = self._clients.enter(packed)
+        client_slot = self.clients.enter(packed)
         if client_slot is None:
             self._reject(fd, Counter.CLIENT_OVERFLOW)
             return
@@ -154,7 +154,7 @@ class Acceptor:
         """Reset the client that waits for room, if there is one. Called in a drain, once the listeners are closed."""
         if self._waiting is not None:
             self._counters[Counter.ACCEPTED] -= 1
-            self._clients.leave(self._waiting.client)
+            self.clients.leave(self._waiting.client)
             self._reject(self._waiting.fd, Counter.OVERFLOW)
             self._waiting = None
 

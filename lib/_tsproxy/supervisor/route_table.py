@@ -132,10 +132,11 @@ class RouteTable:
     def acceptor_of(self, prepared: PreparedRoute, ids: Iterator[int]) -> Acceptor:
         """What accepts its clients in this thread."""
         route, number = prepared.route, prepared.args.number
+        before = partial(self._open_before, route.name)
         acceptor = Acceptor(
             route,
             prepared.counters.rows[ACCEPTOR_ROW],
-            Clients(prepared.counters, prepared.proved.client_slots, route.max_connections_per_client),
+            Clients(prepared.counters, prepared.proved.client_slots, route.max_connections_per_client, before),
             number=number,
             ids=ids,
             active=partial(self._active_of, route.name),
@@ -148,6 +149,10 @@ class RouteTable:
     def _active_of(self, name: str) -> int:
         """Also those from before a change: the limit is what the far end can bear."""
         return sum(metrics.active(one.counters) for one in (*self, *self._leaving) if one.name == name)
+
+    def _open_before(self, name: str, client: bytes) -> int:
+        """The same for one client address, where it was counted."""
+        return sum(one.acceptor.clients.open_of(client) for one in self._leaving if one.name == name)
 
     def _on_resolver(self, served: ServedRoute, event: str, level: str, message: str) -> None:
         """Other addresses are in use before the line says so."""
