@@ -177,6 +177,14 @@ def test_what_a_route_took_is_given_back_though_no_line_is_due(start_routed: Sta
     wait_until(lambda: proxy.held() == before, "what it holds is what it held before")
 
 
+def test_what_a_route_of_the_start_took_is_given_back_too(start_routed: StartRouted, echoing: Exchange) -> None:
+    proxy = start_routed({"orders": section(echoing), "quotes": section(echoing)}, "--workers=2")
+    proxy.line("start")
+    before = proxy.held()[0].memory_maps
+    proxy.good({"orders": section(echoing)})
+    wait_until(lambda: proxy.held()[0].memory_maps < before, "its counters are unmapped")
+
+
 class Asked(socket.socket):
     """Counts how often it was asked for its address."""
 

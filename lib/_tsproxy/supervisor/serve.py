@@ -158,6 +158,7 @@ class Supervisor:
             fields = start_line.fields(self._prepared, self._calls.kind)
             self._reporter.log("start", **fields)
             self._log_routes(list(self._table))
+        self._prepared.routes.clear()  # so that one which goes takes its memory along
         children.reap_others(self._pool.children)
         self._watchdog.notify(READY=1)
 
