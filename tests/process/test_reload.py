@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 import pytest
-from harness import PATIENCE, Exchange, children, free_port, pause, receive_exactly, wait_until
+from harness import CHECKOUT, PATIENCE, Exchange, children, echo, free_port, pause, receive_exactly, wait_until
 from program import workers_of
-from routed import RoutedProxy, StartRouted, Talkers, answers, text_of
+from routed import RoutedProxy, StartRouted, Talkers, answers, routed_starter, text_of
 
 
 def section(far: Exchange, **keys: Any) -> Dict[str, Any]:
@@ -69,9 +69,6 @@ BAD = {
 @pytest.fixture(scope="module")
 def long_lived(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """One proxy for all bad files: whatever came before, it goes on."""
-    from harness import CHECKOUT, echo
-    from routed import routed_starter
-
     far = Exchange(echo)
     for start in routed_starter(CHECKOUT, tmp_path_factory.mktemp("routes")):
         yield far, start({"orders": section(far, max_connections=100)}, "--workers=2")
@@ -130,6 +127,32 @@ def test_a_listener_that_was_closed_to_make_room_is_back_when_the_file_is_refuse
             proxy.ask("quotes")
         assert proxy.good(before) == [0, 0, 0, 2]
     assert proxy.good(wide) == [0, 0, 2, 0]
+
+
+def test_clients_beyond_the_descriptors_wait_in_the_backlog_and_a_reload_costs_nobody_a_session(
+    tmp_path: Path, echoing: Exchange
+) -> None:
+    """A worker process that has no descriptor left can't be given a new route: it would end, and all its sessions with it."""
+    words = ["prlimit", "--nofile=200:200", *CHECKOUT]
+    for start in routed_starter(words, tmp_path, "--workers=1", "--runtime=processes"):
+        proxy = start(sections(echoing, "orders"))
+        assert "descriptors suffice for" in proxy.line("warning")["message"]
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(proxy.connect_to("orders")) for _ in range(100)]
+            for client in clients:
+                client.sendall(b"order")
+            assert "(raise LimitNOFILE)" in proxy.line("error", lambda line: line["route"] == "orders")["message"]
+            served = proxy.metrics()["downstream_cx_active"]
+            assert 20 < served < 100
+            assert proxy.good(sections(echoing, "orders", "quotes")) == [1, 0, 0, 1]
+            for place, client in enumerate(clients):
+                assert receive_exactly(client, 5) == b"order", place
+                client.close()
+        proxy.ask("quotes")
+        proxy.wait_lines()
+        assert {line["reason"] for line in proxy.lines if line["event"] == "connection"} == {"closed"}
+        assert proxy.stop() == 0
+        assert proxy.stderr() == ""
 
 
 # Listeners
@@ -398,8 +421,6 @@ def test_a_reload_works_after_the_fork_server_was_killed(start_routed: StartRout
 
 
 def test_sighup_is_taken_though_nohup_has_it_ignored(echoing: Exchange, tmp_path: Path) -> None:
-    from harness import CHECKOUT
-
     proxy = RoutedProxy(["nohup", *CHECKOUT], tmp_path / "routes.ini", sections(echoing, "orders"))
     try:
         assert proxy.good(sections(echoing, "orders", "quotes")) == [1, 0, 0, 1]

@@ -46,16 +46,17 @@ class Acceptor:
         active: Callable[[], int],
         dispatch: Dispatch,
         log_ratelimited: Callable[[str, str], None],
+        has_room: Callable[[], bool] = lambda: True,
     ) -> None:
         """Count in `row`, which the caller's loop owns.
 
         `number` is the route's, `ids` has the connections', `active` tells how many are open of those that its limit is for.
         `dispatch` owns the client's descriptor if it returns True; False: no inbox has room. `log_ratelimited` gets level and
-        text of a line.
+        text of a line. `has_room` tells whether there are descriptors for one more: a worker without would lose the client.
         """
         self._route, self._counters, self.clients = route, row, clients
         self._number, self._ids, self._active = number, ids, active
-        self._dispatch, self._log_ratelimited = dispatch, log_ratelimited
+        self._dispatch, self._log_ratelimited, self._has_room = dispatch, log_ratelimited, has_room
         self.upstreams = b""  # packed addresses to try, one after the other; set by the owner
         self._allowed = [(net.version, int(net.network_address), int(net.netmask)) for net in route.allow]
         self._queues = route.on_full == "queue"
@@ -100,6 +101,9 @@ class Acceptor:
     def accept(self, accept4: sockets.Accept4) -> bool:
         """Accept one client; False if accept4(2) returned none, or if accepting has to pause."""
         if self._must_wait:
+            return False
+        if not self._has_room():
+            self._pause("no descriptors for more connections of all routes (raise LimitNOFILE)")
             return False
         try:
             fd, sockaddr = accept4()
@@ -163,8 +167,11 @@ class Acceptor:
         if error.errno in _PEER_ERRORS:
             return
         room = " (raise LimitNOFILE)" if error.errno in uapi.CAPACITY else ""
+        self._pause(f"{os.strerror(error.errno or 0)}{room}")
+
+    def _pause(self, why: str) -> None:
         self._resume_at = time.monotonic() + _PAUSE_S
-        self._log_error(f"accept: {os.strerror(error.errno or 0)}{room}; trying again every {_PAUSE_S:g} s")
+        self._log_error(f"accept: {why}; trying again every {_PAUSE_S:g} s")
 
     def _log_error(self, why: str) -> None:
         now = time.monotonic()

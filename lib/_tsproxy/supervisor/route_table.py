@@ -87,9 +87,19 @@ class RouteTable:
     """See the module."""
 
     def __init__(
-        self, loop: EventLoop, pool: WorkerPool, reporter: Reporter, log: Log, threadsafe: Callable[[Call], Call]
+        self,
+        loop: EventLoop,
+        pool: WorkerPool,
+        reporter: Reporter,
+        log: Log,
+        threadsafe: Callable[[Call], Call],
+        room_beside: Callable[[int], int],
     ) -> None:
-        """`threadsafe` makes a function one that other threads may call: it runs in the loop's."""
+        """`threadsafe` makes a function one that other threads may call: it runs in the loop's.
+
+        `room_beside`: for how many connections the descriptors suffice, beside so many routes.
+        """
+        self._room_beside, self._room, self._most_active = room_beside, 0, 0
         self._loop, self._pool, self._reporter, self._log, self._threadsafe = loop, pool, reporter, log, threadsafe
         self.served: Dict[str, ServedRoute] = {}  # by name
         self._leaving: List[ServedRoute] = []
@@ -119,6 +129,7 @@ class RouteTable:
         acceptor = self.acceptor_of(prepared, self._ids)
         served = ServedRoute(self._loop, prepared, acceptor, watches=not self._pool.accepts)
         self.served[route.name] = served
+        self._count_routes()
         self._publish(served)
         return served
 
@@ -142,9 +153,20 @@ class RouteTable:
             active=partial(self._active_of, route.name),
             dispatch=self._pool.dispatch,
             log_ratelimited=lambda level, why: self._log(route.name, level, level, why),
+            has_room=self._has_room,
         )
         acceptor.upstreams = prepared.resolver.packed
         return acceptor
+
+    def _count_routes(self) -> None:
+        self._room = self._room_beside(len(self.served) + len(self._leaving))
+
+    def _has_room(self) -> bool:
+        """Counted as Acceptor does with its limit: what is active now, or more."""
+        self._most_active += 1
+        if self._most_active > self._room:
+            self._most_active = self.active + 1
+        return self._most_active <= self._room
 
     def _active_of(self, name: str) -> int:
         """Also those from before a change: the limit is what the far end can bear."""
@@ -199,6 +221,7 @@ class RouteTable:
         if self.served.get(served.name) is served:
             del self.served[served.name]
         self._leaving.append(served)
+        self._count_routes()
         self._tick()
 
     def _tick(self) -> None:
@@ -226,5 +249,6 @@ class RouteTable:
             served.ended = self._pool.consumption()
         elif served.ended():
             self._leaving.remove(served)
+            self._count_routes()
             self._pool.remove_route(served.number)
             self._reporter.end_route(served.number)
