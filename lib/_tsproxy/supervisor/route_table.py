@@ -217,7 +217,7 @@ class RouteTable:
             listener.stop_accepting()
             if listener.socket not in kept:
                 listener.accept_backlog()
-                listener.close()
+                listener.socket.close()  # not at the end of the iteration: the line that says so may be read before
         if self.served.get(served.name) is served:
             del self.served[served.name]
         self._leaving.append(served)
