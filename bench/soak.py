@@ -14,8 +14,9 @@ reload_us is the time from the signal to the `reload` line, and probe_us what a 
 connect(2) to the end of a short answer.
 
 How to read it: "violations" is 0 and the exit code too, or each violation is told and the exit code is 1. The memory may
-end up to --memory-room above the starting level; sockets and threads may not differ at all, and pipes may by the few
-that each worker keeps for later. The same --seed makes the same conversations, though not in the same order.
+end up to --memory-room above the starting level; sockets and threads may not differ at all, pipes may by the few that each
+worker keeps for later, and other descriptors by one for each route and worker. The same --seed makes the same conversations,
+though not in the same order.
 """
 
 from __future__ import annotations
@@ -165,6 +166,8 @@ class Soak:
     def growth(self, start: Vitals, end: Vitals) -> Iterator[str]:
         """What is not back at the starting level."""
         room = {"rss_kib": round(self.args.memory_room * 1024), "pipes": self.args.workers * _PIPES}
+        if self.args.routes:  # a worker maps the counters of a route with its first client there
+            room["other_fds"] = self.args.routes * self.args.workers
         for name, before in start.fields().items():
             now = end.fields()[name]
             if now > before + room.get(name, 0) or (name not in room and now < before):
