@@ -24,6 +24,7 @@ from harness import CHECKOUT, Exchange, Proxy, echo, wait_until
 from hypothesis import settings
 from name_server import Named
 from program import FORMS, PYTHON, RUNTIME, RUNTIMES, Start, checkout_alone, python_for, slow_but, starter
+from routed import StartRouted, routed_starter
 from wire import Wire
 
 # A shell without job control ignores these for what it starts in the background, and tsproxy keeps to that.
@@ -127,6 +128,12 @@ def start() -> Iterator[Start]:
 def start_form(form: Tuple[List[str], Any]) -> Iterator[Start]:
     """The same for each form of the program: what must hold for all of them."""
     yield from starter(*form)
+
+
+@pytest.fixture
+def start_routed(tmp_path: Path) -> Iterator[StartRouted]:
+    """Start the checkout with a file of routes: start_routed({"orders": {"target": ..., "port": 0}}, ...) -> RoutedProxy."""
+    yield from routed_starter(CHECKOUT, tmp_path)
 
 
 @pytest.fixture

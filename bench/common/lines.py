@@ -26,9 +26,11 @@ class Lines:
         self._rest = b""
         self.last: Dict[str, Line] = {}  # event -> its last line
         self.seen: Counter[str] = Counter()  # events
+        self.routes: Dict[str, Line] = {}  # the last `route` line of each
         self.reasons: Counter[str] = Counter()
         self.sums: Counter[str] = Counter()
         self.violations: List[str] = []
+        self._of_route: Dict[str, Line] = {}  # the last metrics line of each
 
     def close(self) -> None:
         """Read no more."""
@@ -60,13 +62,19 @@ class Lines:
 
     def _note(self, line: Line) -> None:
         event = line["event"]
+        if event == "metrics" and line["route"] not in (None, "default"):
+            self.violations += inconsistent(line, self._of_route.get(line["route"]))
+            self._of_route[line["route"]] = line
+            return
         self.seen[event] += 1
         if event == "connection":
             self.reasons[line["reason"]] += 1
             self.sums.update({name: line[name] for name in _SUMMED})
+        elif event == "route":
+            self.routes[line["route"]] = line
         elif event == "metrics":
             self.violations += inconsistent(line, self.last.get(event))
-        if event in ("error", "warning", "timestamps_drift"):
+        if event in ("error", "warning", "timestamps_drift") or (event == "reload" and line["level"] == "error"):
             self.violations.append(f"{event} line: {line['message']}")
         self.last[event] = line
 

@@ -65,6 +65,10 @@ class Bed(NamedTuple):
         """tsproxy with these options."""
         return Relay(name, partial(_tsproxy, self, options))
 
+    def routed(self, name: str, routes: int, *options: str) -> Relay:
+        """tsproxy with a file of so many routes, all to the one target, and with these options."""
+        return Relay(name, partial(_routed, self, routes, options))
+
 
 @contextlib.contextmanager
 def direct(target: int) -> Iterator[Running]:
@@ -92,8 +96,22 @@ def command(python: str, program: Path, extra: Sequence[str]) -> List[str]:
 
 @contextlib.contextmanager
 def _tsproxy(bed: Bed, options: Sequence[str], target: int) -> Iterator[Running]:
-    output = bed.directory / "tsproxy.out"
-    words = [*bed.tsproxy, f"--target=127.0.0.1:{target}", "--port=0", *options]
+    with _started(bed, [f"--target=127.0.0.1:{target}", "--port=0", *options]) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def _routed(bed: Bed, routes: int, options: Sequence[str], target: int) -> Iterator[Running]:
+    file = bed.directory / "routes.ini"
+    keys = f"target = 127.0.0.1:{target}\nport = 0\nmax-connections = 20\n"
+    file.write_text("".join(f"[route-{number}]\n{keys}" for number in range(routes)))
+    with _started(bed, [f"--routes={file}", *options]) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def _started(bed: Bed, options: Sequence[str]) -> Iterator[Running]:
+    output, words = bed.directory / "tsproxy.out", [*bed.tsproxy, *options]
     began = time.monotonic()
     with program(words, bed.cpus, output) as child:
         line = _wait(child, lambda: _start_line(output), output)

@@ -12,8 +12,9 @@ import random
 import socket
 import threading
 import time
-from typing import Callable, Dict, List, NamedTuple
+from typing import Callable, Dict, List, NamedTuple, Sequence
 
+from common.load import Sample, percentile
 from common.talk import HEADER_SIZE, Plan, Talk, Wrong, client_side, far_side
 
 _KIB, _MIB = 1 << 10, 1 << 20
@@ -79,6 +80,8 @@ KINDS: Dict[str, Callable[[random.Random, int], Plan]] = {
 _WEIGHTS = (20, 4, 4, 3, 80, 6, 6, 6, 2, 1, 12)
 USER_TIMEOUT_MS = 500  # what the relay shall be told: a drip-fed reader does not read for longer, and is alive
 _DRIP_S = 0.8
+_PROBE_BYTES, _PROBE_PAUSE_S = 100, 0.005
+_PROBED = {"p50": 0.5, "p99": 0.99, "max": 1.0}
 _COUNTS = ("connected", "client_sent", "client_received", "far_sent", "far_received")
 NAMES = (*KINDS, *_COUNTS)
 
@@ -140,9 +143,9 @@ class Scribe:
 
 
 class Load(NamedTuple):
-    """One client process."""
+    """One client process. Each connection goes to one of the ports."""
 
-    port: int
+    ports: Sequence[int]
     seed: str
     threads: int
     tally: Tally
@@ -153,7 +156,7 @@ class Load(NamedTuple):
         """Until the traffic is over."""
         scribe = Scribe(self.tally, self.row, self.complaints)
         clients = [
-            Client(self.port, random.Random(f"{self.seed}/{self.row}/{number}"), scribe) for number in range(self.threads)
+            Client(self.ports, random.Random(f"{self.seed}/{self.row}/{number}"), scribe) for number in range(self.threads)
         ]
         threads = [threading.Thread(target=client.run, args=(self.tally,)) for client in clients]
         for thread in threads:
@@ -165,8 +168,8 @@ class Load(NamedTuple):
 class Client:
     """One connection after the other, of a kind that chance chooses."""
 
-    def __init__(self, port: int, rng: random.Random, scribe: Scribe) -> None:
-        self.port, self.rng, self.scribe = port, rng, scribe
+    def __init__(self, ports: Sequence[int], rng: random.Random, scribe: Scribe) -> None:
+        self.ports, self.rng, self.scribe = ports, rng, scribe
 
     def run(self, tally: Tally) -> None:
         """Until the traffic is over."""
@@ -174,15 +177,16 @@ class Client:
             kind = self.rng.choices(list(KINDS), _WEIGHTS)[0]
             plan = KINDS[kind](self.rng, self.rng.getrandbits(63))
             try:
-                self._connect(kind, plan)
+                self.connect(kind, plan)
             except OSError as problem:
                 self.scribe.log_ratelimited(kind, f"can't connect: {problem}")
                 time.sleep(0.1)
             self.scribe.add(kind)
 
-    def _connect(self, kind: str, plan: Plan) -> None:
+    def connect(self, kind: str, plan: Plan) -> None:
+        """One connection, to its end. OSError if it can't be made."""
         with socket.socket() as sock:
-            sock.connect(("127.0.0.1", self.port))
+            sock.connect(("127.0.0.1", self.rng.choice(self.ports)))
             self.scribe.add("connected")
             if kind != "silent visit":
                 self._talk(kind, plan, sock)
@@ -201,6 +205,29 @@ class Client:
         finally:
             self.scribe.add("client_sent", talk.out.at)
             self.scribe.add("client_received", talk.into.at)
+
+
+class Probe(NamedTuple):
+    """A client process that measures: from connect(2) to the last byte of a short answer, again and again."""
+
+    load: Load
+
+    def run(self) -> Sample:
+        """Until the traffic is over."""
+        scribe = Scribe(self.load.tally, self.load.row, self.load.complaints)
+        client = Client(self.load.ports, random.Random(f"{self.load.seed}/probe"), scribe)
+        took: List[int] = []
+        while not self.load.tally.is_over:
+            began = time.monotonic_ns()
+            try:
+                client.connect("short", Plan(client.rng.getrandbits(63), _PROBE_BYTES, _PROBE_BYTES))
+            except OSError as problem:
+                scribe.log_ratelimited("probe", f"can't connect: {problem}")
+            took.append(time.monotonic_ns() - began)
+            scribe.add("short")
+            time.sleep(_PROBE_PAUSE_S)
+        took.sort()
+        return {f"probe_us_{name}": percentile(took, share) / 1000 for name, share in _PROBED.items()} if took else {}
 
 
 def _converse(talk: Talk, plan: Plan, where: str, scribe: Scribe) -> None:

@@ -28,6 +28,13 @@ def running_ms(pid: int) -> float:
     return sum(int(task.read_text().split()[0]) for task in tasks) / 1e6
 
 
+def switches(pid: int) -> int:
+    """How often its threads, and those of its descendants, have gone off a CPU so far: each wake-up ends with one."""
+    tasks = [task for member in family(pid) for task in Path(f"/proc/{member}/task").glob("*/status")]
+    lines = [line for task in tasks for line in task.read_text().splitlines()]
+    return sum(int(line.split()[1]) for line in lines if "ctxt_switches:" in line)
+
+
 def family(pid: int) -> List[int]:
     """The process and its descendants."""
     children, found = _children(), [pid]

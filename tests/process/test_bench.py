@@ -135,6 +135,16 @@ def test_latency_percentiles_rise_and_nothing_is_lost(runs: Runs) -> None:
 
 
 @pytest.mark.slow
+def test_startup_tells_what_routes_cost() -> None:
+    words = ["--rounds=1", "--seconds=0.1", "--workers=1", "--only=tsproxy", "--routes=1,3", "--json"]
+    told = {(line["case"], line["figure"]): line["value"] for line in json_of(bench("startup", *words))[1:]}
+    for case in ("routes-1", "routes-3"):
+        assert told[case, "pss_mib"] > told["workers-1", "pss_mib"] / 2
+        assert told[case, "start_ms"] > 0
+        assert told[case, "wakeups_per_s"] >= 0
+
+
+@pytest.mark.slow
 def test_fairness_tells_what_those_beside_the_orders_got(runs: Runs) -> None:
     figures = {(line["case"], line["figure"]) for line in runs("fairness").figures if line["relay"] == "tsproxy"}
     percentiles = {"p50_us", "p99_us", "p99_9_us", "max_us"}

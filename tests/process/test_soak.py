@@ -51,6 +51,16 @@ def test_each_runtime_gets_through_a_moment_of_it(kind: str, bundle: Path) -> No
     assert result["connections"] > 10
 
 
+@pytest.mark.slow
+def test_a_moment_of_it_over_routes_that_are_reloaded_each_second() -> None:
+    code, result, said = soak(*SHORT, "--routes=4", "--memory-room=64")
+    assert code == 0, said
+    assert result["violations"] == 0
+    assert result["reloads"] > 0
+    assert 0 < result["reload_us_p50"] <= result["reload_us_max"]
+    assert 0 < result["probe_us_p50"] <= result["probe_us_p99"] <= result["probe_us_max"]
+
+
 def faulty(directory: Path, patch: str) -> str:
     """tsproxy with a fault: a program to give to --tsproxy, which runs under --runtime=threads, in one interpreter."""
     program = directory / "faulty.py"

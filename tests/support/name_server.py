@@ -7,7 +7,7 @@ import socket
 import struct
 import threading
 from pathlib import Path
-from typing import Optional, Tuple
+from typing import List, Optional, Tuple
 
 from faults import Stand, play
 from harness import Exchange, Line, Proxy
@@ -23,6 +23,7 @@ class Names:
         self.address: Optional[str] = address  # None: it keeps silent
         self.code = self.OK
         self.asked = 0
+        self._unanswered: List[Tuple[bytes, Tuple[str, int]]] = []
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._socket.bind(("127.0.0.1", 53))
         self._last = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -35,8 +36,16 @@ class Names:
             if not question:
                 return
             self.asked += 1
-            if self.address is not None:
+            if self.address is None:
+                self._unanswered.append((question, client))
+            else:
                 self._socket.sendto(self._answer(question, self.address), client)
+
+    def answer_at_last(self, address: str) -> None:
+        """Answer what was asked while it kept silent."""
+        self.address = address
+        for question, client in self._unanswered:
+            self._socket.sendto(self._answer(question, address), client)
 
     def _answer(self, question: bytes, address: str) -> bytes:
         name_end = question.index(0, 12)
@@ -56,9 +65,12 @@ class Names:
         self._socket.close()
 
 
-def asking_here(tmp_path: Path) -> Tuple[str, ...]:
-    """The words before a command whose resolver shall ask the server on port 53 of its own namespace, and nothing else."""
-    (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
+def asking_here(tmp_path: Path, patience_s: int = 1) -> Tuple[str, ...]:
+    """The words before a command whose resolver shall ask the server on port 53 of its own namespace, and nothing else.
+
+    `patience_s`: how long it waits for an answer, once; 30 at most (resolv.conf(5)).
+    """
+    (tmp_path / "resolv.conf").write_text(f"nameserver 127.0.0.1\noptions timeout:{patience_s} attempts:1\n")
     (tmp_path / "nsswitch.conf").write_text("hosts: dns\n")
     binds = " && ".join(f"mount --bind {tmp_path}/{name} /etc/{name}" for name in ("resolv.conf", "nsswitch.conf"))
     return ("unshare", "--mount", "sh", "-c", f'{binds} && exec "$@"', "sh")

@@ -46,16 +46,17 @@ class Acceptor:
         active: Callable[[], int],
         dispatch: Dispatch,
         log_ratelimited: Callable[[str, str], None],
+        has_room: Callable[[], bool] = lambda: True,
     ) -> None:
         """Count in `row`, which the caller's loop owns.
 
         `number` is the route's, `ids` has the connections', `active` tells how many are open of those that its limit is for.
         `dispatch` owns the client's descriptor if it returns True; False: no inbox has room. `log_ratelimited` gets level and
-        text of a line.
+        text of a line. `has_room` tells whether there are descriptors for one more: a worker without would lose the client.
         """
-        self._route, self._counters, self._clients = route, row, clients
+        self._route, self._counters, self.clients = route, row, clients
         self._number, self._ids, self._active = number, ids, active
-        self._dispatch, self._log_ratelimited = dispatch, log_ratelimited
+        self._dispatch, self._log_ratelimited, self._has_room = dispatch, log_ratelimited, has_room
         self.upstreams = b""  # packed addresses to try, one after the other; set by the owner
         self._allowed = [(net.version, int(net.network_address), int(net.netmask)) for net in route.allow]
         self._queues = route.on_full == "queue"
@@ -101,6 +102,9 @@ class Acceptor:
         """Accept one client; False if accept4(2) returned none, or if accepting has to pause."""
         if self._must_wait:
             return False
+        if not self._has_room():
+            self._pause("no descriptors for more connections of all routes (raise LimitNOFILE)")
+            return False
         try:
             fd, sockaddr = accept4()
         except OSError as error:
@@ -130,7 +134,7 @@ class Acceptor:
 
     def _admit(self, fd: int, packed: bytes, accepted_ns: int) -> None:
         """Admit the client unless its address is at its limit."""
-        client_slot = self._clients.enter(packed)
+        client_slot = self.clients.enter(packed)
         if client_slot is None:
             self._reject(fd, Counter.CLIENT_OVERFLOW)
             return
@@ -154,7 +158,7 @@ class Acceptor:
         """Reset the client that waits for room, if there is one. Called in a drain, once the listeners are closed."""
         if self._waiting is not None:
             self._counters[Counter.ACCEPTED] -= 1
-            self._clients.leave(self._waiting.client)
+            self.clients.leave(self._waiting.client)
             self._reject(self._waiting.fd, Counter.OVERFLOW)
             self._waiting = None
 
@@ -163,8 +167,11 @@ class Acceptor:
         if error.errno in _PEER_ERRORS:
             return
         room = " (raise LimitNOFILE)" if error.errno in uapi.CAPACITY else ""
+        self._pause(f"{os.strerror(error.errno or 0)}{room}")
+
+    def _pause(self, why: str) -> None:
         self._resume_at = time.monotonic() + _PAUSE_S
-        self._log_error(f"accept: {os.strerror(error.errno or 0)}{room}; trying again every {_PAUSE_S:g} s")
+        self._log_error(f"accept: {why}; trying again every {_PAUSE_S:g} s")
 
     def _log_error(self, why: str) -> None:
         now = time.monotonic()

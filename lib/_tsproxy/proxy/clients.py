@@ -7,7 +7,7 @@ none is unused. Ends are counted in shared memory, not by records, so a dropped 
 
 from __future__ import annotations
 
-from typing import Dict, List, Optional
+from typing import Callable, Dict, List, Optional
 
 from _tsproxy.linux.addresses import without_port
 from _tsproxy.stats.counters import SharedCounters, slot_offset
@@ -21,9 +21,14 @@ def slots_for(max_connections: int, per_client: int) -> int:
 class Clients:
     """See the module. Only the acceptor uses it. A client is an address, IPv4-mapped as IPv4, link-local with its zone."""
 
-    def __init__(self, shared_counters: SharedCounters, slots: int, limit: int) -> None:
-        """At most `limit` connections a client; 0 is no limit. `slots` is the number of client slots in the shared counters."""
-        self._shared_counters, self._slots, self._limit = shared_counters, slots, limit
+    def __init__(
+        self, shared_counters: SharedCounters, slots: int, limit: int, elsewhere: Callable[[bytes], int] = lambda _: 0
+    ) -> None:
+        """At most `limit` connections a client; 0 is no limit. `slots` is the number of client slots in the shared counters.
+
+        `elsewhere` tells how many a client has that count as well: those of open_of() from before a change of the route.
+        """
+        self._shared_counters, self._slots, self._limit, self._elsewhere = shared_counters, slots, limit, elsewhere
         self._slot_of: Dict[bytes, int] = {}
         self._owners: List[bytes] = []  # by slot; it grows to `slots` at most
         self._given: List[int] = []  # by slot: connections dispatched, for its owners so far
@@ -33,11 +38,17 @@ class Clients:
         """Count one more connection of the client; its slot in the rows (0: not counted), or None if it is at its limit."""
         if not self._limit:
             return 0
-        slot = self._find(without_port(packed))
-        if slot is None or self._open(slot) >= self._limit:
+        client = without_port(packed)
+        slot = self._find(client)
+        if slot is None or self._open(slot) + self._elsewhere(client) >= self._limit:
             return None
         self._given[slot] += 1
         return slot_offset(slot)
+
+    def open_of(self, client: bytes) -> int:
+        """How many connections of a client, as without_port() gives it, are open; 0 where there is no limit."""
+        slot = self._slot_of.get(client)
+        return 0 if slot is None else self._open(slot)
 
     def leave(self, packed: bytes) -> None:
         """Undo the last enter(): the connection was not dispatched."""

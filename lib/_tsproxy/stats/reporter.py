@@ -87,6 +87,7 @@ class Reporter:
         """Its last session has ended. Its name stays known, for a record that is late."""
         self._board_changes.append(partial(self._put_last, number, self._route_names[number]))
         self._route_names.pop(number - _LATE_NAMES, None)
+        self._wakeup.wake()  # without metrics lines it might sleep for long, with the route's memory
 
     def metrics_now(self) -> None:
         """Queue a `metrics` line for each route. The counters are read when the reporter encodes it."""

@@ -9,7 +9,7 @@ import errno
 import ipaddress
 import os
 import socket
-from typing import Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from _tsproxy.cli import exits
 from _tsproxy.cli.config import Route
@@ -119,8 +119,24 @@ def _own(route: Route, reuse_port: bool, ends: Ends) -> socket.socket:
 
 def refuse_loop(listener: socket.socket, ends: Ends) -> None:
     """Exit 2 for a target that is this listener."""
-    if sockets.shares_our_namespace(listener):
-        _refuse_loop(from_sockaddr(listener.family, listener.getsockname()), sockets.accepts_ipv4(listener), ends)
+    refuse_loops(reachable([listener]), ends)
+
+
+def reachable(found: Iterable[socket.socket]) -> Dict[int, List[Tuple[Address, bool]]]:
+    """The listeners that a target may be, by port: each one's address, and whether it takes IPv4 too."""
+    own: Dict[int, List[Tuple[Address, bool]]] = {}
+    for listener in found:
+        if sockets.shares_our_namespace(listener):
+            address = from_sockaddr(listener.family, listener.getsockname())
+            own.setdefault(address.port, []).append((address, sockets.accepts_ipv4(listener)))
+    return own
+
+
+def refuse_loops(own: Mapping[int, Sequence[Tuple[Address, bool]]], ends: Ends) -> None:
+    """Exit 2 for a target that is one of these listeners."""
+    for upstream in ends.upstreams:
+        for address, takes_ipv4 in own.get(upstream.port, ()):
+            _refuse_loop(address, takes_ipv4, Ends([upstream], ends.sources))
 
 
 def _refuse_loop(listening: Address, takes_ipv4: bool, ends: Ends) -> None:

@@ -87,15 +87,26 @@ class RouteTable:
     """See the module."""
 
     def __init__(
-        self, loop: EventLoop, pool: WorkerPool, reporter: Reporter, log: Log, threadsafe: Callable[[Call], Call]
+        self,
+        loop: EventLoop,
+        pool: WorkerPool,
+        reporter: Reporter,
+        log: Log,
+        threadsafe: Callable[[Call], Call],
+        room_beside: Callable[[int], int],
     ) -> None:
-        """`threadsafe` makes a function one that other threads may call: it runs in the loop's."""
+        """`threadsafe` makes a function one that other threads may call: it runs in the loop's.
+
+        `room_beside`: for how many connections the descriptors suffice, beside so many routes.
+        """
+        self._room_beside, self._room, self._most_active = room_beside, 0, 0
         self._loop, self._pool, self._reporter, self._log, self._threadsafe = loop, pool, reporter, log, threadsafe
         self.served: Dict[str, ServedRoute] = {}  # by name
         self._leaving: List[ServedRoute] = []
         self._ids = itertools.count(1)
         self._is_accepting = False
         self._timer = CallTimer(loop, self._each_second)
+        self._ticks = False
 
     def __iter__(self) -> Iterator[ServedRoute]:
         return iter(self.served.values())
@@ -118,6 +129,7 @@ class RouteTable:
         acceptor = self.acceptor_of(prepared, self._ids)
         served = ServedRoute(self._loop, prepared, acceptor, watches=not self._pool.accepts)
         self.served[route.name] = served
+        self._count_routes()
         self._publish(served)
         return served
 
@@ -126,27 +138,43 @@ class RouteTable:
         resolver = served.prepared.resolver
         resolver.follow(self._threadsafe(partial(self._on_resolver, served)))
         if resolver.may_change:
-            self._timer.arm(_SECOND_S)
+            self._tick()
 
     def acceptor_of(self, prepared: PreparedRoute, ids: Iterator[int]) -> Acceptor:
         """What accepts its clients in this thread."""
         route, number = prepared.route, prepared.args.number
+        before = partial(self._open_before, route.name)
         acceptor = Acceptor(
             route,
             prepared.counters.rows[ACCEPTOR_ROW],
-            Clients(prepared.counters, prepared.proved.client_slots, route.max_connections_per_client),
+            Clients(prepared.counters, prepared.proved.client_slots, route.max_connections_per_client, before),
             number=number,
             ids=ids,
             active=partial(self._active_of, route.name),
             dispatch=self._pool.dispatch,
             log_ratelimited=lambda level, why: self._log(route.name, level, level, why),
+            has_room=self._has_room,
         )
         acceptor.upstreams = prepared.resolver.packed
         return acceptor
 
+    def _count_routes(self) -> None:
+        self._room = self._room_beside(len(self.served) + len(self._leaving))
+
+    def _has_room(self) -> bool:
+        """Counted as Acceptor does with its limit: what is active now, or more."""
+        self._most_active += 1
+        if self._most_active > self._room:
+            self._most_active = self.active + 1
+        return self._most_active <= self._room
+
     def _active_of(self, name: str) -> int:
         """Also those from before a change: the limit is what the far end can bear."""
         return sum(metrics.active(one.counters) for one in (*self, *self._leaving) if one.name == name)
+
+    def _open_before(self, name: str, client: bytes) -> int:
+        """The same for one client address, where it was counted."""
+        return sum(one.acceptor.clients.open_of(client) for one in self._leaving if one.name == name)
 
     def _on_resolver(self, served: ServedRoute, event: str, level: str, message: str) -> None:
         """Other addresses are in use before the line says so."""
@@ -189,20 +217,28 @@ class RouteTable:
             listener.stop_accepting()
             if listener.socket not in kept:
                 listener.accept_backlog()
-                listener.close()
+                listener.socket.close()  # not at the end of the iteration: the line that says so may be read before
         if self.served.get(served.name) is served:
             del self.served[served.name]
         self._leaving.append(served)
-        self._timer.arm(_SECOND_S)
+        self._count_routes()
+        self._tick()
+
+    def _tick(self) -> None:
+        """See to it that the second goes on: reloads in quick succession must not put it off."""
+        if not self._ticks:
+            self._ticks = True
+            self._timer.arm(_SECOND_S)
 
     def _each_second(self) -> None:
+        self._ticks = False
         for served in self:
             if served.prepared.resolver.may_change:
                 served.note_failed_connects()
         for served in list(self._leaving):
             self._see_off(served)
         if self._leaving or any(served.prepared.resolver.may_change for served in self):
-            self._timer.arm(_SECOND_S)
+            self._tick()
 
     def _see_off(self, served: ServedRoute) -> None:
         """A second after its last session has ended there is no trace of it on its way, and all may forget it."""
@@ -213,5 +249,6 @@ class RouteTable:
             served.ended = self._pool.consumption()
         elif served.ended():
             self._leaving.remove(served)
+            self._count_routes()
             self._pool.remove_route(served.number)
             self._reporter.end_route(served.number)

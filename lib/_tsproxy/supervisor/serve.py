@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Callable, List, Sequence, Tuple
 
 from _tsproxy.cli import exits
 from _tsproxy.cli.config import Config
-from _tsproxy.linux import children, heap, inherited, systemd, uapi
+from _tsproxy.linux import children, heap, inherited, limits, systemd, uapi
 from _tsproxy.linux.needs import needing
 from _tsproxy.linux.systemd import Notifier
 from _tsproxy.loop.event_loop import EventLoop
@@ -86,7 +86,8 @@ class Supervisor:
             many=self._config.routes_file is not None,
         )
         self._calls = ThreadsafeCalls()
-        self._table = RouteTable(self._loop, self._pool, self._reporter, self._log_of, self._call)
+        room_beside = partial(limits.connections_within, prepared.nofile, self._config.workers)
+        self._table = RouteTable(self._loop, self._pool, self._reporter, self._log_of, self._call, room_beside)
         for of_route in prepared.routes:
             self._table.add(of_route)
         self._notifier = notifier
@@ -158,6 +159,7 @@ class Supervisor:
             fields = start_line.fields(self._prepared, self._calls.kind)
             self._reporter.log("start", **fields)
             self._log_routes(list(self._table))
+        self._prepared.routes.clear()  # so that one which goes takes its memory along
         children.reap_others(self._pool.children)
         self._watchdog.notify(READY=1)
 

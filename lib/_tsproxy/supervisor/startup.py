@@ -321,11 +321,11 @@ def _listeners(config: Config, proved: ProvedRoute, handed: Mapping[str, List[so
 
 
 def refuse_circles(config: Config, proved: Sequence[ProvedRoute], listeners: Sequence[Sequence[socket.socket]]) -> None:
-    """Exit 2 for a target that is the listener of any route."""
+    """Exit 2 for a target that is the listener of any route. Each is looked at once: of 200 routes there are 40,000 pairs."""
+    own = listening.reachable(itertools.chain(*listeners)) if len(proved) > 1 else {}
     for of_route in proved:
         with naming(config, of_route.route):
-            for sock in itertools.chain(*listeners) if len(proved) > 1 else ():
-                listening.refuse_loop(sock, of_route.ends)
+            listening.refuse_loops(own, of_route.ends)
 
 
 def _require_interfaces(config: Config) -> None:
