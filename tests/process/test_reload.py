@@ -134,8 +134,8 @@ def test_clients_beyond_the_descriptors_wait_in_the_backlog_and_a_reload_costs_n
 ) -> None:
     """A worker process that has no descriptor left can't be given a new route: it would end, and all its sessions with it."""
     words = ["prlimit", "--nofile=200:200", *CHECKOUT]
-    for start in routed_starter(words, tmp_path, "--workers=1", "--runtime=processes"):
-        proxy = start(sections(echoing, "orders"))
+    options = ["--workers=1", "--runtime=processes"]
+    with contextlib.closing(RoutedProxy(words, tmp_path / "routes.ini", sections(echoing, "orders"), *options)) as proxy:
         assert "descriptors suffice for" in proxy.line("warning")["message"]
         with contextlib.ExitStack() as stack:
             clients = [stack.enter_context(proxy.connect_to("orders")) for _ in range(100)]
