@@ -52,6 +52,13 @@ class WorkerContext:
         self.number, self.counters, self.records = number, counters, records
         self.loop = EventLoop(spin_ns=spin_ns, on_lag=functools.partial(observe, counters, LOOP_LAG))
         self.pipes = Pipes(PIPES_A_WORKER)
+        self._buffers: Dict[int, Buffers] = {}  # by size
+
+    def buffers_of(self, size: int) -> Buffers:
+        """The pool for all routes with this buffer size: what one has spare, another may take."""
+        if size not in self._buffers:
+            self._buffers[size] = Buffers(size)
+        return self._buffers[size]
 
     def report(self, bug: Exception) -> None:
         """Count a bug outside any session, and log its traceback."""
@@ -80,7 +87,7 @@ class RouteContext:
         """`counters` is the worker's row of those of the route."""
         self.number, self.loop, self.records = worker.number, worker.loop, worker.records
         self.settings, self.gate, self.tsval_of, self.counters = settings, gate, tsval_of, counters
-        self.buffers = Buffers(buffer_size)
+        self.buffers = worker.buffers_of(buffer_size)
         self.buffer = self.buffers.acquire()
         self.prefixes = PrefixViews(self.buffer)
         self.buffer_size = buffer_size  # a receive of this size has not emptied the socket, and may be of a long stream
