@@ -7,13 +7,14 @@ import os
 from typing import Any, Iterator, List, Tuple
 
 import pytest
-from _tsproxy.cli.config import Config
+from _tsproxy.cli.config import Config, Route
 from _tsproxy.linux import wakeup
 from _tsproxy.loop.event_loop import EventLoop
+from _tsproxy.policy.levers import Lever, Policy
 from _tsproxy.proxy.inbox import RING_SLOTS, Command, Message, RingConsumer
 from _tsproxy.stats.counters import ACCEPTOR_ROW, Counter, SharedCounters
 from _tsproxy.supervisor import worker_slot
-from _tsproxy.supervisor.worker_args import WorkerShared
+from _tsproxy.supervisor.worker_args import RouteArgs, WorkerShared
 from _tsproxy.supervisor.worker_pool import Replacement, WorkerExit, WorkerPool
 
 SECOND = 1_000_000_000
@@ -182,6 +183,29 @@ def test_commands_that_find_an_inbox_full_arrive_in_their_order_once_there_is_ro
     stand.loop.run_for(10 * SECOND, lambda: not stand.pool._slots[0].pending)
     assert stand.consume(0) == [Command.STOP_ACCEPTING, Command.DRAIN]
     assert stand.pool.has_consumed_all
+
+
+def test_a_client_does_not_overtake_its_route(stand: Stand) -> None:
+    """Nor does a notice or a ping: what was sent until now is known by its number in the inbox."""
+    args: Any = RouteArgs(1, Route(()), (), Policy("preserve"), Lever.NONE, False)
+    while stand.pool._slots[0].inbox.put(PING):
+        pass
+    stand.pool.add_route(args, stand.counters)
+    consumed = stand.pool.consumption()
+    assert set(stand.consume(0)) == {Command.PING}
+    for _ in range(2):  # there is room again, but the command that waits comes first
+        assert stand.pool.dispatch(Message(Command.CLIENT, route=1))
+    stand.pool.notify(Command.EVIDENCE)
+    stand.pool.ping()
+    assert stand.consume(0) == []
+    assert stand.consume(1) == [Command.ADD_ROUTE, Command.CLIENT, Command.CLIENT, Command.EVIDENCE]
+    assert not consumed()
+    stand.loop.run_for(10 * SECOND, lambda: not stand.pool._slots[0].pending)
+    assert not consumed()
+    assert stand.consume(0) == [Command.ADD_ROUTE]
+    assert consumed()
+    assert stand.pool.dispatch(Message(Command.CLIENT, route=1)) and stand.pool.dispatch(Message(Command.CLIENT, route=1))
+    assert stand.consume(0) == [Command.CLIENT]
 
 
 def test_a_notice_is_put_once_until_it_is_consumed_and_not_into_a_full_inbox(stand: Stand) -> None:

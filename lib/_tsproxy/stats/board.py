@@ -69,7 +69,7 @@ class Board:
         If there is none these are the fields of the route's last line.
         """
         of_name = self._counters[name]
-        last = self._line(name) if len(of_name) == 1 else None
+        last = self._line(name, metrics.sums(of_name.values())) if len(of_name) == 1 else None
         ended = of_name.pop(number)
         heirs = list(of_name.values()) or [self._process]
         heirs[-1].absorb(ended)
@@ -93,14 +93,19 @@ class Board:
 
     def lines(self) -> Iterator[Fields]:
         """The fields of each metrics line, the process's last."""
-        if self._many:
-            yield from map(self._line, self._counters)
-        every, route = self._all_counters(), None if self._many else next(iter(self._counters), None)
-        times, segments = self._rates.fields(metrics.sums(every)), self._segments.fields()
-        yield {"route": route, **times, **segments, **metrics.latencies(every)}
+        totals = {name: metrics.sums(of_name.values()) for name, of_name in self._counters.items()}
+        for name in self._counters if self._many else ():
+            yield self._line(name, totals[name])
+        route = None if self._many else next(iter(self._counters), None)
+        whole = metrics.added([metrics.totals(self._process), *totals.values()])  # not read again: it is the sum of the lines
+        yield {
+            "route": route,
+            **self._rates.fields(whole),
+            **self._segments.fields(),
+            **metrics.latencies(self._all_counters()),
+        }
 
-    def _line(self, name: str) -> Fields:
-        of_name = list(self._counters[name].values())
-        totals = metrics.without_process(metrics.sums(of_name))
+    def _line(self, name: str, totals: Dict[str, int]) -> Fields:
+        of_name, totals = list(self._counters[name].values()), metrics.without_process(totals)
         times, segments = self._rates_of[name].fields(totals), self._segments_of[name].fields()
         return {"route": name, **times, **segments, **metrics.latencies(of_name, metrics.OF_ROUTE)}

@@ -63,8 +63,12 @@ def totals(shared_counters: SharedCounters) -> Dict[str, int]:
 
 def sums(several: Iterable[SharedCounters]) -> Dict[str, int]:
     """The totals over several."""
-    of_each = [totals(shared_counters) for shared_counters in several]
-    return {name: sum([fields[name] for fields in of_each]) for name in of_each[0]}
+    return added([totals(shared_counters) for shared_counters in several])
+
+
+def added(several: Sequence[Dict[str, int]]) -> Dict[str, int]:
+    """The sum of some totals, by name."""
+    return {name: sum([fields[name] for fields in several]) for name in several[0]}
 
 
 def without_process(fields: Dict[str, int]) -> Dict[str, int]:

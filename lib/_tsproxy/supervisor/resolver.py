@@ -189,6 +189,9 @@ def resolve_all(asked: Sequence[Resolver]) -> None:
     """Each in a thread, so that a name server which does not answer one does not keep the others waiting."""
     threads: List[threading.Thread] = []
     for resolver in asked:
+        if not resolver.may_change:
+            resolver.resolve()
+            continue
         thread = threading.Thread(target=resolver.resolve, name="look-up", daemon=True)
         try:
             needs.start_thread(thread, "to resolve the targets")
