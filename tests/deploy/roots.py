@@ -49,6 +49,12 @@ DEBIAN = Root(
     "systemd systemd-sysv dbus udev python3 iproute2 nftables iptables tcpdump procps kmod logrotate docker.io".split(),
 )
 
+WITH_NEWER_SYSTEMD = Root(
+    "trixie",
+    "trixie",
+    "systemd systemd-sysv dbus udev python3 iproute2 nftables iptables procps kmod".split(),
+)
+
 # For kernels under emulation: no systemd, and what the tests themselves need.
 EMULATED = Root(
     "trixie",

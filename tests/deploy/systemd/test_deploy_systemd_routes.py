@@ -3,71 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import socket
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Iterator
 
 import pytest
 import roots
 from harness import receive_exactly
-from machine import EXCHANGE, Machine, eventually, steps
+from machine import Machine, eventually, steps
 from progress import Progress
-from storms import far_end
+from routed_machine import ROUTES, A, B, C, Service
 from wire import UPSTREAM, Sniffer
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(600)]
-PROGRAM = "/opt/tsproxy/tsproxy.py"  # whoever installs has one; what is installed is made from it
-ROUTES = "/etc/tsproxy/routes.ini"
-A, B, C = ("127.0.0.1", 9001), ("127.0.0.2", 9001), ("127.0.0.1", 9003)
-HEALED_S = 60
-
-
-class Service:
-    """tsproxy with two routes, as installed on a machine, and the exchange."""
-
-    def __init__(self, machine: Machine, program: Path) -> None:
-        self.machine = machine
-        self._stack = contextlib.ExitStack()
-        self.target = f"{EXCHANGE}:{self._stack.enter_context(far_end(EXCHANGE, machine.exchange.enter)).split(':')[1]}"
-        machine.sh(f"mkdir -p {Path(PROGRAM).parent}; : >/etc/resolv.conf")
-        machine.write(PROGRAM, program.read_text(), "755")
-        sections = "".join(f"[{name}]\nbind = {place[0]}\nport = {place[1]}\n" for name, place in (("oe.a", A), ("oe-b", B)))
-        machine.write("/opt/venue.ini", f"[DEFAULT]\ntarget = {self.target}\n{sections}")
-        self.before = self.files()
-        self.units = machine.run("python3", PROGRAM, "generate", "systemd", "--routes=/opt/venue.ini", "--metrics-interval=0")
-        self.do(steps(self.units, "Make"))
-
-    def do(self, commands: str) -> None:
-        self.machine.sh(f"PATH={Path(PROGRAM).parent}:$PATH\n{commands}")
-
-    def files(self) -> List[str]:
-        find = "find /etc /usr/local /opt /var/lib/private /run/netns/* /run/tsproxy* 2>/dev/null | sort || :"
-        return self.machine.sh(find).splitlines()
-
-    def show(self, what: str, unit: str = "tsproxy.service") -> str:
-        return self.machine.run("systemctl", "show", "--value", f"--property={what}", unit).strip()
-
-    def lines(self, event: str) -> List[Dict[str, Any]]:
-        said = self.machine.run("journalctl", "--no-pager", "-q", "-o", "cat", "-u", "tsproxy", "-t", "tsproxy").splitlines()
-        found = [json.loads(line) for line in said if line.startswith("{")]
-        return [line for line in found if line["event"] == event]
-
-    def trades(self, *places: Tuple[str, int]) -> bool:
-        """Whether a client of each is answered."""
-        for place in places:
-            with self.machine.host, socket.create_connection(place, 2) as client:
-                client.sendall(b"order")
-                if receive_exactly(client, 5) != b"order":
-                    return False
-        return True
-
-    def write_routes(self, text: str) -> None:
-        self.machine.write(ROUTES, text)
-
-    def close(self) -> None:
-        self._stack.close()
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +112,30 @@ def test_undo_leaves_nothing(service: Service) -> None:
     service.machine.sh("rm /usr/local/bin/tsproxy")
     assert set(service.files()) - set(service.before) == set()
     assert service.machine.run("systemctl", "list-units", "--all", "--no-legend", "tsproxy*").strip() == ""
+
+
+# What systemd 253 and later can do
+
+
+def test_where_systemd_has_notify_reload_a_reload_is_over_when_the_routes_are_served(bundle: Path, tell: Progress) -> None:
+    """Type=notify-reload, as the comment in the unit says: systemd sends SIGHUP itself, and waits for RELOADING and READY."""
+    with contextlib.ExitStack() as stack:
+        machine = stack.enter_context(contextlib.closing(Machine(roots.made(roots.WITH_NEWER_SYSTEMD, tell))))
+        tell(machine.run("systemctl", "--version").splitlines()[0])
+        service = stack.enter_context(contextlib.closing(Service(machine, bundle)))
+        unit = "/etc/systemd/system/tsproxy.service"
+        machine.sh(f"sed -i 's/^Type=notify$/Type=notify-reload/; /^ExecReload=/d' {unit}")
+        machine.sh("systemctl daemon-reload && systemctl restart tsproxy.service")
+        assert service.show("Type") == "notify-reload"
+        eventually(lambda: service.trades(A, B), "both are served")
+        main, kept = service.show("MainPID"), machine.run("cat", ROUTES)
+        for limit in range(5, 10):
+            service.write_routes(f"{kept}max-connections = {limit}\n")
+            machine.run("systemctl", "reload", "tsproxy.service")
+            assert f"max_connections={limit}" in service.lines("route")[-1]["limits"], "before systemctl has returned"
+            assert service.trades(A, B)
+        service.write_routes("nonsense")
+        machine.run("systemctl", "reload", "tsproxy.service")
+        assert service.lines("reload")[-1]["level"] == "error"
+        assert service.trades(A, B)
+        assert (service.show("ActiveState"), service.show("MainPID")) == ("active", main)
