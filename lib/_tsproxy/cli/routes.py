@@ -81,7 +81,8 @@ def load(path: str, base: Route, inherited: Optional[Collection[str]] = ()) -> T
         with open(path, "rb") as file:
             data = file.read(ini.MOST_BYTES + 1)
     except (OSError, ValueError) as error:
-        raise UsageError(f"--routes: given {path!r}; can't be read: {getattr(error, 'strerror', None) or error}") from None
+        why = getattr(error, "strerror", None) or error
+        raise UsageError(f"--routes: given {path!r}; allowed: a file that can be read ({why})") from None
     if len(data) > ini.MOST_BYTES:
         raise UsageError(f"--routes: given {path!r}; allowed: a file of up to {ini.MOST_BYTES >> 20} MiB")
     return parse(data, path, base, inherited)
