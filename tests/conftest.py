@@ -200,3 +200,20 @@ def spaces() -> Iterator[Any]:
             return namespace
 
         yield make
+
+
+@pytest.fixture
+def no_cycles() -> Iterator[None]:
+    """A test whose sessions leave a cycle has failed: a worker has no garbage collector, and what a cycle holds stays."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    gc.collect()
+    gc.set_debug(0)
+    gc.enable()
+    left = [each for each in gc.garbage if type(each).__module__.startswith("_tsproxy.proxy")]
+    named = sorted({type(each).__name__ for each in left})
+    gc.garbage.clear()
+    left.clear()
+    assert named == []

@@ -21,7 +21,10 @@ from _tsproxy.stats.counters import Counter
 from harness import PATIENCE, receive_exactly, reset, wait_until
 from lone_context import lone_context
 
-pytestmark = pytest.mark.skipif(not HAS_SPLICE, reason="os.splice came with Python 3.10")
+pytestmark = [
+    pytest.mark.skipif(not HAS_SPLICE, reason="os.splice came with Python 3.10"),
+    pytest.mark.usefixtures("no_cycles"),
+]
 BUFFER = 1024
 
 

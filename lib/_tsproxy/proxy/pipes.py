@@ -44,7 +44,8 @@ class Pipe:
         try:
             received: int = os.splice(source.fileno(), self._writer, SIZE, flags=_FLAGS)
         except OSError as error:
-            self._note_refusal(error, source)
+            if not self._is_refusal(error.errno or 0, source):
+                raise
             return 0
         self.left += received
         return received
@@ -54,16 +55,21 @@ class Pipe:
         try:
             sent: int = self._copy(sink) if self.refused else os.splice(self._reader, sink.fileno(), self.left, flags=_FLAGS)
         except OSError as error:
-            self._note_refusal(error, sink)
+            if not self._is_refusal(error.errno or 0, sink):
+                raise
             sent = self._copy(sink)
         self.left -= sent
         return sent
 
-    def _note_refusal(self, error: OSError, sock: socket.SocketType) -> None:
-        """Raise an error of the socket again: an ICMP error can have the errno of a refusal, but then the socket is closed."""
-        if self.refused or error.errno not in _REFUSALS or sockets.is_closed(sock):
-            raise error
-        self.refused = error.errno or 0
+    def _is_refusal(self, code: int, sock: socket.SocketType) -> bool:
+        """Note it. An ICMP error can have the errno of a refusal, but then the socket is closed.
+
+        The exception itself is not passed: a frame that has it, and is in its traceback, is a cycle (gc).
+        """
+        if self.refused or code not in _REFUSALS or sockets.is_closed(sock):
+            return False
+        self.refused = code
+        return True
 
     def _copy(self, sink: socket.SocketType) -> int:
         if not self._copied:

@@ -330,14 +330,14 @@ class Session:
         self.end(ending)
 
     def _ending_of(self, broken: socket.SocketType, error: OSError) -> Ending:
-        """The ending for an errno of an established connection. One that no peer can cause is a bug, and is raised again."""
+        """The ending for an errno of an established connection. One that no peer can cause is a bug, and is raised."""
         is_client = broken is self._client
         if error.errno in uapi.PEER_RESET:
             self._context.count(Counter.RESET_BY_PEER)
             return Ending.CLIENT_RESET if is_client else Ending.SERVER_RESET
         if error.errno in uapi.PEER_ERRORS:
             return Ending.CLIENT_TIMEOUT if is_client else Ending.SERVER_TIMEOUT
-        raise error
+        raise OSError(error.errno, error.strerror) from error  # another one: its frames have this one, which would be a cycle
 
     def on_bug(self, bug: Exception) -> None:
         """A handler or timer raised: log it and end this session, and no other."""
