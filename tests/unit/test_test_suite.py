@@ -53,3 +53,12 @@ def test_a_unit_test_starts_no_tsproxy_and_needs_no_root() -> None:
     units = [path for path in FILES if path.parent.name == "unit"]
     found = {path.name: imports(path) & IMPORTS | parameters(path) & FIXTURES for path in units}
     assert {path: names for path, names in found.items() if names} == {}
+
+
+def test_the_tests_that_run_under_other_kernels_are_there() -> None:
+    """pytest ends at once, with all of them, where it can't find one that it was named."""
+    named = re.findall(
+        r"(tests/\w+/test_\w+\.py)::(test_\w+)", (ROOT / "tests/deploy/kernels/test_deploy_kernels.py").read_text()
+    )
+    assert len(named) > 10
+    assert [name for file, name in named if f"def {name}(" not in (ROOT / file).read_text()] == []
