@@ -15,7 +15,7 @@ from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import pytest
 from _tsproxy.policy import rehearsal
-from checked import NOWHERE, STRIP, far_end, rules
+from checked import NOWHERE, STRIP, far_end, rules, shows, was_tried
 from common.segments import ACK, FIN, RST, SYN, mss, timestamp
 from far_end import Peer
 from harness import CHECKOUT, Exchange, wait_until
@@ -47,21 +47,6 @@ def facts(namespace: Namespace, *options: str, **run: Any) -> Tuple[int, Dict[st
     assert found["holds"] == (code == 0)
     assert bool(found["missing"]) == (code == 78)
     return code, found
-
-
-def shows(found: Dict[str, Any], part: str) -> Dict[str, str]:
-    """Name -> what it shows, of the levers and witnesses with that in their name."""
-    return {row["name"]: row["shows"] for row in [*found["levers"], *found["witnesses"]] if part in row["name"]}
-
-
-def was_tried(exchange: Exchange) -> bool:
-    """Whether a connection reached the exchange; one that came has been in the backlog since before check ended."""
-    exchange.listener.setblocking(False)
-    try:
-        exchange.listener.accept()[0].close()
-    except BlockingIOError:
-        return False
-    return True
 
 
 # The sysctl

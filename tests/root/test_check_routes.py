@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
 import pytest
-from checked import NOWHERE, STRIP, far_end, rules
-from harness import CHECKOUT, Exchange, wait_until
+from checked import NOWHERE, STRIP, far_end, rules, shows, was_tried
+from harness import CHECKOUT, wait_until
 from namespaces import Namespace
 from rules import generated
 from unprivileged import as_nobody
@@ -58,20 +58,6 @@ class Routes:
 @pytest.fixture
 def routes(tmp_path: Path) -> Routes:
     return Routes(tmp_path / "routes.ini")
-
-
-def shows(found: Dict[str, Any], part: str) -> Dict[str, str]:
-    return {row["name"]: row["shows"] for row in [*found["levers"], *found["witnesses"]] if part in row["name"]}
-
-
-def was_tried(exchange: Exchange) -> bool:
-    """Whether a connection reached the exchange; one that came has been in the backlog since before check ended."""
-    exchange.listener.setblocking(False)
-    try:
-        exchange.listener.accept()[0].close()
-    except BlockingIOError:
-        return False
-    return True
 
 
 def state_count(namespace: Namespace, state: str) -> int:

@@ -1,9 +1,9 @@
-"""Where `check` is run: namespaces with rules of our own, and an exchange in one."""
+"""Where `check` is run, namespaces with rules of our own and an exchange in one; and what it says."""
 
 from __future__ import annotations
 
 import contextlib
-from typing import Iterator
+from typing import Any, Dict, Iterator
 
 from harness import Exchange
 from namespaces import Namespace
@@ -25,3 +25,18 @@ def far_end(namespace: Namespace, host: str = "127.0.0.1") -> Iterator[Exchange]
         yield exchange
     finally:
         exchange.close()
+
+
+def shows(found: Dict[str, Any], part: str) -> Dict[str, str]:
+    """Name -> what it shows, of the levers and witnesses with that in their name."""
+    return {row["name"]: row["shows"] for row in [*found["levers"], *found["witnesses"]] if part in row["name"]}
+
+
+def was_tried(exchange: Exchange) -> bool:
+    """Whether a connection reached the exchange; one that came has been in the backlog since before check ended."""
+    exchange.listener.setblocking(False)
+    try:
+        exchange.listener.accept()[0].close()
+    except BlockingIOError:
+        return False
+    return True

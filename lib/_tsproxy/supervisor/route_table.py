@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from functools import partial
 from socket import socket
-from typing import Callable, Dict, Iterator, List, Optional
+from typing import Callable, Dict, Iterator, List, Optional, Sequence
 
 from _tsproxy.cli.config import Config
 from _tsproxy.loop.event_loop import EventLoop
@@ -45,12 +45,16 @@ class ServedRoute:
     def _watching(self) -> List[Listener]:
         return [Listener(self._loop, self.acceptor, sock) for sock in self.prepared.listeners if self._watches]
 
-    def stop_listening(self) -> None:
-        """Close its listeners at once, since another one is to have their place. Who is in a backlog is accepted."""
+    def stop_listening(self, kept: Sequence[socket] = ()) -> None:
+        """Close its listeners, but for those in `kept`. Who is in a backlog is accepted.
+
+        At once, not at the end of the iteration: another one may be to have their place, and the line that says so may be read.
+        """
         for listener in self.listeners:
             listener.stop_accepting()
-            listener.accept_backlog()
-            listener.socket.close()
+            if listener.socket not in kept:
+                listener.accept_backlog()
+                listener.socket.close()
         self.listeners = []
 
     def listen_again(self, config: Config) -> None:
@@ -210,14 +214,10 @@ class RouteTable:
 
     # Go
 
-    def remove(self, served: ServedRoute, kept: List[socket]) -> None:
+    def remove(self, served: ServedRoute, kept: Sequence[socket]) -> None:
         """Accept for it no more; its sessions go on. Of its listeners those in `kept` stay open, for another route."""
         served.prepared.resolver.stop()
-        for listener in served.listeners:
-            listener.stop_accepting()
-            if listener.socket not in kept:
-                listener.accept_backlog()
-                listener.socket.close()  # not at the end of the iteration: the line that says so may be read before
+        served.stop_listening(kept)
         if self.served.get(served.name) is served:
             del self.served[served.name]
         self._leaving.append(served)

@@ -293,7 +293,7 @@ def shortage(config: Config, routes: Sequence[Route], nofile: int) -> str:
     room = limits.connections_within(nofile, config.workers, len(routes))
     return (
         f"the routes allow {sum(route.max_connections for route in routes)} connections, and {nofile} descriptors suffice for "
-        f"{room}: beyond that clients wait or are refused (lower max-connections, or start with LimitNOFILE={needed})"
+        f"{room}: beyond that clients wait in the backlog (lower max-connections, or start with LimitNOFILE={needed})"
     )
 
 
