@@ -42,6 +42,12 @@ settings.register_profile("thorough", max_examples=100, deadline=None)
 settings.load_profile("fast")
 
 _LEFT_OUT = pytest.StashKey[Dict[str, int]]()
+_DROPPED = pytest.StashKey[int]()
+
+
+def dropped() -> int:
+    """Packets that a CPU's queue had no room for, in all namespaces (net.core.netdev_max_backlog)."""
+    return sum(int(line.split()[1], 16) for line in Path("/proc/net/softnet_stat").read_text().splitlines())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item]) -> None:
@@ -69,6 +75,7 @@ class _OfWorkers:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_DROPPED] = dropped()
     if config.pluginmanager.hasplugin("xdist"):
         config.pluginmanager.register(_OfWorkers())
 
@@ -77,6 +84,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for mark, count in config.stash.get(_LEFT_OUT, {}).items():
         if count:
             terminalreporter.write_line(f"LOUD: {count} tests marked {mark} were left out: pytest -m {mark}")
+    lost = dropped() - config.stash[_DROPPED]
+    if lost:
+        terminalreporter.write_line(f"LOUD: the kernel dropped {lost} packets (softnet_stat): a reset is not sent again")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -384,6 +384,30 @@ def test_an_idle_loop_has_no_timer_of_its_own_and_a_blocked_one_reports_its_lag(
         assert lags[0] >= 40 * MS
 
 
+def test_the_lag_of_a_loop_with_events_is_measured_without_a_gap_and_no_more_once_they_end() -> None:
+    """Else a thread that is stopped between a measurement and the next event was not late, as far as anyone can see."""
+    lags: List[int] = []
+    with contextlib.ExitStack() as stack:
+        loop = stack.enter_context(contextlib.closing(EventLoop(on_lag=lags.append)))
+        pair = Pair(0, NOW, [], lambda: pair.peer.send(b"x"))
+        for sock in (pair.ours, pair.peer):
+            stack.enter_context(sock)
+        loop.watch(pair.fd, READ, pair)
+        pair.peer.send(b"x")
+        is_probed: List[bool] = []
+
+        def look() -> bool:
+            is_probed.append(loop.timers.next_ns <= loop.now + 100 * MS + TICK_NS)
+            return len(lags) > 2
+
+        loop.run(look)
+        assert is_probed.index(True) == 1, "from the first event on"
+        assert all(is_probed[1:])
+        loop.unwatch(pair.fd)
+        loop.run_for(250 * MS)
+        assert loop.timers.next_ns == NEVER_NS
+
+
 def test_a_deadline_beyond_what_epoll_wait_takes_is_no_error(stand: Stand) -> None:
     stand.loop.timers.arm(Alarm(0, []), stand.loop.now + 10**18)
     second = stand.pair()

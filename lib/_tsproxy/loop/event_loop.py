@@ -14,7 +14,7 @@ from typing import Callable, Dict, List, Optional, Protocol
 
 from _tsproxy.loop.poller import HANGUP, MAX_EVENTS, READABLE, Poller
 from _tsproxy.loop.posted import BULK, ENDING, NOW, Posted
-from _tsproxy.loop.timers import Timers
+from _tsproxy.loop.timers import NEVER_NS, Timers
 
 _PROBE_NS = 100_000_000
 _LONGEST_NS = 86_400_000_000_000  # epoll_wait(2) takes milliseconds as an int: 24.8 days would be too long
@@ -126,6 +126,7 @@ class EventLoop:
                 self.now = now
             if due <= now:
                 self._expire(due)
+                probe.go_on(now, last_event)
             if self.pending_close:
                 self.close_pending()
 
@@ -186,15 +187,20 @@ class _LagProbe:
     """A timer that measures the loop's lag once in 100 ms while there are events. An idle loop does not wake for it."""
 
     def __init__(self, timers: Timers, *, is_armed: bool) -> None:
-        self._timers, self.is_armed = timers, is_armed
+        self._timers, self.is_armed, self._armed_ns = timers, is_armed, NEVER_NS
 
     def arm(self, now_ns: int) -> None:
         """Arm it: there are events."""
-        self.is_armed = True
+        self.is_armed, self._armed_ns = True, now_ns
         self._timers.arm(self, now_ns + _PROBE_NS)
 
+    def go_on(self, now_ns: int, last_event: int) -> None:
+        """Arm it again if it has fired and events came since it was armed: a stop right after that is seen, too."""
+        if not self.is_armed and last_event > self._armed_ns:
+            self.arm(now_ns)
+
     def on_deadline(self, now_ns: int) -> None:
-        """The next event arms it again."""
+        """After a time without events the next one arms it."""
         self.is_armed = False
 
     def on_bug(self, bug: Exception) -> None:
