@@ -99,6 +99,7 @@ def client_of(stand: Stand, listener: socket.socket, number: int, upstreams: byt
     return client
 
 
+@pytest.mark.usefixtures("no_cycles")
 def test_a_bug_costs_the_connection_it_happened_in(stand: Stand, echoing: Exchange) -> None:
     upstreams = pack(socket.AF_INET, ("127.0.0.1", echoing.port))
     stand.gate.bugs = 1
