@@ -630,6 +630,8 @@ def test_pods_and_service_have_the_port_of_each_route_and_the_routes(tmp_path: P
 
 @given(st.lists(_NAME | st.from_regex(r"[a-c][._-]{0,3}[0-9]{0,20}", fullmatch=True), unique=True, min_size=1, max_size=8))
 @example(["oe-backup-primary", "oe-backup-primary-1", "oe-backup-pri-0", "oe-backup-pri-1", "oe.backup"])
+@example(["20260101-000000-oe", "123456789012345a", "123456789012345b", "1"])
+@example(["null", "on", "y", "1e3", "0x10"])
 @settings(deadline=None, max_examples=examples(50))
 def test_ports_have_names_that_kubernetes_takes_and_no_two_the_same(
     tmp_path_factory: pytest.TempPathFactory, names: List[str]
