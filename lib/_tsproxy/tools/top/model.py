@@ -14,7 +14,7 @@ from _tsproxy.stats.histogram import LIMITS_US
 from _tsproxy.tools.top.lines import Closed, Latency, Metrics, Record, RouteStart, Said, Start, Unread, read
 
 _HISTORY = 512  # intervals; more than a terminal has columns
-_ROUTES = 128  # of a process
+_ROUTES = 1024  # of a process; of more, each line would push another route out
 _CLOSED = 200
 _MESSAGES = 200
 _PROCESSES = 16
