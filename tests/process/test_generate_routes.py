@@ -326,10 +326,13 @@ def test_the_listeners_of_routes_are_left_outside_as_the_script_says(tmp_path: P
         far = Exchange(echo)
     ports = free_port(), free_port()
     text = f"[DEFAULT]\n bind = 127.0.0.1\ntarget = {far.target}\n[oe.a]\nport={ports[0]}\n[oe-b]\n  port = {ports[1]}\n"
+    text += "allow = 127.0.0.1\nbind =\n    127.0.0.1\nmax-connections =\n    9\n"
     script = made(tmp_path / "routes of it.ini", "netns", text, "--metrics-interval=0", "--user=nobody")
     found = re.search(r"^ +(sed -E .*)\n +(systemd-socket-activate .*)$", script, re.M)
     assert found
     subprocess.run(["sh", "-c", found[1]], cwd=tmp_path, check=True)
+    written = (tmp_path / "tsproxy-routes.ini").read_text()
+    assert written.endswith("[oe-b]\nallow = 127.0.0.1\nmax-connections =\n    9\n"), written
     words = shlex.split(re.sub(r"ip netns exec tsproxy \S+", shlex.join(CHECKOUT), found[2]))
     words = [word for word in words if word != "--user=nobody"]  # who may have no right to read this directory
     at = words.index(CHECKOUT[0])

@@ -36,6 +36,8 @@ _RELOAD = f"""\
 # systemctl reload has {ROUTES} read again, and does not wait for that. From systemd 253 on it waits where
 # Type=notify-reload stands in the place of Type=notify above, and there is no ExecReload=: then systemd sends SIGHUP itself.
 ExecReload=/bin/sh -c 'kill -HUP $MAINPID'"""
+# For sed: a value may stand in the line behind its key, where without it it would be one more of the key before.
+_WITHOUT_LISTENERS = "/^[[:space:]]*(port|bind)[[:space:]]*=[[:space:]]*$/N;/^[[:space:]]*(port|bind)[[:space:]]*=/d"
 _OWN_SOCKET = "Requires=tsproxy.socket\nAfter=tsproxy-netns.service tsproxy.socket"
 _ENABLED_SOCKETS = """\
 # Its sockets want to be started before it: their [Install]. Nothing here requires one, so that a route's may be stopped.
@@ -114,7 +116,7 @@ Run tsproxy in it, with its listener left out here where the clients are:
     inside = shlex.join(words(config._replace(routes_file="tsproxy-routes.ini")))
     return f"""\
 Run tsproxy in it, with its listeners left out here where the clients are, and so not in the file:
-    sed -E '/^[[:space:]]*(port|bind)[[:space:]]*=/d' {shlex.quote(str(config.routes_file))} >tsproxy-routes.ini
+    sed -E '{_WITHOUT_LISTENERS}' {shlex.quote(str(config.routes_file))} >tsproxy-routes.ini
     systemd-socket-activate {sockets} --fdname={names} {program_inside} {inside}"""
 
 
