@@ -810,6 +810,24 @@ def test_a_route_that_changes_from_preserve_to_strip_is_not_blamed_for_what_was_
     assert verdict.judge(model.processes[100]).text == "a: 1 handshake with a timestamp; reset before a byte was relayed"
 
 
+@pytest.mark.parametrize("absent", [0, 5], ids=["soon", "after it has left the table"])
+def test_a_route_that_was_removed_and_is_added_again_begins_anew(absent: int) -> None:
+    """Its totals are from 0 again: what it does shows at once, not when it has counted more than before."""
+    counted = {"downstream_cx_total": 900, "downstream_cx_rx_bytes_total": 9000, "upstream_cx_connect_fail": 50}
+    model = model_of(*routed("a", "b"))
+    for second in (1000, 1010, *(1020 + 10 * number for number in range(absent))):
+        lines = [metrics(second, route=name, **counted) for name in ("ab", "b")[second > 1010]]
+        for line in (*lines, metrics(second, route=None)):
+            model.feed(encoder.line(line))
+    model.feed(encoder.line(route("a", second=1085)))
+    for uptime in (5, 15):
+        again = {"downstream_cx_rx_bytes_total": 20 * (uptime - 5), "upstream_cx_connect_fail": 3}
+        line = metrics(uptime, route="a", began=1085, **again)
+        model.feed(encoder.line({**line, "timestamp": at(1085 + uptime)}))
+    shown = table_of(drawn(model, 112))["a"]
+    assert shown.split()[2:7] == ["0", "0", "20", "B", "0"] and "3 connects failed" in shown
+
+
 def test_routes_of_two_processes_are_told_apart_by_pid() -> None:
     old, new = routed("a", "b"), routed("b", "c", pid=200)
     model = model_of(*old, refusal("b"), *new, connection(5, pid=100, route="b"), metrics(10, pid=200, route="b"))
