@@ -166,6 +166,23 @@ def test_a_path_that_a_comment_can_not_hold_is_refused(kind: str, name: str, tmp
     assert said.endswith("; allowed with generate: a path of printable ASCII characters")
 
 
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [("systemd", "/etc/tsproxy/routes.ini"), ("netns", "/x/tsproxy-routes.ini"), ("docker", "/x/tsproxy-routes/routes.ini")],
+)
+def test_no_set_up_is_made_of_the_file_that_it_has_written(kind: str, path: str, tmp_path: Path) -> None:
+    """It would be overwritten by one that does not say where clients connect; sed would read what the shell has emptied."""
+    config = asked(tmp_path / "r", OWN_PORTS)
+    with pytest.raises(Exit) as end:
+        generate.run(kind, config._replace(routes_file=path))
+    assert end.value.code == exits.USAGE
+    assert str(end.value).startswith(f"--routes: given '{path}'; allowed with generate {kind}: a file elsewhere (")
+    printed = generate.KINDS[kind](config)
+    assert re.search(rf"^# /etc/tsproxy/routes.ini$|> ?{os.path.relpath(path, '/x')}$", printed, re.M), (
+        "or the names differ now"
+    )
+
+
 # The routes as a set-up has them
 
 _NAME = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,62}", fullmatch=True)

@@ -10,6 +10,7 @@ from _tsproxy.cli.config import Config
 from _tsproxy.cli.exits import Exit
 from _tsproxy.linux.systemd import MOST_FDS
 from _tsproxy.tools.generate import completion, containers, fields, man, prometheus, setups, shippers
+from _tsproxy.tools.generate.common import ROUTES
 from _tsproxy.tools.generate.refusal import refused
 
 KINDS: Mapping[str, Callable[[Config], str]] = {
@@ -40,6 +41,7 @@ FROM_MANUAL: Mapping[str, Callable[[str], str]] = {
 }
 """What is made of the text that `--help` prints, and takes no option either."""
 ALONE = (*SHIPPERS, *FROM_MANUAL)
+_WRITTEN = {"systemd": ROUTES, "netns": "tsproxy-routes.ini", "docker": "tsproxy-routes/routes.ini"}
 REWRITING = "nftables"  # the only kind that can: the others turn the option off where it is made
 
 
@@ -55,6 +57,7 @@ def run(kind: str, config: Config) -> int:
     if kind not in KINDS:
         raise Exit(exits.USAGE, f"KIND: given {kind!r}; allowed: {' or '.join(KINDS)}; {' or '.join(ALONE)} alone")
     _require_plain_path(config)
+    _require_another_path(kind, config)
     _require_mode(kind, config)
     if kind != REWRITING:
         _require_port(kind, config)
@@ -71,6 +74,14 @@ def _require_plain_path(config: Config) -> None:
     path = config.routes_file
     if path is not None and not (path.isascii() and path.isprintable()):
         raise Exit(exits.USAGE, f"--routes: given {path!r}; allowed with generate: a path of printable ASCII characters")
+
+
+def _require_another_path(kind: str, config: Config) -> None:
+    """What is printed says how to write a file of routes for the inside: not over the one that says where clients connect."""
+    path, written = config.routes_file, _WRITTEN.get(kind)
+    if path is not None and written and (path == written or path.endswith(f"/{written}")):
+        allowed = f"with generate {kind}: a file elsewhere (it has one of that name written, for where tsproxy runs)"
+        raise Exit(exits.USAGE, f"--routes: given {path!r}; allowed {allowed}")
 
 
 def _require_mode(kind: str, config: Config) -> None:
