@@ -6,11 +6,13 @@ import contextlib
 import os
 import signal
 import socket
+import tempfile
 from pathlib import Path
 from typing import Any, Dict, List
 
 import pytest
 from harness import CHECKOUT, PATIENCE, Exchange, children, echo, free_port, pause, receive_exactly, wait_until
+from namespaces import Namespace
 from program import workers_of
 from routed import RoutedProxy, StartRouted, Talkers, answers, routed_starter, text_of
 
@@ -127,6 +129,26 @@ def test_a_listener_that_was_closed_to_make_room_is_back_when_the_file_is_refuse
     assert proxy.good(wide) == [0, 0, 2, 0]
 
 
+@pytest.mark.root
+def test_a_port_that_takes_root_is_not_lost_to_a_refused_file_once_root_is_dropped() -> None:
+    with contextlib.ExitStack() as stack:
+        space = stack.enter_context(contextlib.closing(Namespace()))  # port 900 is free there
+        readable = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        readable.chmod(0o755)
+        with space:
+            far = stack.enter_context(contextlib.closing(Exchange(echo)))
+        before, command = {"orders": section(far, port=900)}, [*space.enter, *CHECKOUT]
+        proxy = RoutedProxy(command, readable / "routes.ini", before, "--user=nobody", "--workers=1")
+        stack.enter_context(contextlib.closing(proxy))
+        said = proxy.bad({"orders": section(far, port=900, bind="0.0.0.0")})
+        assert said.startswith("[orders] can't listen on 0.0.0.0:900: Permission denied (ports below 1024 need root")
+        with space:
+            proxy.ask("orders")
+        assert proxy.good({"orders": section(far, port=900, idle_timeout=9)}) == [0, 0, 1, 0]
+        with space:
+            proxy.ask("orders")
+
+
 def test_clients_beyond_the_descriptors_wait_in_the_backlog_and_a_reload_costs_nobody_a_session(
     tmp_path: Path, echoing: Exchange
 ) -> None:
@@ -223,9 +245,9 @@ def test_a_listener_moves_from_one_address_to_all_on_its_port_and_back(start_rou
     port = free_port()
     proxy = start_routed({"orders": section(echoing, port=port)}, "--workers=2")
     with proxy.connect_to("orders") as client:
-        for bind in ("0.0.0.0", "127.0.0.1", "0.0.0.0"):
+        for bind in ("0.0.0.0", "127.0.0.1", "0.0.0.0", "::", "127.0.0.1", "::", "0.0.0.0"):
             assert proxy.good({"orders": section(echoing, port=port, bind=bind)}) == [0, 0, 1, 0]
-            assert proxy.route("orders")["listeners"] == [f"{bind}:{port}"]
+            assert proxy.route("orders")["listeners"] == [f"[{bind}]:{port}" if ":" in bind else f"{bind}:{port}"]
             proxy.ask("orders")
             answers(client)
 

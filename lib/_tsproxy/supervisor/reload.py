@@ -74,7 +74,7 @@ class Reload:
             self._is_asked = True
             return
         self._runs, self._is_asked = True, False
-        now = {served.name: served.prepared.route for served in self._table}
+        now = {served.name: served.prepared.route for served in self._table if served.prepared.listeners}
         thread = threading.Thread(target=self._run, args=(now,), name="reload", daemon=True)
         try:
             needs.start_thread(thread, "to read the routes again")
@@ -170,8 +170,8 @@ class Reload:
             undo.pop_all()
         return prepared
 
-    def _on_lost(self, served: ServedRoute, problem: Exit) -> None:
-        self._table.log(served, "error", "error", f"{problem}: it listens no more; its connections go on")
+    def _on_lost(self, served: ServedRoute, problem: OSError) -> None:
+        self._table.log(served, "error", "error", f"{problem.strerror}: it listens no more; its connections go on")
 
     def _begin(self, prepared: PreparedRoute) -> ServedRoute:
         served = self._table.add(prepared)
@@ -196,7 +196,7 @@ class ListenerSwap:
         going: Sequence[ServedRoute],
         handed: Mapping[str, List[socket]],
         undo: contextlib.ExitStack,
-        on_lost: Callable[[ServedRoute, Exit], None],
+        on_lost: Callable[[ServedRoute, OSError], None],
     ) -> None:
         """What has to be undone if anything fails later is pushed on `undo`. `on_lost`: a listener that can't be had again."""
         self._config, self._handed, self._undo, self._on_lost = config, handed, undo, on_lost
@@ -223,11 +223,11 @@ class ListenerSwap:
     def _in_the_way(self, route: Route) -> List[ServedRoute]:
         """Those that go, and listen where this one could not meanwhile."""
         ports = [served for served in self._free.values() if served.prepared.route.port == route.port != 0]
-        return [served for served in ports if routes_file.overlap(served.prepared.route.bind, route.bind)]
+        return [served for served in ports if _may_overlap(served.prepared.route.bind, route.bind)]
 
     def _new(self, of_route: ProvedRoute) -> List[socket]:
         for served in self._in_the_way(of_route.route):
-            self._free.pop(served.name).stop_listening()
+            self._free.pop(served.name).make_room()
             self._undo.callback(self._put_back, served)
         with startup.naming(self._config, of_route.route):
             made = listening.listeners(of_route.route, self._config.reuse_port, of_route.ends)
@@ -237,9 +237,14 @@ class ListenerSwap:
 
     def _put_back(self, served: ServedRoute) -> None:
         try:
-            served.listen_again(self._config)
-        except Exit as problem:
+            served.listen_again()
+        except OSError as problem:
             self._on_lost(served, problem)
+
+
+def _may_overlap(bind: str, other: str) -> bool:
+    """As routes_file.overlap(), and :: may take IPv4 too: to make room where there is no need costs no client."""
+    return routes_file.overlap(bind, other) or "::" in (bind, other)
 
 
 def _place(route: Route) -> Place:
