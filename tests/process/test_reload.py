@@ -309,6 +309,24 @@ def test_sessions_keep_the_options_of_their_begin_and_new_clients_have_the_new_o
     assert [line["reason"] for line in proxy.lines if line["event"] == "connection"] == ["idle_timeout", "closed", "closed"]
 
 
+def timer_of_other_side(client: socket.socket) -> str:
+    """The timer of the proxy's socket for this client, as /proc/net/tcp has it (proc(5)): 02 is keepalive's, 00 none."""
+    ports = [f":{name[1]:04X}" for name in (client.getpeername(), client.getsockname())]
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return next(row[5][:2] for row in rows if [row[1][-5:], row[2][-5:]] == ports)
+
+
+def test_keepalive_that_a_reload_switches_off_is_off_though_the_listener_stays(
+    start_routed: StartRouted, echoing: Exchange
+) -> None:
+    proxy = start_routed({"orders": section(echoing, keepalive=30)}, "--workers=2")
+    for keepalive, timer in ((0, "00"), (7, "02"), (0, "00")):
+        proxy.good({"orders": section(echoing, keepalive=keepalive)})
+        with proxy.connect_to("orders") as client:
+            answers(client)
+            wait_until(lambda: timer_of_other_side(client) == timer, f"keepalive = {keepalive}")  # noqa: B023
+
+
 def test_max_connections_of_a_changed_route_counts_the_sessions_from_before(
     start_routed: StartRouted, echoing: Exchange
 ) -> None:
