@@ -99,6 +99,16 @@ def test_a_file_that_is_gone_is_refused(start_routed: StartRouted, echoing: Exch
     proxy.ask("orders")
 
 
+def test_a_pipe_in_its_place_is_refused_and_the_next_reload_comes(start_routed: StartRouted, echoing: Exchange) -> None:
+    """open(2) of a FIFO that nobody writes to does not return."""
+    proxy = start_routed(sections(echoing, "orders"))
+    proxy.line("start")
+    proxy.file.unlink()
+    os.mkfifo(proxy.file)
+    assert proxy.hang_up()["message"].startswith(f"{proxy.file}: given no route")
+    assert proxy.good(sections(echoing, "orders", "quotes")) == [1, 0, 0, 1]
+
+
 def test_the_port_of_another_program_refuses_all_of_the_file(start_routed: StartRouted, echoing: Exchange) -> None:
     proxy = start_routed(sections(echoing, "orders"))
     with socket.create_server(("127.0.0.1", 0)) as other:

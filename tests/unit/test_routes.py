@@ -6,6 +6,7 @@ import configparser
 import io
 import os
 import re
+import threading
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
@@ -238,6 +239,27 @@ def test_a_file_that_can_not_be_read_costs_one_line(tmp_path: Path) -> None:
             routes.load(str(path), BASE)
     (tmp_path / "venue").write_text(VENUE)
     assert routes.load(str(tmp_path / "venue"), BASE) == MEANT
+
+
+def test_a_pipe_is_read_to_its_end_and_nobody_waits_for_a_writer_who_is_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(UsageError, match=f"^{pipe}: given no route"):
+        routes.load(str(pipe), BASE)  # which nobody has opened to write
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    writer = os.open(pipe, os.O_WRONLY)
+    monkeypatch.setattr(ini, "_PATIENCE_S", 0.01)
+    with pytest.raises(UsageError, match=f"^--routes: given '{pipe}'; .*nothing came for 0.01 s"):
+        routes.load(str(pipe), BASE)
+    monkeypatch.undo()
+    os.write(writer, VENUE[:50].encode())
+    rest = threading.Timer(0.05, lambda: (os.write(writer, VENUE[50:].encode()), os.close(writer)))
+    rest.start()
+    assert routes.load(str(pipe), BASE) == MEANT
+    rest.join()
+    os.close(reader)
 
 
 # Any bytes, any text

@@ -78,8 +78,7 @@ def load(path: str, base: Route, inherited: Optional[Collection[str]] = ()) -> T
     over: a route of such a name listens there, and has neither port nor bind. None: not known, so any route may have none.
     """
     try:
-        with open(path, "rb") as file:
-            data = file.read(ini.MOST_BYTES + 1)
+        data = ini.contents(path)
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise UsageError(f"--routes: given {path!r}; allowed: a file that can be read ({why})") from None
