@@ -21,9 +21,12 @@ _REPEAT_S = 1.0  # while it fails: the answer before may have let one more sessi
 class Drift:
     """Call on_update() with each update of the monitors, in one thread."""
 
-    def __init__(self, log: Log, on_failure: Callable[[], None]) -> None:
-        """`on_failure` is called when the policy fails for some family, and every second while it does."""
-        self._log, self._on_failure = log, on_failure
+    def __init__(self, log: Log, on_failure: Callable[[], None], is_used: Callable[[int], bool]) -> None:
+        """`on_failure` is called when the policy fails for some family, and every second while it does.
+
+        `is_used` tells whether any route connects over a family now: where none does nothing is refused.
+        """
+        self._log, self._on_failure, self._is_used = log, on_failure, is_used
         self._answers: Dict[int, Answer] = {}
         self._called_at = 0.0
         self.evidence = ""  # of the last failure
@@ -31,7 +34,8 @@ class Drift:
     @property
     def failing(self) -> List[int]:
         """The address families over which new connections are refused."""
-        return [family for family, answer in sorted(self._answers.items()) if answer is Answer.FAILS]
+        failing = [family for family, answer in sorted(self._answers.items()) if answer is Answer.FAILS]
+        return [family for family in failing if self._is_used(family)]
 
     @property
     def refused(self) -> str:

@@ -92,7 +92,8 @@ class Supervisor:
             self._table.add(of_route)
         self._notifier = notifier
         self._watchdog = Watchdog(self._loop, notifier, self._pool, self._status)
-        self._drift = Drift(self._log_of_family, partial(self._pool.notify, Command.POLICY_FAILED))
+        on_failure = partial(self._pool.notify, Command.POLICY_FAILED)
+        self._drift = Drift(self._log_of_family, on_failure, lambda family: bool(self._concerned(family)))
         self._reload = self._make_reload() if self._config.routes_file else None
 
     def _make_reload(self) -> Reload:
@@ -364,9 +365,11 @@ class Supervisor:
 
     def _log_of_family(self, family: int, event: str, level: str, message: str) -> None:
         """Log what is about a policy over an address family: for each route that it concerns."""
-        monitored = [served for served in self._table if served.is_monitored]
-        for served in [served for served in monitored if served.uses(family)] or monitored:
+        for served in self._concerned(family):
             self._table.log(served, event, *self._as_of(served, event, level, message))
+
+    def _concerned(self, family: int) -> List[ServedRoute]:
+        return [served for served in self._table if served.is_monitored and served.uses(family)]
 
     def _as_of(self, served: ServedRoute, event: str, level: str, message: str) -> Tuple[str, str]:
         """Level and message: a drift is over for a route once nothing is refused there any more."""

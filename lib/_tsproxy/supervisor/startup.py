@@ -194,13 +194,22 @@ def _require_policies(
         if policy_check.lever is None:
             alike = [one for one, found in zip(routes, checks) if (found.lever, found.problem) == (None, policy_check.problem)]
             with naming(config, *alike):
-                _refuse(route, policy, policy_check)
+                _refuse(config, route, policy, policy_check)
 
 
-def _refuse(route: Route, policy: Policy, policy_check: PolicyCheck) -> None:
+def _refuse(config: Config, route: Route, policy: Policy, policy_check: PolicyCheck) -> None:
     if policy_check.families and len(policy_check.of(Answer.ABSENT)) == len(policy_check.families):
         raise Exit(exits.NOT_YET, f"{policy_check.problem}; no target has another address")
-    raise Exit(exits.POLICY, advice.unattainable(policy_check, policy, [str(target) for target in route.targets]))
+    raise Exit(exits.POLICY, advice.unattainable(policy_check, policy, asked(config, route)))
+
+
+def asked(config: Config, route: Route) -> List[str]:
+    """What names the targets in a command that is advised: those of the route or, with a file of routes, the file."""
+    if config.routes_file is None:
+        return [str(target) for target in route.targets]
+    import shlex
+
+    return [f"--routes={shlex.quote(config.routes_file)}"]
 
 
 def require_dscp(route: Route, policy: Policy, policy_check: PolicyCheck) -> None:
