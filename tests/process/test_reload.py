@@ -251,6 +251,16 @@ def test_a_changed_route_keeps_its_listener_and_no_client_is_refused(start_route
     assert proxy.metrics_by_route()["orders"]["downstream_cx_total"] == knockers.messages
 
 
+def test_a_port_that_was_chosen_may_be_written_into_the_file(start_routed: StartRouted, echoing: Exchange) -> None:
+    proxy = start_routed(sections(echoing, "orders"))
+    port = proxy.port("orders")
+    with proxy.connect_to("orders") as client:
+        assert proxy.good({"orders": section(echoing, port=port)}) == [0, 0, 1, 0]
+        assert proxy.good({"renamed": section(echoing, port=port)}) == [1, 1, 0, 0]
+        answers(client)
+        proxy.ask("renamed")
+
+
 def test_a_listener_moves_from_one_address_to_all_on_its_port_and_back(start_routed: StartRouted, echoing: Exchange) -> None:
     port = free_port()
     proxy = start_routed({"orders": section(echoing, port=port)}, "--workers=2")

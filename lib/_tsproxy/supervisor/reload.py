@@ -13,7 +13,7 @@ import threading
 import traceback
 from functools import partial
 from socket import socket
-from typing import Any, Callable, List, Mapping, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, List, Mapping, NamedTuple, Sequence
 
 from _tsproxy.cli import config as configuration
 from _tsproxy.cli import routes as routes_file
@@ -27,7 +27,6 @@ from _tsproxy.supervisor.route_table import RouteTable, ServedRoute
 from _tsproxy.supervisor.startup import PreparedRoute, ProvedRoute
 from _tsproxy.supervisor.worker_pool import WorkerPool
 
-Place = Tuple[str, int]  # bind and port
 _GOES_ON = "everything goes on as it was"
 
 
@@ -214,10 +213,9 @@ class ListenerSwap:
         """Handed over; or one that listens there already, of the route itself rather than of another."""
         if route.name in self._handed:
             return self._handed[route.name]
-        alike = [served for served in self._free.values() if _place(served.prepared.route) == _place(route)]
-        for served in sorted(alike, key=lambda one: one.name != route.name):
-            if route.port or served.name == route.name:
-                return self._free.pop(served.name).prepared.listeners
+        there = [served for served in self._free.values() if _listens_at(served, route)]
+        for served in sorted(there, key=lambda one: one.name != route.name):
+            return self._free.pop(served.name).prepared.listeners
         return []
 
     def _in_the_way(self, route: Route) -> List[ServedRoute]:
@@ -247,6 +245,9 @@ def _may_overlap(bind: str, other: str) -> bool:
     return routes_file.overlap(bind, other) or "::" in (bind, other)
 
 
-def _place(route: Route) -> Place:
-    """Where it listens, as its options say."""
-    return route.bind, route.port
+def _listens_at(served: ServedRoute, route: Route) -> bool:
+    """Whether it listens where the route says; port 0 is what the route itself has by its own port 0."""
+    own = served.prepared.route
+    if not route.port:
+        return (own.name, own.bind, own.port) == (route.name, route.bind, 0)
+    return own.bind == route.bind and route.port in [sock.getsockname()[1] for sock in served.prepared.listeners]
