@@ -285,12 +285,12 @@ def require_limits(config: Config, routes: Sequence[Route], nofile: int) -> None
             _require_file_size(config, route)
     needed = _descriptors_for(config, routes) if not config.routes_file else _descriptors(config, routes, len(routes))
     if nofile < needed:
-        given = f"given {len(routes)} routes" if config.routes_file else f"given {routes[0].max_connections}"
         room = limits.connections_within(nofile, config.workers, len(routes))
+        most = f"--max-connections: given {routes[0].max_connections}; allowed: up to {room}"
         raise Exit(
             exits.USAGE,
-            f"--max-connections: {given}; allowed: up to {room} with this process's hard limit of "
-            f"{nofile} descriptors (raise it with ulimit -Hn {needed} or LimitNOFILE={needed})",
+            f"{f'--routes: given {len(routes)} routes; allowed: fewer' if config.routes_file else most} with this process's "
+            f"hard limit of {nofile} descriptors (raise it with ulimit -Hn {needed} or LimitNOFILE={needed})",
         )
 
 
