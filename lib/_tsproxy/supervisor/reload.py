@@ -13,7 +13,7 @@ import threading
 import traceback
 from functools import partial
 from socket import socket
-from typing import Any, Callable, List, Mapping, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
 
 from _tsproxy.cli import config as configuration
 from _tsproxy.cli import routes as routes_file
@@ -27,6 +27,7 @@ from _tsproxy.supervisor.route_table import RouteTable, ServedRoute
 from _tsproxy.supervisor.startup import PreparedRoute, ProvedRoute
 from _tsproxy.supervisor.worker_pool import WorkerPool
 
+Place = Tuple[str, int, str]  # bind, port and, of port 0, the route's name
 _GOES_ON = "everything goes on as it was"
 
 
@@ -200,6 +201,7 @@ class ListenerSwap:
         """What has to be undone if anything fails later is pushed on `undo`. `on_lost`: a listener that can't be had again."""
         self._config, self._handed, self._undo, self._on_lost = config, handed, undo, on_lost
         self._free = {served.name: served for served in going if served.name not in handed}
+        self._at = {place: served for served in self._free.values() for place in _places(served)}
 
     def listeners(self, proved: Sequence[ProvedRoute]) -> List[List[socket]]:
         """Those of each route. Exit if one can't be had."""
@@ -210,13 +212,11 @@ class ListenerSwap:
         return [found[of_route.route.name] for of_route in proved]
 
     def _kept(self, route: Route) -> List[socket]:
-        """Handed over; or one that listens there already, of the route itself rather than of another."""
+        """Handed over; or one that listens there already, though it be another route's."""
         if route.name in self._handed:
             return self._handed[route.name]
-        there = [served for served in self._free.values() if _listens_at(served, route)]
-        for served in sorted(there, key=lambda one: one.name != route.name):
-            return self._free.pop(served.name).prepared.listeners
-        return []
+        there = self._at.get(_place(route))
+        return self._free.pop(there.name).prepared.listeners if there and there.name in self._free else []
 
     def _in_the_way(self, route: Route) -> List[ServedRoute]:
         """Those that go, and listen where this one could not meanwhile."""
@@ -245,9 +245,13 @@ def _may_overlap(bind: str, other: str) -> bool:
     return routes_file.overlap(bind, other) or "::" in (bind, other)
 
 
-def _listens_at(served: ServedRoute, route: Route) -> bool:
-    """Whether it listens where the route says; port 0 is what the route itself has by its own port 0."""
-    own = served.prepared.route
-    if not route.port:
-        return (own.name, own.bind, own.port) == (route.name, route.bind, 0)
-    return own.bind == route.bind and route.port in [sock.getsockname()[1] for sock in served.prepared.listeners]
+def _place(route: Route) -> Place:
+    """Where it listens, as its options say: with port 0 where it listens already, but no other route does."""
+    return route.bind, route.port, "" if route.port else route.name
+
+
+def _places(served: ServedRoute) -> Iterator[Place]:
+    """Where it listens: as its options say, and with the port that was chosen for port 0."""
+    route = served.prepared.route
+    yield _place(route)
+    yield from ((route.bind, sock.getsockname()[1], "") for sock in served.prepared.listeners)
