@@ -279,6 +279,7 @@ def test_a_target_that_is_a_listener_of_any_route_is_refused(start_routed: Start
     proxy = start_routed(stays)
     said = proxy.bad({**stays, "quotes": {"target": f"127.0.0.2:{ports[0]}", "port": ports[1]}})
     assert said.startswith(f"[quotes] --target: given '127.0.0.2:{ports[0]}'; allowed: any address but tsproxy's own")
+    assert proxy.bad({"orders": {**stays["orders"], "target": f"127.0.0.1:{ports[0]}"}}).startswith("[orders] --target: given ")
     ring = {"orders": {"target": f"127.0.0.1:{ports[1]}", "port": ports[0]}, "quotes": section(echoing, port=ports[1])}
     assert proxy.bad(ring).startswith("[orders] --target: given ")
     proxy.ask("orders")
