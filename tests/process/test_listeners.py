@@ -104,6 +104,7 @@ def hurt(listener: socket.socket) -> None:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 20))
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 4096)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000)
 
@@ -120,6 +121,7 @@ def test_no_option_that_hurts_is_inherited_by_what_is_accepted() -> None:
         with accepted:
             assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8)[:4] == bytes(4)
             assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1
+            assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 0, "that is --keepalive's to set"
             assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE) == 1, "urgent bytes are relayed in line"
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_CORK) == 0
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 0

@@ -204,5 +204,5 @@ def test_each_listener_is_asked_for_its_address_once_however_many_routes_there_a
             listeners[-1].bind(("127.0.0.1", 0))
             listeners[-1].listen()
         proved: Any = [SimpleNamespace(route=None, ends=Ends([Address(socket.AF_INET, "127.0.0.1", 9)], [])) for _ in listeners]
-        refuse_circles(Config(()), proved, [[listener] for listener in listeners])
+        refuse_circles(Config((), routes_file="venue.ini"), proved, [[listener] for listener in listeners])
         assert {listener.times for listener in listeners} == {1}

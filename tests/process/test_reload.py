@@ -6,11 +6,13 @@ import contextlib
 import os
 import signal
 import socket
+import tempfile
 from pathlib import Path
 from typing import Any, Dict, List
 
 import pytest
 from harness import CHECKOUT, PATIENCE, Exchange, children, echo, free_port, pause, receive_exactly, wait_until
+from namespaces import Namespace
 from program import workers_of
 from routed import RoutedProxy, StartRouted, Talkers, answers, routed_starter, text_of
 
@@ -97,6 +99,16 @@ def test_a_file_that_is_gone_is_refused(start_routed: StartRouted, echoing: Exch
     proxy.ask("orders")
 
 
+def test_a_pipe_in_its_place_is_refused_and_the_next_reload_comes(start_routed: StartRouted, echoing: Exchange) -> None:
+    """open(2) of a FIFO that nobody writes to does not return."""
+    proxy = start_routed(sections(echoing, "orders"))
+    proxy.line("start")
+    proxy.file.unlink()
+    os.mkfifo(proxy.file)
+    assert proxy.hang_up()["message"].startswith(f"{proxy.file}: given no route")
+    assert proxy.good(sections(echoing, "orders", "quotes")) == [1, 0, 0, 1]
+
+
 def test_the_port_of_another_program_refuses_all_of_the_file(start_routed: StartRouted, echoing: Exchange) -> None:
     proxy = start_routed(sections(echoing, "orders"))
     with socket.create_server(("127.0.0.1", 0)) as other:
@@ -125,6 +137,26 @@ def test_a_listener_that_was_closed_to_make_room_is_back_when_the_file_is_refuse
             proxy.ask("quotes")
         assert proxy.good(before) == [0, 0, 0, 2]
     assert proxy.good(wide) == [0, 0, 2, 0]
+
+
+@pytest.mark.root
+def test_a_port_that_takes_root_is_not_lost_to_a_refused_file_once_root_is_dropped() -> None:
+    with contextlib.ExitStack() as stack:
+        space = stack.enter_context(contextlib.closing(Namespace()))  # port 900 is free there
+        readable = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        readable.chmod(0o755)
+        with space:
+            far = stack.enter_context(contextlib.closing(Exchange(echo)))
+        before, command = {"orders": section(far, port=900)}, [*space.enter, *CHECKOUT]
+        proxy = RoutedProxy(command, readable / "routes.ini", before, "--user=nobody", "--workers=1")
+        stack.enter_context(contextlib.closing(proxy))
+        said = proxy.bad({"orders": section(far, port=900, bind="0.0.0.0")})
+        assert said.startswith("[orders] can't listen on 0.0.0.0:900: Permission denied (ports below 1024 need root")
+        with space:
+            proxy.ask("orders")
+        assert proxy.good({"orders": section(far, port=900, idle_timeout=9)}) == [0, 0, 1, 0]
+        with space:
+            proxy.ask("orders")
 
 
 def test_clients_beyond_the_descriptors_wait_in_the_backlog_and_a_reload_costs_nobody_a_session(
@@ -219,13 +251,23 @@ def test_a_changed_route_keeps_its_listener_and_no_client_is_refused(start_route
     assert proxy.metrics_by_route()["orders"]["downstream_cx_total"] == knockers.messages
 
 
+def test_a_port_that_was_chosen_may_be_written_into_the_file(start_routed: StartRouted, echoing: Exchange) -> None:
+    proxy = start_routed(sections(echoing, "orders"))
+    port = proxy.port("orders")
+    with proxy.connect_to("orders") as client:
+        assert proxy.good({"orders": section(echoing, port=port)}) == [0, 0, 1, 0]
+        assert proxy.good({"renamed": section(echoing, port=port)}) == [1, 1, 0, 0]
+        answers(client)
+        proxy.ask("renamed")
+
+
 def test_a_listener_moves_from_one_address_to_all_on_its_port_and_back(start_routed: StartRouted, echoing: Exchange) -> None:
     port = free_port()
     proxy = start_routed({"orders": section(echoing, port=port)}, "--workers=2")
     with proxy.connect_to("orders") as client:
-        for bind in ("0.0.0.0", "127.0.0.1", "0.0.0.0"):
+        for bind in ("0.0.0.0", "127.0.0.1", "0.0.0.0", "::", "127.0.0.1", "::", "0.0.0.0"):
             assert proxy.good({"orders": section(echoing, port=port, bind=bind)}) == [0, 0, 1, 0]
-            assert proxy.route("orders")["listeners"] == [f"{bind}:{port}"]
+            assert proxy.route("orders")["listeners"] == [f"[{bind}]:{port}" if ":" in bind else f"{bind}:{port}"]
             proxy.ask("orders")
             answers(client)
 
@@ -237,6 +279,7 @@ def test_a_target_that_is_a_listener_of_any_route_is_refused(start_routed: Start
     proxy = start_routed(stays)
     said = proxy.bad({**stays, "quotes": {"target": f"127.0.0.2:{ports[0]}", "port": ports[1]}})
     assert said.startswith(f"[quotes] --target: given '127.0.0.2:{ports[0]}'; allowed: any address but tsproxy's own")
+    assert proxy.bad({"orders": {**stays["orders"], "target": f"127.0.0.1:{ports[0]}"}}).startswith("[orders] --target: given ")
     ring = {"orders": {"target": f"127.0.0.1:{ports[1]}", "port": ports[0]}, "quotes": section(echoing, port=ports[1])}
     assert proxy.bad(ring).startswith("[orders] --target: given ")
     proxy.ask("orders")
@@ -285,6 +328,24 @@ def test_sessions_keep_the_options_of_their_begin_and_new_clients_have_the_new_o
             answers(old)
     proxy.wait_lines()
     assert [line["reason"] for line in proxy.lines if line["event"] == "connection"] == ["idle_timeout", "closed", "closed"]
+
+
+def timer_of_other_side(client: socket.socket) -> str:
+    """The timer of the proxy's socket for this client, as /proc/net/tcp has it (proc(5)): 02 is keepalive's, 00 none."""
+    ports = [f":{name[1]:04X}" for name in (client.getpeername(), client.getsockname())]
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return next(row[5][:2] for row in rows if [row[1][-5:], row[2][-5:]] == ports)
+
+
+def test_keepalive_that_a_reload_switches_off_is_off_though_the_listener_stays(
+    start_routed: StartRouted, echoing: Exchange
+) -> None:
+    proxy = start_routed({"orders": section(echoing, keepalive=30)}, "--workers=2")
+    for keepalive, timer in ((0, "00"), (7, "02"), (0, "00")):
+        proxy.good({"orders": section(echoing, keepalive=keepalive)})
+        with proxy.connect_to("orders") as client:
+            answers(client)
+            wait_until(lambda: timer_of_other_side(client) == timer, f"keepalive = {keepalive}")  # noqa: B023
 
 
 def test_max_connections_of_a_changed_route_counts_the_sessions_from_before(

@@ -74,6 +74,13 @@ def test_too_few_descriptors_are_said_before_the_first_connection(unprivileged: 
     done = refuse(*options, command=["prlimit", "--nofile=256:256", *unprivileged])
     assert done.returncode == 2
     assert "--max-connections: given 1000; allowed: up to 76" in one_line(done)
+    file = Path(unprivileged[-1]).with_name("routes.ini")
+    file.write_text("[DEFAULT]\nport = 0\ntarget = 127.0.0.1:9\n" + "".join(f"[route-{number}]\n" for number in range(100)))
+    done = refuse(
+        f"--routes={file}", "--timestamps=preserve", "--workers=1", command=["prlimit", "--nofile=256:256", *unprivileged]
+    )
+    assert done.returncode == 2
+    assert "--routes: given 100 routes; allowed: fewer with this process's hard limit of 256 descriptors" in one_line(done)
 
 
 def test_the_soft_limit_is_raised_as_far_as_needed(start: Any, echoing: Exchange) -> None:

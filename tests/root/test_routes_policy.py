@@ -94,6 +94,7 @@ def test_a_start_ends_with_78_and_names_the_routes_that_can_not_be_proved_and_no
     assert first.startswith("tsproxy.py: [oe-primary] [oe-backup] --timestamps=strip can't be honoured here: ")
     assert "drop-copy" not in done.stderr
     assert "sysctl -w net.ipv4.tcp_timestamps=0" in done.stderr
+    assert f"generate systemd --routes={file}\n" in done.stderr, "the set-up for all routes"
     assert done.stdout == ""
 
 
@@ -177,6 +178,28 @@ def test_a_family_that_drifts_leaves_the_routes_over_the_other_one_alone(make_wi
     assert is_served(wire, proxy, "four", first)
     assert proxy.stop() == 0
     assert {line["route"] for line in proxy.lines if line["event"] == "timestamps_drift"} == {"six"}
+
+
+def test_a_family_that_drifts_once_its_last_route_is_gone_is_no_drift_of_the_others(
+    make_wire: Any, start: Start, tmp_path: Path
+) -> None:
+    wire = make_wire(split=False)
+    wire.rules(generated())
+    first, second = wire.far_end(4), wire.far_end(6)
+    kept = section(wire, "four", first)
+    proxy = start(wire, kept + section(wire, "six", second), "--metrics-interval=1.1")
+    assert is_served(wire, proxy, "four", first) and is_served(wire, proxy, "six", second)
+    (tmp_path / "routes.ini").write_text(kept)
+    proxy.process.send_signal(1)
+    assert proxy.line("reload")["removed"] == 1
+    wire.rules(ACCEPT_FIRST.format("ipv6"))
+    seen = proxy.count("metrics")
+    wait_until(lambda: proxy.line("metrics", after=len(proxy.lines)) and proxy.count("metrics") > seen + 6, "a few looks at it")
+    assert is_served(wire, proxy, "four", first)
+    wire.rules(ACCEPT_FIRST.format("ipv4"))
+    drift = proxy.line("timestamps_drift")
+    assert drift["route"] == "four"
+    assert "the witness SYN (IPv4) carries TSopt" in drift["message"]
 
 
 ACCEPT_FIRST = "insert rule inet tsproxy out meta nfproto {} accept\n"

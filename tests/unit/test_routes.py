@@ -6,8 +6,9 @@ import configparser
 import io
 import os
 import re
+import threading
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import pytest
 from _tsproxy.cli import config, ini, routes
@@ -22,11 +23,11 @@ FILE = "venue.routes"
 Said = Dict[str, Dict[str, List[str]]]  # by section and key: the values
 
 
-def read(text: str, base: Route = BASE, inherited: Sequence[str] = ()) -> Tuple[Route, ...]:
+def read(text: str, base: Route = BASE, inherited: Optional[Sequence[str]] = ()) -> Tuple[Route, ...]:
     return routes.parse(text.encode(), FILE, base, inherited)
 
 
-def complaint(text: str, base: Route = BASE, inherited: Sequence[str] = ()) -> str:
+def complaint(text: str, base: Route = BASE, inherited: Optional[Sequence[str]] = ()) -> str:
     """The line that such a file costs."""
     with pytest.raises(UsageError) as caught:
         read(text, base, inherited)
@@ -203,6 +204,32 @@ def test_a_listener_beside_the_socket_that_was_handed_over_is_refused(key: str, 
     assert said == f"{FILE}:3: [a] {key}: given '{value}'; allowed: {allowed}"
 
 
+def test_a_route_without_a_port_is_told_of_sockets_where_there_are_some() -> None:
+    said = "allowed: a port from 0 to 65535 (0: any that is free)"
+    assert complaint("[a]\ntarget = a:1\n").endswith(said)
+    handed = complaint("[a]\ntarget = a:1\n", inherited=["tsproxy-a.socket"])
+    assert handed.endswith(f"{said}, or a socket that is handed over by the route's name (FileDescriptorName=)")
+
+
+@pytest.mark.parametrize("inherited", [None, []], ids=["check", "a start"])
+def test_a_route_with_an_address_alone_is_no_route_for_check_either(inherited: Any) -> None:
+    said = f"{FILE}:2: [a] port: given nothing; allowed: a port "
+    assert complaint("[DEFAULT]\n[a]\nbind = ::1\ntarget = a:1\n[b]\nbind = ::1\ntarget = a:1\n", BASE, inherited).startswith(
+        said
+    )
+
+
+def test_where_sockets_are_not_known_a_route_may_have_none() -> None:
+    assert len(read("[a]\ntarget = a:1\n[b]\ntarget = a:1\n[c]\nport = 1\ntarget = a:1\n", BASE, None)) == 3
+
+
+def test_a_value_that_is_long_leaves_room_for_what_is_allowed() -> None:
+    """In the line of a reload, which has 4,096 bytes and is cut at its end."""
+    said = complaint(f"[a]\nport = {'1' * 5000}\n")
+    assert said == f"{FILE}:2: [a] port: given '{'1' * 63}...'; allowed: up to 1000 characters"
+    assert len(complaint(f"[a]\nport = {'1' * 1000}\n")) < 1100
+
+
 def test_a_socket_that_is_named_like_no_route_is_refused_at_a_start_and_left_alone_by_a_reload(tmp_path: Path) -> None:
     file = tmp_path / "routes.ini"
     file.write_text(A)
@@ -238,6 +265,27 @@ def test_a_file_that_can_not_be_read_costs_one_line(tmp_path: Path) -> None:
             routes.load(str(path), BASE)
     (tmp_path / "venue").write_text(VENUE)
     assert routes.load(str(tmp_path / "venue"), BASE) == MEANT
+
+
+def test_a_pipe_is_read_to_its_end_and_nobody_waits_for_a_writer_who_is_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(UsageError, match=f"^{pipe}: given no route"):
+        routes.load(str(pipe), BASE)  # which nobody has opened to write
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    writer = os.open(pipe, os.O_WRONLY)
+    monkeypatch.setattr(ini, "_PATIENCE_S", 0.01)
+    with pytest.raises(UsageError, match=f"^--routes: given '{pipe}'; .*nothing came for 0.01 s"):
+        routes.load(str(pipe), BASE)
+    monkeypatch.undo()
+    os.write(writer, VENUE[:50].encode())
+    rest = threading.Timer(0.05, lambda: (os.write(writer, VENUE[50:].encode()), os.close(writer)))
+    rest.start()
+    assert routes.load(str(pipe), BASE) == MEANT
+    rest.join()
+    os.close(reader)
 
 
 # Any bytes, any text

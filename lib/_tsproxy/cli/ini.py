@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import codecs
 import io
+import os
 import re
+import select
 from typing import Dict, List, NamedTuple, Optional
 
 from _tsproxy.cli.config import UsageError
 
 MOST_BYTES = 4 << 20
+_PATIENCE_S = 10  # with a pipe whose writer is silent
 DEFAULT = "DEFAULT"  # the section whose keys hold for all others
 _SHOWN = 63  # characters of a name or line in a message
 _SECTION = re.compile(r"\[(.+)\]")
@@ -53,6 +56,32 @@ class BadFile(UsageError):
 def shown(name: str) -> str:
     """The name of a section or key for a message: short, and without characters that a terminal would obey."""
     return repr(name if len(name) <= _SHOWN else f"{name[:_SHOWN]}...")[1:-1]
+
+
+def contents(path: str) -> bytes:
+    """The bytes of a file, at most one more than MOST_BYTES. OSError as open(2) and read(2); ValueError for a path with a NUL.
+
+    A pipe or a terminal is read up to its end, too, but without blocking for who writes nothing (TimeoutError): a start would
+    not hear of SIGTERM meanwhile, and a reload would be the last one.
+    """
+    parts: List[bytes] = []
+    with open(path, "rb", buffering=0, opener=_open_nonblocking) as file:
+        poller = select.poll()
+        poller.register(file, select.POLLIN)
+        while sum(map(len, parts)) <= MOST_BYTES:
+            part = file.read(MOST_BYTES + 1)
+            if part:
+                parts.append(part)
+            elif part is not None:
+                break
+            elif not poller.poll(_PATIENCE_S * 1000):
+                raise TimeoutError(0, f"nothing came for {_PATIENCE_S} s")
+    return b"".join(parts)
+
+
+def _open_nonblocking(path: str, flags: int) -> int:
+    """open(2) of a FIFO waits for a writer otherwise (fifo(7))."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def read(data: bytes, file: str) -> List[Section]:

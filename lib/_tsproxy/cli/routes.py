@@ -19,6 +19,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
 _NAMES = "1 to 63 of a-z, 0-9, dot, underscore and dash, the first a letter or digit"
 _MODES = ("strip", "preserve")
 _REWRITING = "strip or preserve (to rewrite is for all routes: --timestamps=rewrite on the command line)"
+_LONGEST = 1000  # characters of a value that the line about it repeats: a JSON line has 4,096 bytes
 _ANY = frozenset({"0.0.0.0", "::"})
 
 
@@ -78,8 +79,7 @@ def load(path: str, base: Route, inherited: Optional[Collection[str]] = ()) -> T
     over: a route of such a name listens there, and has neither port nor bind. None: not known, so any route may have none.
     """
     try:
-        with open(path, "rb") as file:
-            data = file.read(ini.MOST_BYTES + 1)
+        data = ini.contents(path)
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise UsageError(f"--routes: given {path!r}; allowed: a file that can be read ({why})") from None
@@ -134,6 +134,8 @@ class _Read(NamedTuple):
         return values if entry.repeats else values[0]
 
     def _parsed(self, name: str, value: ini.Value) -> Any:
+        if len(value.text) > _LONGEST:
+            raise self.bad(value.line, f"{name}: given '{shown(value.text)}'; allowed: up to {_LONGEST} characters")
         try:
             return KEYS[name].parse(name, value.text)
         except BadOption as problem:
@@ -153,8 +155,7 @@ def _route(read: _Read, shared: Section, defaults: Dict[str, Any], inherited: Op
     keys = {**shared.keys, **section.keys}
     listening = tuple(name for name in ("port", "bind") if name in keys)
     found = {**defaults, **read.values(), "name": section.name, "listen_options": listening}
-    if inherited is not None:
-        _require_listener(read, keys, inherited)
+    _require_listener(read, keys, inherited)
     if not found.get("targets"):
         raise read.bad(section.line, "target: given nothing; allowed: at least one, e.g. target = exchange.example:443")
     route = read.base._replace(**found)
@@ -165,11 +166,15 @@ def _route(read: _Read, shared: Section, defaults: Dict[str, Any], inherited: Op
     return route
 
 
-def _require_listener(read: _Read, keys: Mapping[str, ini.Key], inherited: Collection[str]) -> None:
-    """A socket that was handed over, or a port, but not both."""
+def _require_listener(read: _Read, keys: Mapping[str, ini.Key], inherited: Optional[Collection[str]]) -> None:
+    """A socket that was handed over, or a port, but not both. Not known: it was, if there is neither key."""
+    if inherited is None:
+        inherited = () if "bind" in keys or "port" in keys else (read.section.name,)
     if read.section.name not in inherited:
         if "port" not in keys:
-            raise read.bad(read.section.line, "port: given nothing; allowed: a port from 0 to 65535 (0: any that is free)")
+            named = ", or a socket that is handed over by the route's name (FileDescriptorName=)" if inherited else ""
+            allowed = f"a port from 0 to 65535 (0: any that is free){named}"
+            raise read.bad(read.section.line, f"port: given nothing; allowed: {allowed}")
         return
     for name in ("port", "bind"):
         if name in keys:

@@ -207,15 +207,16 @@ def timestamp_clock(sock: SocketType) -> int:
 
 
 def reset_inherited_options(listener: socket.socket) -> None:
-    """Reset options of an inherited listener, which accepted sockets inherit, where relaying relies on the default.
+    """Reset options of a listener that had another owner, or route: accepted sockets inherit them, and the default is meant.
 
     With SO_LINGER close(2) blocks, also on a non-blocking socket, or resets. Below SO_RCVLOWAT bytes there is no EPOLLIN.
     TCP_CORK delays small sends. TCP_USER_TIMEOUT, which an earlier tsproxy may have set, ends a connection whose window is
-    closed. Options that do no harm (buffers, marks, SO_BUSY_POLL, SO_RCVTIMEO without a blocking call), or have the effect that
-    is meant (TCP_DEFER_ACCEPT, keepalive), stay.
+    closed. SO_KEEPALIVE would stay on where `keepalive` is 0 now. Options that do no harm (buffers, marks, SO_BUSY_POLL,
+    SO_RCVTIMEO without a blocking call), or have the effect that is meant (TCP_DEFER_ACCEPT), stay.
     """
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 0)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
     listener.setsockopt(socket.IPPROTO_TCP, uapi.TCP_USER_TIMEOUT, 0)
 

@@ -117,6 +117,20 @@ def _own(route: Route, reuse_port: bool, ends: Ends) -> socket.socket:
     return listener
 
 
+def rest(listener: socket.socket) -> None:
+    """Listen no more, but stay bound: others with SO_REUSEADDR may listen there. Who is in the backlog is reset.
+
+    shutdown(2) of a listener leaves it its address and port (SOCK_BINDADDR_LOCK and SOCK_BINDPORT_LOCK, net/ipv4/tcp.c). After
+    close(2) a port below 1024 could not be had again without root's rights, nor any port without a descriptor.
+    """
+    listener.shutdown(socket.SHUT_RD)
+
+
+def listen_again(listener: socket.socket) -> None:
+    """After rest(). OSError (EADDRINUSE) if another one listens there."""
+    listener.listen(_BACKLOG)
+
+
 def refuse_loop(listener: socket.socket, ends: Ends) -> None:
     """Exit 2 for a target that is this listener."""
     refuse_loops(reachable([listener]), ends)

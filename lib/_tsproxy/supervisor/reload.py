@@ -13,7 +13,7 @@ import threading
 import traceback
 from functools import partial
 from socket import socket
-from typing import Any, Callable, List, Mapping, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
 
 from _tsproxy.cli import config as configuration
 from _tsproxy.cli import routes as routes_file
@@ -27,7 +27,7 @@ from _tsproxy.supervisor.route_table import RouteTable, ServedRoute
 from _tsproxy.supervisor.startup import PreparedRoute, ProvedRoute
 from _tsproxy.supervisor.worker_pool import WorkerPool
 
-Place = Tuple[str, int]  # bind and port
+Place = Tuple[str, int, str]  # bind, port and, of port 0, the route's name
 _GOES_ON = "everything goes on as it was"
 
 
@@ -74,7 +74,7 @@ class Reload:
             self._is_asked = True
             return
         self._runs, self._is_asked = True, False
-        now = {served.name: served.prepared.route for served in self._table}
+        now = {served.name: served.prepared.route for served in self._table if served.prepared.listeners}
         thread = threading.Thread(target=self._run, args=(now,), name="reload", daemon=True)
         try:
             needs.start_thread(thread, "to read the routes again")
@@ -170,8 +170,8 @@ class Reload:
             undo.pop_all()
         return prepared
 
-    def _on_lost(self, served: ServedRoute, problem: Exit) -> None:
-        self._table.log(served, "error", "error", f"{problem}: it listens no more; its connections go on")
+    def _on_lost(self, served: ServedRoute, problem: OSError) -> None:
+        self._table.log(served, "error", "error", f"{problem.strerror}: it listens no more; its connections go on")
 
     def _begin(self, prepared: PreparedRoute) -> ServedRoute:
         served = self._table.add(prepared)
@@ -196,11 +196,12 @@ class ListenerSwap:
         going: Sequence[ServedRoute],
         handed: Mapping[str, List[socket]],
         undo: contextlib.ExitStack,
-        on_lost: Callable[[ServedRoute, Exit], None],
+        on_lost: Callable[[ServedRoute, OSError], None],
     ) -> None:
         """What has to be undone if anything fails later is pushed on `undo`. `on_lost`: a listener that can't be had again."""
         self._config, self._handed, self._undo, self._on_lost = config, handed, undo, on_lost
         self._free = {served.name: served for served in going if served.name not in handed}
+        self._at = {place: served for served in self._free.values() for place in _places(served)}
 
     def listeners(self, proved: Sequence[ProvedRoute]) -> List[List[socket]]:
         """Those of each route. Exit if one can't be had."""
@@ -211,23 +212,20 @@ class ListenerSwap:
         return [found[of_route.route.name] for of_route in proved]
 
     def _kept(self, route: Route) -> List[socket]:
-        """Handed over; or one that listens there already, of the route itself rather than of another."""
+        """Handed over; or one that listens there already, though it be another route's."""
         if route.name in self._handed:
             return self._handed[route.name]
-        alike = [served for served in self._free.values() if _place(served.prepared.route) == _place(route)]
-        for served in sorted(alike, key=lambda one: one.name != route.name):
-            if route.port or served.name == route.name:
-                return self._free.pop(served.name).prepared.listeners
-        return []
+        there = self._at.get(_place(route))
+        return self._free.pop(there.name).prepared.listeners if there and there.name in self._free else []
 
     def _in_the_way(self, route: Route) -> List[ServedRoute]:
         """Those that go, and listen where this one could not meanwhile."""
         ports = [served for served in self._free.values() if served.prepared.route.port == route.port != 0]
-        return [served for served in ports if routes_file.overlap(served.prepared.route.bind, route.bind)]
+        return [served for served in ports if _may_overlap(served.prepared.route.bind, route.bind)]
 
     def _new(self, of_route: ProvedRoute) -> List[socket]:
         for served in self._in_the_way(of_route.route):
-            self._free.pop(served.name).stop_listening()
+            self._free.pop(served.name).make_room()
             self._undo.callback(self._put_back, served)
         with startup.naming(self._config, of_route.route):
             made = listening.listeners(of_route.route, self._config.reuse_port, of_route.ends)
@@ -237,11 +235,23 @@ class ListenerSwap:
 
     def _put_back(self, served: ServedRoute) -> None:
         try:
-            served.listen_again(self._config)
-        except Exit as problem:
+            served.listen_again()
+        except OSError as problem:
             self._on_lost(served, problem)
 
 
+def _may_overlap(bind: str, other: str) -> bool:
+    """As routes_file.overlap(), and :: may take IPv4 too: to make room where there is no need costs no client."""
+    return routes_file.overlap(bind, other) or "::" in (bind, other)
+
+
 def _place(route: Route) -> Place:
-    """Where it listens, as its options say."""
-    return route.bind, route.port
+    """Where it listens, as its options say: with port 0 where it listens already, but no other route does."""
+    return route.bind, route.port, "" if route.port else route.name
+
+
+def _places(served: ServedRoute) -> Iterator[Place]:
+    """Where it listens: as its options say, and with the port that was chosen for port 0."""
+    route = served.prepared.route
+    yield _place(route)
+    yield from ((route.bind, sock.getsockname()[1], "") for sock in served.prepared.listeners)

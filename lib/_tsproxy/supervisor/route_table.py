@@ -11,7 +11,6 @@ from functools import partial
 from socket import socket
 from typing import Callable, Dict, Iterator, List, Optional, Sequence
 
-from _tsproxy.cli.config import Config
 from _tsproxy.loop.event_loop import EventLoop
 from _tsproxy.policy import levers
 from _tsproxy.proxy.acceptor import Acceptor
@@ -22,7 +21,7 @@ from _tsproxy.stats.counters import ACCEPTOR_ROW, Counter, SharedCounters
 from _tsproxy.stats.reporter import Reporter
 from _tsproxy.supervisor import listening
 from _tsproxy.supervisor.callbacks import CallTimer
-from _tsproxy.supervisor.startup import PreparedRoute, naming
+from _tsproxy.supervisor.startup import PreparedRoute
 from _tsproxy.supervisor.worker_pool import WorkerPool
 
 _SECOND_S = 1.0
@@ -36,14 +35,12 @@ class ServedRoute:
 
     def __init__(self, loop: EventLoop, prepared: PreparedRoute, acceptor: Acceptor, watches: bool) -> None:
         """`watches`: whether the main thread accepts, not a worker."""
-        self._loop, self.prepared, self.acceptor, self._watches = loop, prepared, acceptor, watches
-        self.listeners = self._watching()
+        self.prepared, self.acceptor = prepared, acceptor
+        self.listeners = [Listener(loop, acceptor, sock) for sock in prepared.listeners if watches]
+        self._resting: List[Listener] = []  # that have made room for another one
         self.name, self.number = prepared.route.name, prepared.args.number
         self.ended: Optional[Callable[[], bool]] = None  # once no session is left: whether the workers have seen that
         self._failed_connects = 0
-
-    def _watching(self) -> List[Listener]:
-        return [Listener(self._loop, self.acceptor, sock) for sock in self.prepared.listeners if self._watches]
 
     def stop_listening(self, kept: Sequence[socket] = ()) -> None:
         """Close its listeners, but for those in `kept`. Who is in a backlog is accepted.
@@ -55,16 +52,31 @@ class ServedRoute:
             if listener.socket not in kept:
                 listener.accept_backlog()
                 listener.socket.close()
-        self.listeners = []
+        for listener in self._resting:
+            listener.socket.close()
+        self.listeners, self._resting = [], []
 
-    def listen_again(self, config: Config) -> None:
-        """In the same place. Exit if it can't be had any more."""
-        proved = self.prepared.proved
-        with naming(config, proved.route):
-            self.prepared.listeners[:] = listening.listeners(proved.route, config.reuse_port, proved.ends)
-        self.listeners = self._watching()
+    def make_room(self) -> None:
+        """Let another socket listen where its listeners do. Who is in a backlog is accepted."""
         for listener in self.listeners:
-            listener.start_accepting()
+            listener.stop_accepting()
+            listener.accept_backlog()
+            listening.rest(listener.socket)
+        self.listeners, self._resting = [], self.listeners
+
+    def listen_again(self) -> None:
+        """After make_room(). OSError if another program has taken the place meanwhile: then it has no listener."""
+        self.listeners, self._resting = self._resting, []
+        try:
+            for listener in self.listeners:
+                listening.listen_again(listener.socket)
+                listener.start_accepting()
+        except OSError:
+            for listener in self.listeners:
+                listener.close()
+            self.listeners = []
+            self.prepared.listeners.clear()
+            raise
 
     @property
     def counters(self) -> SharedCounters:

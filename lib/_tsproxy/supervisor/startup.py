@@ -194,13 +194,22 @@ def _require_policies(
         if policy_check.lever is None:
             alike = [one for one, found in zip(routes, checks) if (found.lever, found.problem) == (None, policy_check.problem)]
             with naming(config, *alike):
-                _refuse(route, policy, policy_check)
+                _refuse(config, route, policy, policy_check)
 
 
-def _refuse(route: Route, policy: Policy, policy_check: PolicyCheck) -> None:
+def _refuse(config: Config, route: Route, policy: Policy, policy_check: PolicyCheck) -> None:
     if policy_check.families and len(policy_check.of(Answer.ABSENT)) == len(policy_check.families):
         raise Exit(exits.NOT_YET, f"{policy_check.problem}; no target has another address")
-    raise Exit(exits.POLICY, advice.unattainable(policy_check, policy, [str(target) for target in route.targets]))
+    raise Exit(exits.POLICY, advice.unattainable(policy_check, policy, asked(config, route)))
+
+
+def asked(config: Config, route: Route) -> List[str]:
+    """What names the targets in a command that is advised: those of the route or, with a file of routes, the file."""
+    if config.routes_file is None:
+        return [str(target) for target in route.targets]
+    import shlex
+
+    return [f"--routes={shlex.quote(config.routes_file)}"]
 
 
 def require_dscp(route: Route, policy: Policy, policy_check: PolicyCheck) -> None:
@@ -276,12 +285,12 @@ def require_limits(config: Config, routes: Sequence[Route], nofile: int) -> None
             _require_file_size(config, route)
     needed = _descriptors_for(config, routes) if not config.routes_file else _descriptors(config, routes, len(routes))
     if nofile < needed:
-        given = f"given {len(routes)} routes" if config.routes_file else f"given {routes[0].max_connections}"
         room = limits.connections_within(nofile, config.workers, len(routes))
+        most = f"--max-connections: given {routes[0].max_connections}; allowed: up to {room}"
         raise Exit(
             exits.USAGE,
-            f"--max-connections: {given}; allowed: up to {room} with this process's hard limit of "
-            f"{nofile} descriptors (raise it with ulimit -Hn {needed} or LimitNOFILE={needed})",
+            f"{f'--routes: given {len(routes)} routes; allowed: fewer' if config.routes_file else most} with this process's "
+            f"hard limit of {nofile} descriptors (raise it with ulimit -Hn {needed} or LimitNOFILE={needed})",
         )
 
 
@@ -321,8 +330,11 @@ def _listeners(config: Config, proved: ProvedRoute, handed: Mapping[str, List[so
 
 
 def refuse_circles(config: Config, proved: Sequence[ProvedRoute], listeners: Sequence[Sequence[socket.socket]]) -> None:
-    """Exit 2 for a target that is the listener of any route. Each is looked at once: of 200 routes there are 40,000 pairs."""
-    own = listening.reachable(itertools.chain(*listeners)) if len(proved) > 1 else {}
+    """Exit 2 for a target that is the listener of any route. Each is looked at once: of 200 routes there are 40,000 pairs.
+
+    Also of the only one: a reload may keep its listener. The route of the command line was looked at as it began to listen.
+    """
+    own = listening.reachable(itertools.chain(*listeners)) if config.routes_file else {}
     for of_route in proved:
         with naming(config, of_route.route):
             listening.refuse_loops(own, of_route.ends)
