@@ -18,7 +18,7 @@ from _tsproxy.stats.counters import SharedCounters
 from _tsproxy.stats.records import Notice, RecordPipe, decode
 from _tsproxy.supervisor.runners import ThreadRunner
 from _tsproxy.supervisor.worker_args import WorkerArgs, WorkerShared
-from harness import Exchange, Proxy, children, leave_out, pause, receive_exactly, target, wait_until
+from harness import Exchange, Proxy, children, leave_out, lives, pause, receive_exactly, target, wait_until
 from program import PYTHON, workers_of
 from unprivileged import as_nobody, become, nobody_else
 
@@ -224,7 +224,7 @@ def test_a_stuck_worker_does_not_outlive_the_main_process_and_keep_the_port(star
     ask(proxy)
     (stuck,) = stop_the_workers(proxy)
     proxy.process.kill()
-    wait_until(lambda: not _lives(stuck), "the fork server kills it")
+    wait_until(lambda: not lives(stuck), "the fork server kills it")
     with pytest.raises(ConnectionRefusedError):
         proxy.connect()
 
@@ -238,15 +238,8 @@ def test_nothing_is_left_when_the_main_process_is_killed(start: Any, echoing: Ex
         proxy.process.kill()
         with pytest.raises(ConnectionResetError):
             client.recv(1)
-    wait_until(lambda: not any(_lives(pid) for pid in family), "fork server and workers end")
+    wait_until(lambda: not any(lives(pid) for pid in family), "fork server and workers end")
     proxy.process.wait()
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_ctrl_c_for_the_whole_group_drains(start: Any, echoing: Exchange) -> None:
@@ -274,7 +267,7 @@ def test_a_reader_of_standard_output_sees_its_end_with_the_main_process(start: A
     assert proxy.wait() == -signal.SIGKILL  # reads up to the end of the pipe
     os.kill(worker, signal.SIGCONT)
     client.close()
-    wait_until(lambda: not _lives(worker))
+    wait_until(lambda: not lives(worker))
 
 
 def test_workers_keep_to_their_cpus(start: Any, echoing: Exchange) -> None:

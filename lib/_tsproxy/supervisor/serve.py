@@ -233,6 +233,7 @@ class Supervisor:
         self._watchdog.extend(_LAST_S)
         self._pool.kill()
         self._run_for(_KILL_S, lambda: not self._pool.is_alive)
+        self._pool.end()
         return left
 
     def _stop(self, killed: int) -> int:
