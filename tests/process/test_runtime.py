@@ -19,7 +19,8 @@ from _tsproxy.stats.records import Notice, RecordPipe, decode
 from _tsproxy.supervisor.runners import ThreadRunner
 from _tsproxy.supervisor.worker_args import WorkerArgs, WorkerShared
 from harness import Exchange, Proxy, children, leave_out, lives, pause, receive_exactly, target, wait_until
-from program import PYTHON, workers_of
+from program import EACH_RUNTIME, PYTHON, checkout_alone, python_for, workers_of
+from routed import routed_starter
 from unprivileged import as_nobody, become, nobody_else
 
 
@@ -240,6 +241,25 @@ def test_nothing_is_left_when_the_main_process_is_killed(start: Any, echoing: Ex
             client.recv(1)
     wait_until(lambda: not any(lives(pid) for pid in family), "fork server and workers end")
     proxy.process.wait()
+
+
+@pytest.mark.parametrize("runtime", EACH_RUNTIME)
+def test_a_whole_life_with_a_reload_leaves_nothing_unclosed(
+    bundle: Path, tmp_path: Path, echoing: Exchange, runtime: str
+) -> None:
+    """Python's development mode tells of each socket and file that is not closed (ResourceWarning)."""
+    command = [python_for(runtime), "-X", "dev", "-I", "-S", str(checkout_alone(bundle))]
+    route = {"target": echoing.target, "port": 0}
+    for begin in routed_starter(command, tmp_path, f"--runtime={runtime}", "--workers=2", "--drain-timeout=0.1"):
+        proxy = begin({"stays": route, "goes": route})
+        proxy.ask("goes")
+        assert proxy.good({"stays": route, "comes": route}) == [1, 1, 0, 1]
+        proxy.ask("comes")
+        with proxy.connect_to("stays") as client:
+            client.sendall(b"x")
+            assert receive_exactly(client, 1) == b"x"
+            assert proxy.stop() == 0
+        assert proxy.stderr() == ""
 
 
 def test_ctrl_c_for_the_whole_group_drains(start: Any, echoing: Exchange) -> None:

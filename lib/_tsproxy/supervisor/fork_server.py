@@ -178,6 +178,7 @@ class ForkServer:
             if not server.has_exited(_EXIT_S):
                 server.send_signal(signal.SIGKILL)
                 server.has_exited(_EXIT_S)
+        self._control.close()
 
     def _receive(self) -> None:
         """Handle all reports. recvmsg(2) does not block."""

@@ -218,6 +218,8 @@ class WorkerPool:
         """Leave no process behind. Blocks for two seconds at most; call it last."""
         if self._fork_server:
             self._fork_server.end()
+        for slot in self._slots:
+            slot.inbox.close()
 
     def _send(self, message: Message) -> None:
         for slot in self._slots:
