@@ -65,13 +65,13 @@ def test_a_stalled_reader_costs_lines_and_nothing_else(start: Any, echoing: Exch
     assert came + last["log_lines_dropped_total"] == total
 
 
-def test_a_closed_reader_does_not_matter(start: Any, echoing: Exchange) -> None:
+def test_a_closed_reader_is_said_once_and_does_not_matter(start: Any, echoing: Exchange) -> None:
     reader, writer = os.pipe()
     address = free_address()
     proxy = start(echoing, f"-p{address[1]}", stdout=writer)
     os.close(writer)
     os.close(reader)
-    relays_and_drains(proxy, address)
+    relays_and_drains(proxy, address, "tsproxy.py: standard output: Broken pipe; no line is written any more")
 
 
 def test_a_full_device_does_not_matter(start: Any, echoing: Exchange) -> None:

@@ -27,7 +27,7 @@ class LineWriter:
     def __init__(
         self, fd: int, clock: Callable[[], float], count_dropped: Callable[[int], None], log_ratelimited: Callable[[str], None]
     ) -> None:
-        """`count_dropped` gets how many lines were dropped, `log_ratelimited` why none can be written for now (ENOSPC).
+        """`count_dropped` gets how many lines were dropped, `log_ratelimited` why none can be written now (ENOSPC) or ever.
 
         `clock` is in seconds, and monotonic.
         """
@@ -99,12 +99,13 @@ class LineWriter:
     def _write_failed(self, error: OSError, chunk: bytes) -> None:
         """write(2) failed. After EPIPE and the like drop all lines, for good; else (ENOSPC) keep the chunk and retry later."""
         self._unwritten = chunk
+        why = os.strerror(error.errno or 0)
         if error.errno in _BROKEN:
             self._is_broken = True
             self.discard_queue()
+            self._log_ratelimited(f"{why}; no line is written any more")
         elif error.errno not in (errno.EAGAIN, errno.EINTR):
             if not self._not_before:
-                why = os.strerror(error.errno or 0)
                 self._log_ratelimited(f"{why}; trying again every {_RETRY_S:g} s; {_BACKLOG:,} lines are kept")
             self._not_before = self._clock() + _RETRY_S
 
