@@ -14,7 +14,7 @@ from _tsproxy.linux import wakeup
 from _tsproxy.supervisor import fork_server
 from _tsproxy.supervisor.worker_args import WorkerShared
 from handover import hand_over, listeners
-from harness import Exchange, children, receive_exactly, wait_until
+from harness import Exchange, children, lives, pause, receive_exactly, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -62,6 +62,25 @@ def test_an_exit_of_the_fork_server_that_is_found_by_the_way_wakes_the_main_thre
     server._control.close()
     server._events.close()
     exited.close()
+
+
+@pytest.mark.parametrize("is_worker_stopped", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_stopped_fork_server_neither_holds_up_the_drain_nor_outlives_the_main_process(
+    start: Any, echoing: Exchange, is_worker_stopped: bool
+) -> None:
+    timeout_s = 0.1 if is_worker_stopped else 300  # much longer than the test waits
+    proxy = start(echoing, "--runtime=processes", "--workers=2", f"--drain-timeout={timeout_s}")
+    with proxy.connect() as client:
+        client.sendall(b"x")
+        assert receive_exactly(client, 1) == b"x"
+    proxy.wait_lines()
+    (fork_server_pid,) = children(proxy.process.pid)
+    workers = children(fork_server_pid)
+    for pid in (fork_server_pid, *workers[:is_worker_stopped]):
+        pause(pid)
+    assert proxy.stop() == 0
+    wait_until(lambda: not any(map(lives, (fork_server_pid, *workers))), "all have exited")
+    assert proxy.line("stop")["drained"] is True
 
 
 def memory_kib(pid: int) -> Dict[str, int]:

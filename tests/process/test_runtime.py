@@ -18,8 +18,9 @@ from _tsproxy.stats.counters import SharedCounters
 from _tsproxy.stats.records import Notice, RecordPipe, decode
 from _tsproxy.supervisor.runners import ThreadRunner
 from _tsproxy.supervisor.worker_args import WorkerArgs, WorkerShared
-from harness import Exchange, Proxy, children, leave_out, pause, receive_exactly, target, wait_until
-from program import PYTHON, workers_of
+from harness import Exchange, Proxy, children, leave_out, lives, pause, receive_exactly, target, wait_until
+from program import EACH_RUNTIME, PYTHON, checkout_alone, python_for, workers_of
+from routed import routed_starter
 from unprivileged import as_nobody, become, nobody_else
 
 
@@ -224,7 +225,7 @@ def test_a_stuck_worker_does_not_outlive_the_main_process_and_keep_the_port(star
     ask(proxy)
     (stuck,) = stop_the_workers(proxy)
     proxy.process.kill()
-    wait_until(lambda: not _lives(stuck), "the fork server kills it")
+    wait_until(lambda: not lives(stuck), "the fork server kills it")
     with pytest.raises(ConnectionRefusedError):
         proxy.connect()
 
@@ -238,15 +239,27 @@ def test_nothing_is_left_when_the_main_process_is_killed(start: Any, echoing: Ex
         proxy.process.kill()
         with pytest.raises(ConnectionResetError):
             client.recv(1)
-    wait_until(lambda: not any(_lives(pid) for pid in family), "fork server and workers end")
+    wait_until(lambda: not any(lives(pid) for pid in family), "fork server and workers end")
     proxy.process.wait()
 
 
-def _lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+@pytest.mark.parametrize("runtime", EACH_RUNTIME)
+def test_a_whole_life_with_a_reload_leaves_nothing_unclosed(
+    bundle: Path, tmp_path: Path, echoing: Exchange, runtime: str
+) -> None:
+    """Python's development mode tells of each socket and file that is not closed (ResourceWarning)."""
+    command = [python_for(runtime), "-X", "dev", "-I", "-S", str(checkout_alone(bundle))]
+    route = {"target": echoing.target, "port": 0}
+    for begin in routed_starter(command, tmp_path, f"--runtime={runtime}", "--workers=2", "--drain-timeout=0.1"):
+        proxy = begin({"stays": route, "goes": route})
+        proxy.ask("goes")
+        assert proxy.good({"stays": route, "comes": route}) == [1, 1, 0, 1]
+        proxy.ask("comes")
+        with proxy.connect_to("stays") as client:
+            client.sendall(b"x")
+            assert receive_exactly(client, 1) == b"x"
+            assert proxy.stop() == 0
+        assert proxy.stderr() == ""
 
 
 def test_ctrl_c_for_the_whole_group_drains(start: Any, echoing: Exchange) -> None:
@@ -274,7 +287,7 @@ def test_a_reader_of_standard_output_sees_its_end_with_the_main_process(start: A
     assert proxy.wait() == -signal.SIGKILL  # reads up to the end of the pipe
     os.kill(worker, signal.SIGCONT)
     client.close()
-    wait_until(lambda: not _lives(worker))
+    wait_until(lambda: not lives(worker))
 
 
 def test_workers_keep_to_their_cpus(start: Any, echoing: Exchange) -> None:

@@ -218,6 +218,14 @@ def children(pid: int) -> List[int]:
     return []
 
 
+def lives(pid: int) -> bool:
+    """Whether there is such a process, and it is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def of_threads(pids: Iterable[int], name: str) -> List[str]:
     """The text of /proc/PID/task/TID/NAME of each thread, but for those that end meanwhile (ENOENT, or ESRCH by read(2))."""
     texts = []

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import List, Tuple
 
 import pytest
-from _tsproxy.stats.line_writer import PIPE_BUF
+from _tsproxy.stats.line_writer import PIPE_BUF, RESERVE
 from harness import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -96,11 +96,11 @@ def test_a_rate_limited_line_still_has_a_place_when_the_backlog_is_full() -> Non
         station = Station(writer)
         station.say(*lines_of(0, 2 * BACKLOG))
         before = station.dropped
-        station.say(*lines_of(0, 200), use_reserve=True)
+        station.say(*lines_of(0, 200), reserve=RESERVE)
         assert station.dropped == before
         station.say(*lines_of(0, 5))
         assert station.dropped == before + 5
-        station.say(*lines_of(0, 1000), use_reserve=True)
+        station.say(*lines_of(0, 1000), reserve=RESERVE)
         assert station.dropped > before + 5 + 700  # bounded all the same
 
 
@@ -252,9 +252,9 @@ class AnyOrder(RuleBasedStateMachine):
         self.got = b""
         self.gone = False
 
-    @rule(count=st.integers(1, 60), length=st.integers(9, 4096), use_reserve=st.booleans())
-    def put(self, count: int, length: int, use_reserve: bool) -> None:
-        self.station.say(*lines_of(self.station.put, count, length), use_reserve=use_reserve)
+    @rule(count=st.integers(1, 60), length=st.integers(9, 4096), reserve=st.sampled_from([0, RESERVE // 2, RESERVE]))
+    def put(self, count: int, length: int, reserve: int) -> None:
+        self.station.say(*lines_of(self.station.put, count, length), reserve=reserve)
 
     @rule()
     def flood(self) -> None:

@@ -77,9 +77,9 @@ class Desk:
         wait_until(lambda: self.events().count("metrics") > before, "a metrics line")
         return [line for line in self.lines() if line["event"] == "metrics"][before]
 
-    def close(self) -> None:
+    def close(self, **stop: Any) -> None:
         """Close the reporter, and wait for the end of its thread: on a busy machine it takes longer than close() waits."""
-        self.reporter.close()
+        self.reporter.close(**stop)
         wait_until(lambda: not self.reporter._thread.is_alive(), "the end of the reporter")
 
     def dropped(self) -> int:
@@ -173,10 +173,12 @@ def test_records_come_before_the_last_metrics_and_stop_comes_last(desk: Desk) ->
     for number in range(1000):
         desk.writers[number % 2].put(CLOSED._replace(connection_id=number))
     desk.reporter.metrics_now()
-    desk.reporter.log("stop")
-    desk.close()
+    desk.reporter.log("drain")
+    desk.close(reason="SIGTERM")
     lines = desk.lines()
-    assert [line["event"] for line in lines] == ["connection"] * 1000 + ["metrics", "stop"]
+    assert [line["event"] for line in lines if line["event"] != "metrics"] == ["connection"] * 1000 + ["drain", "stop"]
+    assert lines[-2]["event"] in {"metrics", "drain"}
+    lines = [line for line in lines if line["event"] == "connection"]
     assert [line["connection_id"] for line in lines[:1000]] == list(range(1000))
 
 
@@ -202,7 +204,7 @@ def test_nothing_is_said_before_what_was_recorded_before_it(steps: List[str]) ->
     recorded = [line["connection_id"] if line["event"] == "connection" else int(line["message"]) for line in recorded_of(lines)]
     assert said == [number for number, step in enumerate(steps) if step == "say"]
     assert recorded == [number for number, step in enumerate(steps) if step in {"record", "notice"}]
-    assert sum(line["event"] == "metrics" for line in lines) == steps.count("metrics")
+    assert min(1, steps.count("metrics")) <= sum(line["event"] == "metrics" for line in lines) <= steps.count("metrics")
     for place, line in enumerate(lines):
         if line["event"] == "said":
             earlier = [number for number in recorded if number < line["number"]]
@@ -449,6 +451,89 @@ def test_an_interval_of_zero_is_no_metrics_but_those_asked_for(desk: Desk) -> No
     assert desk.events() == ["one", "metrics", "two"]
 
 
+def test_requests_for_metrics_are_one_until_the_lines_are_made() -> None:
+    with desk_with(prepare=lambda desk: [desk.reporter.metrics_now() for _ in range(1000)]) as desk:
+        desk.close(reason="SIGTERM")
+        assert desk.events() == ["metrics", "stop"]
+
+
+def test_a_request_that_comes_while_metrics_lines_are_made_has_others_made_after_it() -> None:
+    def prepare(desk: Desk) -> None:
+        lines, wanted = desk.reporter._board.lines, iter([1])
+
+        def asking() -> Iterator[encoder.Fields]:
+            made = list(lines())  # with the counters of now
+            for count in wanted:
+                desk.shared_counters.rows[ACCEPTOR_ROW][Counter.ACCEPTED] = count
+                desk.reporter.metrics_now()
+            yield from made
+
+        desk.reporter._board.lines = asking  # type: ignore[method-assign]
+
+    with desk_with(prepare=prepare) as desk:
+        desk.metrics()
+        wait_until(lambda: desk.events() == ["metrics"] * 2, "those asked for meanwhile")
+        assert [line["downstream_cx_total"] for line in desk.lines()] == [0, 1]
+
+
+def test_no_metrics_lines_are_made_while_those_before_wait_for_the_reader() -> None:
+    """Else they would displace `connection` lines."""
+    with pipe(4096) as (reader, writer), desk_with(writer) as desk:
+        for number in range(100):
+            desk.reporter.log("said")
+            desk.reporter.metrics_now()
+            wait_until(lambda said=number: said < desk.reporter._line_writer.lines_put, "the line is put")
+        closing = threading.Thread(target=desk.close, kwargs={"reason": "SIGTERM"})
+        closing.start()
+        with open(reader, "rb", closefd=False) as stream:
+            events = [""]
+            while events[-1] != "stop":
+                events.append(json.loads(stream.readline())["event"])
+        closing.join()
+        assert events.count("said") == 100
+        assert events.count("metrics") <= 4
+        assert events[-2] == "metrics"
+
+
+def test_metrics_lines_of_many_routes_leave_room_for_the_last_lines() -> None:
+    names = [f"route-{number}" for number in range(100)]
+    with pipe(4096) as (reader, writer), desk_with(writer, names=names, many=True, interval_s=0.001) as desk:
+        wait_until(desk.dropped, "a line without room")
+        desk.reporter.log("drain")
+        closing = threading.Thread(target=desk.close, kwargs={"reason": "SIGTERM"})
+        closing.start()
+        with open(reader, "rb", closefd=False) as stream:
+            events = [""]
+            while events[-1] != "stop":
+                events.append(json.loads(stream.readline())["event"])
+        closing.join()
+        assert "drain" in events
+
+
+def test_metrics_lines_of_all_routes_are_of_one_moment(desk: Desk) -> None:
+    board = Board(desk.process, True, itertools.count().__next__)
+    for number, name in enumerate(["one", "two"]):
+        board.add(number, name, desk.shared_counters)
+    started = [rates.started for rates in (*board._rates_of.values(), board._rates)]
+    assert len({line["uptime_s"] + since for line, since in zip(board.lines(), started)}) == 1
+
+
+def test_a_metrics_line_has_the_time_at_which_it_was_made() -> None:
+    """Of two clocks: `timestamp` is the host's, `uptime_s` goes on evenly."""
+    made_after: List[int] = []
+
+    def prepare(desk: Desk) -> None:
+        desk.reporter.metrics_now()
+        made_after.append(time.time_ns() + 5_000_000)
+        wait_until(lambda: time.time_ns() > made_after[0])
+
+    with desk_with(prepare=prepare) as desk:
+        desk.close(reason="SIGTERM")
+        metrics, stop = desk.lines()
+    assert encoder.Stamps().rfc3339(made_after[0]) <= metrics["timestamp"] <= stop["timestamp"]
+    assert 0.005 <= metrics["uptime_s"] <= stop["uptime_s"]
+
+
 def test_what_was_dropped_shows_in_the_metrics(desk: Desk) -> None:
     desk.process.worker(0)[Counter.LINES_DROPPED] = 3
     desk.process.rows[REPORTER_ROW][Counter.LINES_DROPPED] = 4
@@ -540,7 +625,19 @@ def test_a_full_disk_is_said_on_standard_error(capfd: pytest.CaptureFixture[str]
         for _ in range(50):
             desk.reporter.log("said")
         desk.close()
-    line = "tsproxy.py: standard output: No space left on device; trying again every 1 s; 4,096 lines are kept\n"
+    said = ["No space left on device; trying again every 1 s; 4,096 lines are kept"]
+    said.append("lines that it did not take within 1 s, and that are lost: 50")
+    assert capfd.readouterr() == ("", "".join(f"tsproxy.py: standard output: {line}\n" for line in said))
+
+
+def test_last_lines_that_nobody_reads_are_said_on_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
+    with pipe(4096) as (_, writer), desk_with(writer) as desk:
+        for _ in range(50):
+            desk.reporter.log("said", text="x" * 1000)
+        desk.close(reason="SIGTERM")
+        lost = desk.dropped()
+    assert 40 < lost < 51
+    line = f"tsproxy.py: standard output: lines that it did not take within 1 s, and that are lost: {lost}\n"
     assert capfd.readouterr() == ("", line)
 
 

@@ -102,6 +102,10 @@ class Consumer(Protocol):
         """Whether there is another message though the descriptor is not readable any more."""
         ...
 
+    def close(self) -> None:
+        """Close what is the worker's own. Messages that were not consumed stay for a replacement."""
+        ...
+
 
 class Ring(NamedTuple):
     """What both sides need to map the ring. Plain numbers, so it can be passed to another interpreter."""
@@ -170,6 +174,9 @@ class RingProducer(_Producer):
         for _ in range(self.last_put - self._row[Counter.CONSUMED]):
             self._wakeup.wake()
 
+    def close(self) -> None:
+        """Nothing to do: a worker that is stuck still has the memory, and the process is about to exit."""
+
 
 class RingConsumer:
     """The worker's side of a ring."""
@@ -195,6 +202,10 @@ class RingConsumer:
         message = Message.decode(self._map[start : start + _SLOT])
         self._row[Counter.CONSUMED] += 1
         return message
+
+    def close(self) -> None:
+        """See Consumer."""
+        self._map.close()
 
 
 class ChannelProducer(_Producer):
@@ -223,6 +234,11 @@ class ChannelProducer(_Producer):
     def redispatch(self) -> None:
         """Nothing to do: the socket keeps messages that were not consumed."""
 
+    def close(self) -> None:
+        """Close both ends, once no worker is left."""
+        self._ours.close()
+        self.theirs.close()
+
 
 class ChannelConsumer:
     """The worker's side of a socket pair. EOF means that the main process has exited: KILL."""
@@ -245,3 +261,7 @@ class ChannelConsumer:
             return Message(Command.KILL)
         self._row[Counter.CONSUMED] += 1
         return Message.decode(bytes(self._buffers[0][:length]), _RIGHT.unpack(ancillary[0][2])[0] if ancillary else -1)
+
+    def close(self) -> None:
+        """See Consumer."""
+        self._socket.close()

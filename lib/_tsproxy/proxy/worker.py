@@ -70,10 +70,11 @@ class Worker:
             raise
 
     def close(self) -> None:
-        """End the sessions that are left (after a bug outside any session) and close the loop."""
+        """End the sessions that are left (after a bug outside any session), close the loop and this side of the inbox."""
         self._close_listeners()
         self._end_all(Ending.BUG)
         self.context.close()
+        self._inbox.close()
 
     @property
     def _has_sessions(self) -> bool:

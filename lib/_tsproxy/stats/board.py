@@ -20,18 +20,17 @@ class Rates:
     """The times of a metrics line, and the rates since the last one."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._started = self._last = clock()
+        self.started = self._last = clock()
         self._start_time = encoder.Stamps().rfc3339(time.time_ns())
         self._totals: Dict[str, int] = {}
 
-    def fields(self, totals: Dict[str, int]) -> Fields:
-        """The times, these totals, and their rates."""
-        now, before = self._clock(), self._totals
+    def fields(self, totals: Dict[str, int], now: float) -> Fields:
+        """The times, these totals, which are as of `now`, and their rates."""
+        before = self._totals
         interval = max(now - self._last, 1e-6)
         fields: Fields = {
             "start_time": self._start_time,
-            "uptime_s": round(now - self._started, 3),
+            "uptime_s": round(now - self.started, 3),
             "interval_s": round(interval, 3),
             **totals,
         }
@@ -60,6 +59,11 @@ class Board:
         self._rates_of.setdefault(name, Rates(self._clock))
         self._segments_of.setdefault(name, Segments(of_name.values, clock=self._clock)).limit = segments_warning
 
+    @property
+    def uptime_s(self) -> float:
+        """As in the process's line."""
+        return round(self._clock() - self._rates.started, 3)
+
     def _all_counters(self) -> List[SharedCounters]:
         """The process's, and those of each version of each route."""
         return [self._process, *(counters for of_name in self._counters.values() for counters in of_name.values())]
@@ -70,7 +74,7 @@ class Board:
         If there is none these are the fields of the route's last line.
         """
         of_name = self._counters[name]
-        last = self._line(name, self._reading(name)) if len(of_name) == 1 else None
+        last = self._line(name, self._reading(name), self._clock()) if len(of_name) == 1 else None
         ended = of_name.pop(number)
         heirs = list(of_name.values()) or [self._process]
         heirs[-1].absorb(ended)
@@ -93,17 +97,18 @@ class Board:
                 yield name, warning
 
     def lines(self) -> Iterator[Fields]:
-        """The fields of each metrics line, the process's last."""
+        """The fields of each metrics line, the process's last. Times and counters of all are of one moment."""
+        now = self._clock()
         readings = {name: self._reading(name) for name in self._counters}
         for name in self._counters if self._many else ():
-            yield self._line(name, readings[name])
+            yield self._line(name, readings[name], now)
         route = None if self._many else next(iter(self._counters), None)
         whole = metrics.added([metrics.read(self._process), *readings.values()])  # not read again: it is the sum of the lines
-        yield {"route": route, **self._rates.fields(whole.totals), **self._segments.fields(), **metrics.latencies(whole)}
+        yield {"route": route, **self._rates.fields(whole.totals, now), **self._segments.fields(), **metrics.latencies(whole)}
 
     def _reading(self, name: str) -> Reading:
         return metrics.added([metrics.read(counters) for counters in self._counters[name].values()])
 
-    def _line(self, name: str, reading: Reading) -> Fields:
-        times = self._rates_of[name].fields(metrics.without_process(reading.totals))
+    def _line(self, name: str, reading: Reading, now: float) -> Fields:
+        times = self._rates_of[name].fields(metrics.without_process(reading.totals), now)
         return {"route": name, **times, **self._segments_of[name].fields(), **metrics.latencies(reading, metrics.OF_ROUTE)}

@@ -16,7 +16,7 @@ from typing import Callable, Deque
 from _tsproxy.linux.uapi import PIPE_BUF
 
 _BACKLOG = 4096  # lines; at most 16 MiB
-_RESERVE = 256  # more lines, for rare events, which `connection` lines must not displace
+RESERVE = 256  # more lines, for rare events, which `connection` lines must not displace
 _RETRY_S = 1.0
 _BROKEN = frozenset({errno.EPIPE, errno.EBADF, errno.ECONNRESET, errno.ENOTCONN, errno.EINVAL})
 
@@ -27,7 +27,7 @@ class LineWriter:
     def __init__(
         self, fd: int, clock: Callable[[], float], count_dropped: Callable[[int], None], log_ratelimited: Callable[[str], None]
     ) -> None:
-        """`count_dropped` gets how many lines were dropped, `log_ratelimited` why none can be written for now (ENOSPC).
+        """`count_dropped` gets how many lines were dropped, `log_ratelimited` why none can be written now (ENOSPC) or ever.
 
         `clock` is in seconds, and monotonic.
         """
@@ -37,16 +37,26 @@ class LineWriter:
         self._poller = select.poll()
         self._poller.register(fd, select.POLLOUT)
         self._lines: Deque[bytes] = deque()
+        self.lines_put = 0  # and not dropped at once
         self._unwritten = b""  # the rest of a partial write(2): goes first, or the next line would be appended to half a line
         self._is_broken = False
         self._not_before = 0.0  # when to try again after write(2) failed; 0 after one that succeeded
 
-    def put(self, line: bytes, use_reserve: bool = False) -> None:
-        """Queue one line. If the queue is full, or write(2) failed with EPIPE or the like, the line is dropped and counted."""
-        if self._is_broken or len(self._lines) >= _BACKLOG + (_RESERVE if use_reserve else 0):
+    def put(self, line: bytes, reserve: int = 0) -> None:
+        """Queue one line. If the queue is full, or write(2) failed with EPIPE or the like, the line is dropped and counted.
+
+        `reserve`: how much longer than the backlog the queue may be for this line, at most RESERVE.
+        """
+        if self._is_broken or len(self._lines) >= _BACKLOG + reserve:
             self._count_dropped(1)
         else:
             self._lines.append(line)
+            self.lines_put += 1
+
+    @property
+    def lines_taken(self) -> int:
+        """How many of `lines_put` are not queued any more: written, handed to write(2), or dropped."""
+        return self.lines_put - len(self._lines)
 
     @property
     def awaits_pollout(self) -> bool:
@@ -89,17 +99,20 @@ class LineWriter:
     def _write_failed(self, error: OSError, chunk: bytes) -> None:
         """write(2) failed. After EPIPE and the like drop all lines, for good; else (ENOSPC) keep the chunk and retry later."""
         self._unwritten = chunk
+        why = os.strerror(error.errno or 0)
         if error.errno in _BROKEN:
             self._is_broken = True
             self.discard_queue()
+            self._log_ratelimited(f"{why}; no line is written any more")
         elif error.errno not in (errno.EAGAIN, errno.EINTR):
             if not self._not_before:
-                why = os.strerror(error.errno or 0)
                 self._log_ratelimited(f"{why}; trying again every {_RETRY_S:g} s; {_BACKLOG:,} lines are kept")
             self._not_before = self._clock() + _RETRY_S
 
-    def discard_queue(self) -> None:
-        """Drop and count what is queued."""
-        self._count_dropped(len(self._lines) + self._unwritten.count(b"\n"))
+    def discard_queue(self) -> int:
+        """Drop and count what is queued; how many lines that were."""
+        lines = len(self._lines) + self._unwritten.count(b"\n")
+        self._count_dropped(lines)
         self._lines.clear()
         self._unwritten = b""
+        return lines

@@ -22,12 +22,14 @@ from _tsproxy.stats.board import Board
 from _tsproxy.stats.counters import REPORTER_ROW, Counter, SharedCounters
 from _tsproxy.stats.encoder import Fields
 from _tsproxy.stats.endings import ENDING_FIELDS
-from _tsproxy.stats.line_writer import LineWriter
+from _tsproxy.stats.line_writer import RESERVE, LineWriter
 from _tsproxy.stats.records import NOTICE_LEVELS, ConnectionRecord, Record, RecordPipe, decode
 
 _POLL_INTERVAL_MS = 10.0
 _MAX_TIMEOUT_MS = 60_000.0
 _CLOSE_TIMEOUT_S = 1.0  # how long the last lines wait for POLLOUT
+_STUCK_S = 2.0  # a reporter that makes no line for so long at the end is in a write(2) that blocks
+_RESERVES = {"metrics": RESERVE // 2}  # so that a line of each of many routes does not displace `stop`
 _LATE_NAMES = 65536  # of ended routes that stay known
 
 
@@ -58,7 +60,9 @@ class Reporter:
         self._line_writer = LineWriter(fd, time.monotonic, self._count_dropped, _log_to_stderr)
         self._log_queue: Deque[Tuple[int, str, str, Fields]] = deque()
         self._wakeup = wakeup.create()
-        self._close_deadline: Optional[float] = None
+        self._metrics_wanted = False  # by metrics_now()
+        self._metrics_end = 0  # LineWriter.lines_put after the last metrics lines
+        self._stop_fields: Optional[Fields] = None  # once close() was called; empty: no `stop` line
         self._partial_record = b""
         self._stamps = encoder.Stamps()
         self._next_metrics = time.monotonic() + interval_s if interval_s else float("inf")
@@ -90,29 +94,46 @@ class Reporter:
         self._wakeup.wake()  # without metrics lines it might sleep for long, with the route's memory
 
     def metrics_now(self) -> None:
-        """Queue a `metrics` line for each route. The counters are read when the reporter encodes it."""
-        self._log_queue.append((time.time_ns(), "info", "metrics", {}))
-        self._wakeup.wake()
+        """Have a `metrics` line made for each route, with the counters of then, once those made before are written.
 
-    def close(self) -> None:
-        """Write what is queued, wait at most a second while standard output blocks, then drop and count the rest."""
-        self._close_deadline = time.monotonic() + _CLOSE_TIMEOUT_S
+        Calls until then are one, as signals of one kind are while they are pending (signal(7)).
+        """
+        if not self._metrics_wanted:
+            self._metrics_wanted = True
+            self._wakeup.wake()
+
+    def close(self, **stop: Any) -> None:
+        """Write what is queued and, with fields for it, a `stop` line; `uptime_s` is added. Nothing comes behind it.
+
+        Waits at most a second while standard output blocks; then the rest is dropped, counted, and said on standard error.
+        """
+        self._stop_fields, lines = stop, -1
         self._wakeup.wake()
-        self._thread.join(2 * _CLOSE_TIMEOUT_S)
+        while self._thread.is_alive() and lines != self._line_writer.lines_put:
+            lines = self._line_writer.lines_put
+            self._thread.join(_STUCK_S)
+        if self._thread.is_alive():
+            _log_to_stderr(f"it took no line for {_STUCK_S:g} s; the last ones are lost")
 
     def run(self) -> None:
         """The thread: encode, write, wait, until close() was called and all lines are written."""
-        while True:
+        give_up_at = float("inf")
+        while time.monotonic() < give_up_at:
             self._wakeup.collect()
             # Read it after collect(), which may clear the wake-up of close(), and before encoding what was queued until then.
-            close_deadline = self._close_deadline
-            self._encode_waiting()
+            stop = self._stop_fields
+            if stop is None:
+                self._encode_waiting()
+            elif give_up_at == float("inf"):
+                self._encode_last(stop)
+                give_up_at = time.monotonic() + _CLOSE_TIMEOUT_S
             self._line_writer.write()
-            if close_deadline is not None and (self._line_writer.is_empty or time.monotonic() > close_deadline):
-                break
-            if close_deadline is self._close_deadline:
+            if stop is not None and self._line_writer.is_empty:
+                return
+            if stop is self._stop_fields:
                 self._wait()
-        self._line_writer.discard_queue()
+        lost = self._line_writer.discard_queue()
+        _log_to_stderr(f"lines that it did not take within {_CLOSE_TIMEOUT_S:g} s, and that are lost: {lost:,}")
 
     def _wait(self) -> None:
         """poll(2) until there is something to encode, POLLOUT, or a metrics line or a sample of segments is due.
@@ -130,13 +151,22 @@ class Reporter:
 
     def _timeout_ms(self) -> float:
         """Until the next metrics line or sample of segments is due; at most 250 ms while lines are queued."""
+        if self._may_answer:
+            return 0.0
         wait = min(self._next_metrics, self._board.next_sample) - time.monotonic()
         if not self._line_writer.is_empty:
             wait = min(wait, 0.25)
         return max(0.0, wait) * 1000
 
+    def _encode_last(self, stop: Fields) -> None:
+        """Encode all that is queued, metrics lines that were asked for, however many lines there are, and the `stop` line."""
+        self._metrics_end = 0
+        self._encode_waiting()
+        if stop:
+            self._put_line(time.time_ns(), "info", "stop", {**stop, "uptime_s": self._board.uptime_s})
+
     def _encode_waiting(self) -> None:
-        """Encode all that is queued; records first, so that a last `metrics` or `stop` line comes after them."""
+        """Encode all that is queued: records, events, and metrics lines, which are as of now, and so come last."""
         waiting = len(self._log_queue)
         while self._board_changes:
             self._board_changes.popleft()()
@@ -148,15 +178,13 @@ class Reporter:
                 self._put_checked(record)
             self._line_writer.write()  # a burst may be more lines than the line writer queues
         self._sample_segments()
-        if time.monotonic() >= self._next_metrics:
-            self._next_metrics = time.monotonic() + self._interval_s
-            self._put_metrics(time.time_ns())
         for _ in range(waiting):
-            at_ns, level, event, fields = self._log_queue.popleft()
-            if event == "metrics":
-                self._put_metrics(at_ns)
-            else:
-                self._put_line(at_ns, level, event, fields)
+            self._put_line(*self._log_queue.popleft())
+        is_due = time.monotonic() >= self._next_metrics
+        if is_due:
+            self._next_metrics = time.monotonic() + self._interval_s
+        if is_due or self._may_answer:
+            self._put_metrics()
 
     def _put_checked(self, record: Record) -> None:
         """A record is untrusted input: one that can't be encoded becomes an `error` line, and the others are written."""
@@ -190,17 +218,25 @@ class Reporter:
         for route, warning in self._board.sample(woken=self._records_arriving):
             self._put_line(time.time_ns(), "warning", "warning", {"route": route, "message": warning})
 
-    def _put_metrics(self, at_ns: int) -> None:
+    @property
+    def _may_answer(self) -> bool:
+        """Whether metrics lines were asked for, and those made before are written: more would displace other lines."""
+        return self._metrics_wanted and self._line_writer.lines_taken >= self._metrics_end
+
+    def _put_metrics(self) -> None:
+        self._metrics_wanted = False  # before the counters are read: who asks meanwhile gets others
+        at_ns = time.time_ns()
         for fields in self._board.lines():
             self._put_line(at_ns, "info", "metrics", fields)
             self._line_writer.write()  # many routes are more lines than a pipe holds
+        self._metrics_end = self._line_writer.lines_put
 
     def _put_line(self, at_ns: int, level: str, event: str, fields: Fields) -> None:
         if NOTICE_LEVELS.index(level) < self._threshold:
             return
         timestamp = self._stamps.rfc3339(at_ns)
         line = encoder.line({"timestamp": timestamp, "level": level, "event": event, "pid": os.getpid(), **fields})
-        self._line_writer.put(line, use_reserve=event != "connection")
+        self._line_writer.put(line, _RESERVES.get(event, RESERVE))
 
     def _count_dropped(self, lines: int) -> None:
         self._shared_counters.rows[REPORTER_ROW][Counter.LINES_DROPPED] += lines

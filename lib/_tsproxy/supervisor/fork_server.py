@@ -6,7 +6,8 @@ has one thread, the imports done and the memory shared; it forks workers, calls 
 exited, and exits when the main process does (EOF on its control socket).
 
 If the fork server itself is killed, its workers go on. Then only a pipe for each, whose other end the worker holds, shows
-that it has exited, and no replacement can be started.
+that it has exited, and no replacement can be started. At the end the pipes count, too: a fork server that is stopped (SIGSTOP)
+reports nothing. What has not exited by itself then is killed: nothing outlives the main process.
 
 Knows fork(2), wait4(2) and how requests and reports look. Knows nothing of when a worker is started, or what it does.
 """
@@ -32,9 +33,10 @@ from _tsproxy.supervisor.worker_args import WorkerArgs, WorkerShared, run_worker
 
 _LAST_S = 2.0
 _ANSWER_S = 1.0
+_EXIT_S = 1.0  # for the fork server, once all workers have exited
 _REQUEST = struct.Struct("=BI")  # one of the next line, number of the worker or route
 _START, _ADD_ROUTE, _REMOVE_ROUTE = range(3)
-_REPORT = struct.Struct("=HBi")  # worker's number, one of the next line, wait status or errno
+_REPORT = struct.Struct("=HBi")  # worker's number, one of the next line, its process id, errno or wait status
 _STARTED, _REFUSED, _EXITED, _FAILED = range(4)
 _LONGEST = 256  # behind _FAILED comes why
 
@@ -51,6 +53,7 @@ class ForkServer:
             self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._exited = shared.exited
         self._alive: Set[int] = set()
+        self._worker_pids: Dict[int, int] = {}
         self._exit_statuses: Dict[int, str] = {}
         self._exit_pipes: Dict[int, int] = {}  # worker's number -> our end of its pipe
         self._answers: Dict[int, int] = {}  # worker's number -> errno of the last request for it, or 0
@@ -149,6 +152,34 @@ class ForkServer:
         """How that worker exited."""
         return self._exit_statuses.get(number, "it has not ended")
 
+    @property
+    def has_workers(self) -> bool:
+        """Whether any worker still runs, also where the fork server does not report it (it is stopped, or was killed)."""
+        self._receive()
+        return bool(self._running)
+
+    @property
+    def _running(self) -> List[int]:
+        """The numbers of workers that have not closed their exit pipe."""
+        return [number for number in self._alive if not _is_hung_up(self._exit_pipes[number])]
+
+    def end(self) -> None:
+        """SIGKILL workers that are left, and have the fork server exit: by SIGKILL if it has not within a second.
+
+        Blocks for two seconds at most. A worker's exit pipe is open while it lives, and so its process id is its own.
+        """
+        self._receive()
+        for number in self._running:
+            with contextlib.suppress(KeyError, OSError):  # not forked yet; ESRCH, or a sandbox refuses kill(2)
+                os.kill(self._worker_pids[number], signal.SIGKILL)
+        if not self._own_exit_status:
+            self._control.shutdown(socket.SHUT_WR)
+            server = children.Child(self._pid)
+            if not server.has_exited(_EXIT_S):
+                server.send_signal(signal.SIGKILL)
+                server.has_exited(_EXIT_S)
+        self._control.close()
+
     def _receive(self) -> None:
         """Handle all reports. recvmsg(2) does not block."""
         self._events.poll(0)
@@ -168,7 +199,9 @@ class ForkServer:
     def _on_report(self, number: int, kind: int, value: int, text: str) -> None:
         if kind == _FAILED:
             self._failure = text
-        elif kind != _EXITED:
+        elif kind == _STARTED:
+            self._answers[number], self._worker_pids[number] = 0, value
+        elif kind == _REFUSED:
             self._answers[number] = value
         if kind == _REFUSED:
             self._note_exit(number, f"fork(2): {os.strerror(value)}")
@@ -184,7 +217,7 @@ class ForkServer:
 
         Whoever asked may be in the middle of something else, and the edges on the epoll descriptor are consumed: so ring.
         """
-        exited = [number for number in self._alive if _is_hung_up(self._exit_pipes[number])]
+        exited = self._alive.difference(self._running)
         for number in exited:
             self._note_exit(number, "how is not known, since the fork server is gone")
         is_new = not self._own_exit_status
@@ -267,9 +300,7 @@ def _serve(control: socket.socket, shared: WorkerShared) -> None:
             kind, number = _REQUEST.unpack(request)
             if kind == _START:
                 args = WorkerArgs(number, shared, Channel(fds[0]), tuple(fds[2:]))
-                refusal = _fork(args, fds, workers, {requests, child_signals, wake})
-                report = _REPORT.pack(number, _REFUSED if refusal else _STARTED, refusal)
-                _report(control, shared.exited if refusal else None, report)
+                _start(args, fds, workers, control, {requests, child_signals, wake})
             else:
                 _keep_routes(shared, kind, number, fds)
 
@@ -307,27 +338,26 @@ def _wait_for(workers: Dict[int, int]) -> Dict[int, int]:
     return found
 
 
-def _fork(args: WorkerArgs, fds: List[int], workers: Dict[int, int], private: Set[int]) -> int:
-    """0, or the errno of fork(2): EAGAIN (too many tasks) or ENOMEM.
+def _start(args: WorkerArgs, fds: List[int], workers: Dict[int, int], control: socket.socket, private: Set[int]) -> None:
+    """Fork a worker, and report its process id or the errno of fork(2): EAGAIN (too many tasks) or ENOMEM.
 
     `fds`: the worker's end of its inbox and of its exit pipe, which it holds until it exits; then its listeners. `private`
     is what the worker must close: a copy of the control socket would keep the main process from seeing EOF.
     """
-    pid, refusal = -1, 0
     try:
         pid = os.fork()
     except OSError as error:
-        refusal = error.errno or errno.EAGAIN
-    if pid == 0:
-        signal.set_wakeup_fd(-1)
-        for fd in private:
-            os.close(fd)
-        _be_worker(args)
-    if not refusal:
+        _report(control, args.shared.exited, _REPORT.pack(args.number, _REFUSED, error.errno or errno.EAGAIN))
+    else:
+        if pid == 0:
+            signal.set_wakeup_fd(-1)
+            for fd in private:
+                os.close(fd)
+            _be_worker(args)
         workers[pid] = args.number
+        _report(control, None, _REPORT.pack(args.number, _STARTED, pid))
     for fd in fds:
         os.close(fd)
-    return refusal
 
 
 def _be_worker(args: WorkerArgs) -> None:

@@ -71,7 +71,6 @@ class Supervisor:
 
     def __init__(self, prepared: Prepared, notifier: Notifier, signals: Signals) -> None:
         self._prepared, self._config, self._signals = prepared, prepared.shared.config, signals
-        self._started_at = time.monotonic()
         self._terminated_by: List[str] = []  # names of signals, in order
         self._worker_died = False  # and can't be replaced
         self._loop = EventLoop()
@@ -233,19 +232,14 @@ class Supervisor:
         self._watchdog.extend(_LAST_S)
         self._pool.kill()
         self._run_for(_KILL_S, lambda: not self._pool.is_alive)
+        self._pool.end()
         return left
 
     def _stop(self, killed: int) -> int:
         """The last lines, and the exit code."""
         self._reporter.metrics_now()
-        self._reporter.log(
-            "stop",
-            reason="worker_died" if self._worker_died else self._terminated_by[0],
-            drained=killed == 0,
-            killed_connections=killed,
-            uptime_s=round(time.monotonic() - self._started_at, 3),
-        )
-        self._reporter.close()
+        reason = "worker_died" if self._worker_died else self._terminated_by[0]
+        self._reporter.close(reason=reason, drained=killed == 0, killed_connections=killed)
         return exits.FAILED if self._worker_died else exits.DRAINED
 
     # Waiting

@@ -118,6 +118,8 @@ class WorkerPool:
     @property
     def is_alive(self) -> bool:
         """Whether any worker still runs."""
+        if self._fork_server:
+            return self._fork_server.has_workers
         return any(slot.runner.is_alive for slot in self._slots)
 
     # Reap
@@ -211,6 +213,13 @@ class WorkerPool:
         """Have each worker end its connections and exit."""
         self._is_ending = True
         self._send(Message(Command.KILL))
+
+    def end(self) -> None:
+        """Leave no process behind. Blocks for two seconds at most; call it last."""
+        if self._fork_server:
+            self._fork_server.end()
+        for slot in self._slots:
+            slot.inbox.close()
 
     def _send(self, message: Message) -> None:
         for slot in self._slots:
