@@ -104,6 +104,7 @@ import sys
 if __name__ == "__main__" and not getattr(sys.flags, "safe_path", sys.flags.isolated):
     del sys.path[0]  # this script's directory: a json.py beside a script in /tmp would be taken for Python's own
 
+import contextlib
 import gc
 import importlib
 import os
@@ -143,8 +144,8 @@ def _find_modules() -> None:
 
 
 def _say(message: str) -> int:
-    if sys.stderr is not None:
-        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # closed, or full: the exit code tells
+        os.write(2, os.fsencode(f"{os.path.basename(sys.argv[0])}: {message}\n"))
     return 2
 
 

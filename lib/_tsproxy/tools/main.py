@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import gc
 import os
@@ -14,18 +13,18 @@ from _tsproxy.cli import config, exits, parser, program
 from _tsproxy.cli.config import UsageError
 from _tsproxy.cli.exits import Exit
 from _tsproxy.linux import inherited, systemd
-from _tsproxy.linux.devnull import open_devnull
 from _tsproxy.linux.needs import TRANSIENT, Refused
 from _tsproxy.linux.printable import printable
+from _tsproxy.tools import streams
 
-_UNWRITTEN = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+_UNWRITTEN = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF})  # EBADF: opened for reading
 
 Docopt = Callable[..., Dict[str, Any]]
 
 
 def run(manual: str, words: List[str], docopt: Docopt) -> int:
     """Do what `words` ask for. Usage errors end with 2 and one line; other refusals with their own code."""
-    _open_standard_descriptors()
+    streams.open_closed()
     inherited.keep_exit_statuses()
     if not sys.platform.startswith("linux"):
         return _fail(exits.FAILED, f"needs Linux; this is {sys.platform}")
@@ -35,13 +34,12 @@ def run(manual: str, words: List[str], docopt: Docopt) -> int:
             gc.enable()
             inherited.unblock_signals()  # relaying does so once it has its handlers
         code = _dispatch(options, manual)
-        if sys.stdout is not None:
-            sys.stdout.flush()  # now, where a failure can still be told
+        sys.stdout.flush()  # now, where a failure can still be told
         return code
     except (UsageError, Exit, Refused) as problem:
         return _fail(*_code_and_line(problem))
     except OSError as problem:
-        _forget_output()
+        streams.discard(1)
         gone = isinstance(problem, BrokenPipeError)  # who read our output: nobody to tell
         return exits.FAILED if gone else _fail(exits.FAILED, _told(problem))
     except KeyboardInterrupt:
@@ -58,21 +56,6 @@ def _told(problem: OSError) -> str:
     """For people: what it was about, and no number. Without a name, what can't be written is what commands print."""
     about = printable(str(problem.filename or "")) or ("standard output" if problem.errno in _UNWRITTEN else "")
     return f"{about}: {problem.strerror}" if about else str(problem.strerror or problem)
-
-
-def _open_standard_descriptors() -> None:
-    """Started with 0, 1 or 2 closed, the next socket would take that number and get our lines."""
-    for fd in range(3):
-        try:
-            os.fstat(fd)
-        except OSError:  # then it is the lowest that is free
-            os.set_inheritable(open_devnull(), True)
-
-
-def _forget_output() -> None:
-    """What could not be written would be tried again when the interpreter ends, and its exit code would be 120."""
-    with contextlib.suppress(OSError):
-        os.dup2(open_devnull(), 1)
 
 
 def _dispatch(options: Dict[str, Any], manual: str) -> int:
@@ -144,6 +127,5 @@ def _for_targets(options: Dict[str, Any], settings: config.Config) -> int:
 
 
 def _fail(code: int, message: str) -> int:
-    if sys.stderr is not None:  # print() would take standard output for a standard error that was closed
-        print(f"{program.name()}: {printable(message, kept=chr(10))}", file=sys.stderr)
+    streams.say(message)
     return code
