@@ -143,3 +143,34 @@ def test_an_output_that_can_not_be_written_is_said_and_1(words: List[str]) -> No
 def test_an_output_that_was_opened_for_reading_is_said_and_1(place: Path) -> None:
     done = redirected(place, "1</dev/null", "--version")
     assert (done.returncode, done.stderr) == (1, "tsproxy.py: standard output: Bad file descriptor\n")
+
+
+IMPORTS = """
+import sys
+import tsproxy
+from docopt import docopt
+from _tsproxy.linux import inherited
+from _tsproxy.tools import main
+
+def note():
+    before.update(sys.modules)
+
+before, inherited.unblock_signals = set(), note
+main.run(tsproxy.__doc__, sys.argv[1:], docopt)
+assert before
+late = set(sys.modules) - before
+print(*(name for name in late if "orjson" in name or name.startswith("_tsproxy.tools")), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    "words", [["audit", "capture", "--json"], ["check", *PRESERVE, "--json"], ["generate", "fields"], ["top"]]
+)
+def test_a_command_is_imported_before_ctrl_c_can_interrupt_that(place: Path, words: List[str]) -> None:
+    """orjson ends with SIGSEGV when a KeyboardInterrupt comes while it is imported."""
+    command = [sys.executable, "-c", IMPORTS, *words]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'lib'}"}
+    done = subprocess.run(
+        command, cwd=place, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr.strip()) == (0, "")

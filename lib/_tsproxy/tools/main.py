@@ -20,6 +20,7 @@ from _tsproxy.tools import streams
 _UNWRITTEN = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF})  # EBADF: opened for reading
 
 Docopt = Callable[..., Dict[str, Any]]
+Command = Callable[[], int]  # its value is the exit code
 
 
 def run(manual: str, words: List[str], docopt: Docopt) -> int:
@@ -30,10 +31,11 @@ def run(manual: str, words: List[str], docopt: Docopt) -> int:
         return _fail(exits.FAILED, f"needs Linux; this is {sys.platform}")
     try:
         options = parser.read(manual, words, docopt)
+        command = _chosen(options, manual)
         if any(options[name] for name in parser.commands_of(manual)):
             gc.enable()
             inherited.unblock_signals()  # relaying does so once it has its handlers
-        code = _dispatch(options, manual)
+        code = command()
         sys.stdout.flush()  # now, where a failure can still be told
         return code
     except (UsageError, Exit, Refused) as problem:
@@ -58,39 +60,64 @@ def _told(problem: OSError) -> str:
     return f"{about}: {problem.strerror}" if about else str(problem.strerror or problem)
 
 
-def _dispatch(options: Dict[str, Any], manual: str) -> int:
+def _chosen(options: Dict[str, Any], manual: str) -> Command:
     if options["--help"]:
-        print(program.named(manual.strip()))
-        return exits.DRAINED
+        return lambda: _print(program.named(manual.strip()))
     if options["--version"]:
-        print(f"tsproxy {_tsproxy.__version__}")
-        return exits.DRAINED
-    return _command(options, manual)
+        return lambda: _print(f"tsproxy {_tsproxy.__version__}")
+    return _imported(options, manual)
 
 
-def _command(options: Dict[str, Any], manual: str) -> int:
-    """The chosen command; each is imported only when it is asked for."""
+def _print(text: str) -> int:
+    print(text)
+    return exits.DRAINED
+
+
+def _imported(options: Dict[str, Any], manual: str) -> Command:
+    """The chosen command. Each is imported only when it is asked for, and here, while signals are blocked.
+
+    A KeyboardInterrupt while an extension module is imported may be fatal: orjson ends with SIGSEGV.
+    """
     if options["bundle"]:
         from _tsproxy.tools import bundle
 
-        return bundle.run(options["OUT"])
+        return lambda: bundle.run(options["OUT"])
     if options["demo"]:
         from _tsproxy.tools import demo
 
-        return demo.run()
+        return demo.run
     if options["top"]:
         from _tsproxy.tools import top
 
-        return top.run(next(iter(options["FILE"]), None))
+        return lambda: top.run(next(iter(options["FILE"]), None))
     if options["audit"]:
         from _tsproxy.tools import audit
 
-        return audit.run(options)
-    if options["generate"] and options["KIND"] is None:
+        return lambda: audit.run(options)
+    return _for_targets(options, manual)
+
+
+def _for_targets(options: Dict[str, Any], manual: str) -> Command:
+    """The commands that are told how to relay, and relaying itself."""
+    if options["check"]:
+        from _tsproxy.tools import check
+
+        return lambda: check.run(_settings(options), as_json=options["--json"])
+    if options["generate"]:
         from _tsproxy.tools import generate
 
-        return generate.without_options(options, manual)
-    return _for_targets(options, _settings(options))
+        if options["KIND"] is None:
+            return lambda: generate.without_options(options, manual)
+        return lambda: generate.run(options["KIND"], _settings(options))
+    return lambda: _relay(options)
+
+
+def _relay(options: Dict[str, Any]) -> int:
+    """Signals stay blocked until relaying has its handlers, so this may import later: what was given is looked at first."""
+    settings = _settings(options)
+    from _tsproxy.supervisor.serve import serve
+
+    return serve(settings)
 
 
 def _settings(options: Dict[str, Any]) -> config.Config:
@@ -109,21 +136,6 @@ def _inherited_names() -> List[str]:
         return [handed.name for handed in systemd.inherited(os.environ, os.getpid())]
     except systemd.BadHandover as problem:
         raise Exit(exits.USAGE, str(problem)) from None
-
-
-def _for_targets(options: Dict[str, Any], settings: config.Config) -> int:
-    """The commands that are told how to relay, and relaying itself."""
-    if options["check"]:
-        from _tsproxy.tools import check
-
-        return check.run(settings, as_json=options["--json"])
-    if options["generate"]:
-        from _tsproxy.tools import generate
-
-        return generate.run(options["KIND"], settings)
-    from _tsproxy.supervisor.serve import serve
-
-    return serve(settings)
 
 
 def _fail(code: int, message: str) -> int:
