@@ -175,6 +175,14 @@ def test_two_instances_share_a_port_when_asked(start: Any, echoing: Exchange) ->
             assert client.recv(1) == b"x"
 
 
+@pytest.mark.parametrize("words", [("check",), ("-p0",)], ids=["check", "relaying"])
+def test_too_few_descriptors_to_see_the_policy_are_75_and_no_loopback_that_is_down(words: Sequence[str]) -> None:
+    """EMFILE says nothing of timestamps, nor of lo."""
+    done = refuse(*words, "-t127.0.0.1:9", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (5, 5)))
+    assert done.returncode == 75
+    assert "Too many open files; raise the number of descriptors that are allowed (ulimit -n, LimitNOFILE=)" in one_line(done)
+
+
 # What it is run with
 
 

@@ -12,8 +12,8 @@ import _tsproxy
 from _tsproxy.cli import config, exits, parser, program
 from _tsproxy.cli.config import UsageError
 from _tsproxy.cli.exits import Exit
-from _tsproxy.linux import inherited, systemd
-from _tsproxy.linux.needs import TRANSIENT, Refused
+from _tsproxy.linux import inherited, systemd, uapi
+from _tsproxy.linux.needs import TRANSIENT, Refused, hint
 from _tsproxy.linux.printable import printable
 from _tsproxy.tools import streams
 
@@ -42,6 +42,8 @@ def run(manual: str, words: List[str], docopt: Docopt) -> int:
         return _fail(*_code_and_line(problem))
     except OSError as problem:
         streams.discard(1)
+        if problem.errno in uapi.CAPACITY:
+            return _fail(exits.NOT_YET, f"{_told(problem)}{hint(problem.errno)}")
         gone = isinstance(problem, BrokenPipeError)  # who read our output: nobody to tell
         return exits.FAILED if gone else _fail(exits.FAILED, _told(problem))
     except KeyboardInterrupt:
