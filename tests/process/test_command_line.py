@@ -63,7 +63,10 @@ def place(tmp_path: Path) -> Path:
 def redirected(place: Path, redirections: str, *words: str) -> subprocess.CompletedProcess[str]:
     """How it ends with these redirections, whatever of the three streams is left."""
     shell = ["sh", "-c", f'exec "$@" {redirections}', "sh", *CHECKOUT, *words]
-    return subprocess.run(shell, cwd=place, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run(
+        shell, cwd=place, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 @pytest.mark.parametrize("redirections", ["1>&-", "0<&- 2>&-"])
@@ -143,6 +146,12 @@ def test_an_output_that_can_not_be_written_is_said_and_1(words: List[str]) -> No
 def test_an_output_that_was_opened_for_reading_is_said_and_1(place: Path) -> None:
     done = redirected(place, "1</dev/null", "--version")
     assert (done.returncode, done.stderr) == (1, "tsproxy.py: standard output: Bad file descriptor\n")
+
+
+def test_an_output_that_can_not_be_written_after_another_failure_changes_no_exit_code(place: Path) -> None:
+    """The table is in Python's buffer when the picture fails; the interpreter's end would make 120 of it."""
+    done = redirected(place, "1>/dev/full", "audit", "capture", "--svg=/dev/full")
+    assert (done.returncode, done.stderr) == (1, "tsproxy.py: can't write '/dev/full': No space left on device\n")
 
 
 IMPORTS = """

@@ -48,6 +48,8 @@ def run(manual: str, words: List[str], docopt: Docopt) -> int:
         return exits.FAILED if gone else _fail(exits.FAILED, _told(problem))
     except KeyboardInterrupt:
         return 130
+    finally:
+        streams.end_output()
 
 
 def _code_and_line(problem: Union[UsageError, Exit, Refused]) -> Tuple[int, str]:

@@ -34,6 +34,14 @@ def discard(fd: int) -> None:
         os.dup2(open_devnull(), fd)
 
 
+def end_output() -> None:
+    """Write what Python still holds for standard output, after a failure that was told already; what can't be written goes."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        discard(1)
+
+
 def write_error(text: str) -> None:
     """Write to standard error. Where that fails (ENOSPC, EPIPE, EIO) nothing more is written there: the exit code is left."""
     try:
