@@ -104,6 +104,7 @@ import sys
 if __name__ == "__main__" and not getattr(sys.flags, "safe_path", sys.flags.isolated):
     del sys.path[0]  # this script's directory: a json.py beside a script in /tmp would be taken for Python's own
 
+import contextlib
 import gc
 import importlib
 import os
@@ -111,6 +112,7 @@ import signal
 
 _LIB = os.path.join(os.path.dirname(os.path.realpath(__file__)), "lib")
 _HELD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+_OLDEST = (3, 9)  # as setup.cfg has it. This file, and the loader of a bundle, can be read by 3.6, so that it says so
 _ABSENT = {
     "_tsproxy": "lib/ is missing: copy the whole checkout, or make one file there with: tsproxy.py bundle OUT",
     "docopt": "docopt-ng is missing: pip install docopt-ng, or use the one file that 'tsproxy.py bundle OUT' makes",
@@ -119,6 +121,8 @@ _ABSENT = {
 
 def main() -> int:
     """Run the command line; the exit code. What a user did wrong costs one line on standard error, never a traceback."""
+    if sys.version_info[:2] < _OLDEST:
+        return _say(f"needs Python {_OLDEST[0]}.{_OLDEST[1]} or later; this is {sys.version.split()[0]}")
     # Held back until there is a handler: SIGUSR1 would kill, Ctrl-C show a traceback, and PID 1 never hear of SIGTERM.
     signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
     gc.disable()  # a start makes next to no garbage, and each look for it goes through all that was imported so far
@@ -130,6 +134,8 @@ def main() -> int:
         if missing.name not in _ABSENT:
             raise
         return _say(_ABSENT[missing.name])
+    if "default_help" not in docopt.__code__.co_varnames:
+        return _say(_ABSENT["docopt"].replace(":", " (docopt is another one):", 1))
     if not __doc__:
         return _say("the manual, which the options are read from, is missing: leave out Python's -OO (PYTHONOPTIMIZE=2)")
     code: int = commands.run(__doc__, sys.argv[1:], docopt)
@@ -143,8 +149,8 @@ def _find_modules() -> None:
 
 
 def _say(message: str) -> int:
-    if sys.stderr is not None:
-        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # closed, or full: the exit code tells
+        os.write(2, os.fsencode(f"{os.path.basename(sys.argv[0])}: {message}\n"))
     return 2
 
 

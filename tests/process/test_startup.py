@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import pwd
 import re
 import resource
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Iterator, List, Sequence
 
 import pytest
-from harness import CHECKOUT, Exchange, children, first_free, free_port, receive_exactly
+from harness import CHECKOUT, ROOT, Exchange, children, first_free, free_port, receive_exactly
 from unprivileged import as_nobody
 
 
@@ -178,3 +180,48 @@ def test_two_instances_share_a_port_when_asked(start: Any, echoing: Exchange) ->
         with second.connect() as client:
             client.sendall(b"x")
             assert client.recv(1) == b"x"
+
+
+@pytest.mark.parametrize("words", [("check",), ("-p0",)], ids=["check", "relaying"])
+def test_too_few_descriptors_to_see_the_policy_are_75_and_no_loopback_that_is_down(words: Sequence[str]) -> None:
+    """EMFILE says nothing of timestamps, nor of lo."""
+    done = refuse(*words, "-t127.0.0.1:9", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (5, 5)))
+    assert done.returncode == 75
+    assert "Too many open files; raise the number of descriptors that are allowed (ulimit -n, LimitNOFILE=)" in one_line(done)
+
+
+# What it is run with
+
+
+def test_the_older_docopt_is_told_from_docopt_ng(tmp_path: Path) -> None:
+    (tmp_path / "docopt.py").write_text("def docopt(doc, argv=None, help=True, version=None, options_first=False): pass\n")
+    command = [sys.executable, "-S", str(ROOT / "tsproxy.py")]
+    done = refuse("--version", command=command, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 2
+    assert "docopt-ng is missing (docopt is another one): pip install docopt-ng" in one_line(done)
+
+
+AS_OLD = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+sys.version_info, sys.version = (3, 8, 18, "final", 0), "3.8.18 (default)"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+TOO_OLD = [
+    [sys.executable, "-c", AS_OLD],
+    *([str(path)] for path in sorted((Path.home() / ".pyenv/versions").glob("3.[678].*/bin/python3"))),
+]
+
+
+@pytest.mark.parametrize("form", ["checkout", "bundle"])
+@pytest.mark.parametrize("python", TOO_OLD, ids=lambda words: "pretended" if "-c" in words else Path(words[0]).parts[-3])
+def test_a_python_that_is_too_old_is_said_in_one_line(bundle: Path, python: List[str], form: str) -> None:
+    script = str(bundle if form == "bundle" else ROOT / "tsproxy.py")
+    done = refuse("-t", "127.0.0.1:9", *PRESERVE, command=[*python, script])
+    assert done.returncode == 2
+    assert re.search(r": needs Python 3\.9 or later; this is 3\.[678]\.\d+\n", one_line(done))
+
+
+def test_what_says_so_can_be_read_by_python_3_6(bundle: Path) -> None:
+    for script in (ROOT / "tsproxy.py", bundle):
+        ast.parse(script.read_text(), feature_version=(3, 6))

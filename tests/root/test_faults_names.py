@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+from pathlib import Path
+
 import pytest
 from faults import ends
-from harness import wait_until
+from harness import PATIENCE, wait_until
 from name_server import Named, Names
 
 # A thread's first getaddrinfo(3) loads NSS modules and takes a malloc arena of its own: 0.7 to 1.2 MiB.
@@ -71,3 +75,24 @@ def test_a_resolver_that_keeps_silent_holds_neither_clients_nor_the_end_up(named
     wait_until(lambda: named.names.asked > asked, "it asks")
     named.stand.ask(proxy)
     assert proxy.stop() == 0
+
+
+@pytest.mark.parametrize("kind", ["check", "check --routes", "audit"])
+def test_ctrl_c_ends_a_command_whose_names_are_not_answered(named: Named, tmp_path: Path, kind: str) -> None:
+    """getaddrinfo(3) goes on for longer than this test waits, and no signal interrupts it."""
+    named.names.address = None
+    (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:30 attempts:5\n")
+    (tmp_path / "routes").write_text("[a]\nport = 9001\ntarget = exchange.test:1\n")
+    words = {
+        "check": ["check", "--target=exchange.test:1"],
+        "check --routes": ["check", f"--routes={tmp_path / 'routes'}"],
+        "audit": ["audit", "--target=exchange.test:1", "/dev/null"],
+    }[kind]
+    with subprocess.Popen(named.command(*words), stderr=subprocess.PIPE) as process:
+        try:
+            wait_until(lambda: named.names.asked, "the name is looked up")
+            process.send_signal(signal.SIGINT)
+            assert process.wait(PATIENCE) == 130
+            assert process.communicate()[1] == b""
+        finally:
+            process.kill()

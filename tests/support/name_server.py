@@ -90,6 +90,10 @@ class Named(contextlib.ExitStack):
     def start(self, *options: str) -> Proxy:
         return self.stand.start(*options, target=f"exchange.test:{self.old.port}", wrap=self._wrap)
 
+    def command(self, *words: str) -> List[str]:
+        """The words that run another command than relaying there."""
+        return [*self.stand.host.enter, *self._wrap, *self.stand.command, *words]
+
     def move(self) -> None:
         """The exchange is at its new address, and only there."""
         self.old.close()

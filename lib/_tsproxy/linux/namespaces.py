@@ -20,10 +20,12 @@ _CLONE_NEWNET = 0x40000000
 # include/uapi/linux/prctl.h
 _PR_SET_PDEATHSIG = 1
 # include/uapi/linux/sockios.h, include/uapi/linux/if.h
+_SIOCGIFNAME = 0x8910
 _SIOCGIFFLAGS = 0x8913
 _SIOCSIFFLAGS = 0x8914
 _IFF_UP = 1
 _IFREQ = struct.Struct("16sh22x")  # struct ifreq with ifr_flags in its union
+_IFREQ_INDEX = struct.Struct("16si20x")  # with ifr_ifindex
 _LO = b"lo"
 _LO_INDEX = 1  # loopback_net_init() in drivers/net/loopback.c: the first interface of each network namespace
 
@@ -67,8 +69,13 @@ def is_up(interface: str) -> bool:
 
 
 def loopback() -> str:
-    """The name of the loopback interface, which may be renamed. OSError as if_indextoname(3) gives it."""
-    return socket.if_indextoname(_LO_INDEX)
+    """The name of the loopback interface, which may be renamed. OSError as socket(2) or ioctl(2) gives it.
+
+    Not by if_indextoname(3): glibc's says ENOENT where its socket(2) said EMFILE.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        answer = fcntl.ioctl(any_socket, _SIOCGIFNAME, _IFREQ_INDEX.pack(b"", _LO_INDEX))
+    return os.fsdecode(_IFREQ_INDEX.unpack(answer)[0].rstrip(b"\0"))
 
 
 def has_ipv6() -> bool:

@@ -31,7 +31,12 @@ class Refused(OSError):
     """A system call that was refused. `strerror` is the whole line: the call, why, its purpose, what helps."""
 
     def __init__(self, call: str, number: int, purpose: str, why: str = "") -> None:
-        super().__init__(number, f"{call}: {why or os.strerror(number)}, needed {purpose}{_HINTS.get(number, '')}")
+        super().__init__(number, f"{call}: {why or os.strerror(number)}, needed {purpose}{hint(number)}")
+
+
+def hint(number: int) -> str:
+    """What helps against that errno, to be put behind its text; "" if nothing is known."""
+    return _HINTS.get(number, "")
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import threading
 import time
 from typing import Dict, Iterable, List, NamedTuple, Optional, Set
 
-from _tsproxy.linux import sockets
+from _tsproxy.linux import sockets, uapi
 from _tsproxy.policy import rehearsal, witness
 from _tsproxy.policy.evidence import FAMILY_NAMES, Answer
 from _tsproxy.policy.levers import Lever, Policy
@@ -98,6 +98,8 @@ class Inspector:
         except (OSError, ValueError) as error:
             if self.policy.mode == "preserve":  # the sysctl does not matter
                 return PolicyCheck(Lever.NONE, None, {})
+            if getattr(error, "errno", None) in uapi.CAPACITY:
+                raise
             return PolicyCheck(None, None, {}, f"can't read {PATH}: {getattr(error, 'strerror', None) or error}")
         early = _without_witness(self.policy, value)
         if early:

@@ -85,9 +85,12 @@ def _address_command(family: int) -> str:
 
 
 def _is_lo_up() -> bool:
+    """OSError if there is no descriptor to look with."""
     try:
         return namespaces.is_up(namespaces.loopback())
-    except OSError:
+    except OSError as error:
+        if error.errno in uapi.CAPACITY:
+            raise
         return False
 
 

@@ -48,7 +48,7 @@ _HANDSHAKE_S = 3.0  # a client of a shared port whose handshake takes longer is 
 _KILL_S = 5.0
 _LAST_S = _KILL_S + 4.0  # that, the last lines, and a margin
 _MOST_LISTENERS = uapi.SCM_MAX_FD - 2  # of a worker: its inbox and exit pipe go in the same message
-_STDOUT = 1  # by number: sys.stdout is None when it was closed at the start
+_STDOUT = 1
 
 
 def serve(config: Config) -> int:

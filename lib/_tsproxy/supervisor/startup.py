@@ -31,7 +31,7 @@ from _tsproxy.stats.records import RecordPipe
 from _tsproxy.supervisor import listening, runners
 from _tsproxy.supervisor.host_policy import HostPolicy
 from _tsproxy.supervisor.listening import Ends
-from _tsproxy.supervisor.resolver import Resolver, resolve_unless
+from _tsproxy.supervisor.resolver import Resolver, resolve_all, resolve_unless
 from _tsproxy.supervisor.signals import Signals
 from _tsproxy.supervisor.worker_args import RouteArgs, WorkerShared
 
@@ -381,10 +381,10 @@ def resolve(route: Route) -> Resolver:
     """The targets' addresses. Exit 75 only if none of the targets can be resolved.
 
     Any answer of getaddrinfo(3), EAI_NONAME too, may change in a minute: the network is not up yet, the record not published,
-    a negative answer cached (RFC 2308).
+    a negative answer cached (RFC 2308). No signal ends getaddrinfo(3), but in a thread Ctrl-C ends the wait for it.
     """
     resolver = resolver_of(route)
-    resolver.resolve()
+    resolve_all([resolver])
     return _require_answer(resolver)
 
 

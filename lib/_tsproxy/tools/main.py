@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import gc
 import os
@@ -13,39 +12,44 @@ import _tsproxy
 from _tsproxy.cli import config, exits, parser, program
 from _tsproxy.cli.config import UsageError
 from _tsproxy.cli.exits import Exit
-from _tsproxy.linux import inherited, systemd
-from _tsproxy.linux.devnull import open_devnull
-from _tsproxy.linux.needs import TRANSIENT, Refused
+from _tsproxy.linux import inherited, systemd, uapi
+from _tsproxy.linux.needs import TRANSIENT, Refused, hint
 from _tsproxy.linux.printable import printable
+from _tsproxy.tools import streams
 
-_UNWRITTEN = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+_UNWRITTEN = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF})  # EBADF: opened for reading
 
 Docopt = Callable[..., Dict[str, Any]]
+Command = Callable[[], int]  # its value is the exit code
 
 
 def run(manual: str, words: List[str], docopt: Docopt) -> int:
     """Do what `words` ask for. Usage errors end with 2 and one line; other refusals with their own code."""
-    _open_standard_descriptors()
+    streams.open_closed()
     inherited.keep_exit_statuses()
     if not sys.platform.startswith("linux"):
         return _fail(exits.FAILED, f"needs Linux; this is {sys.platform}")
     try:
         options = parser.read(manual, words, docopt)
+        command = _chosen(options, manual)
         if any(options[name] for name in parser.commands_of(manual)):
             gc.enable()
             inherited.unblock_signals()  # relaying does so once it has its handlers
-        code = _dispatch(options, manual)
-        if sys.stdout is not None:
-            sys.stdout.flush()  # now, where a failure can still be told
+        code = command()
+        sys.stdout.flush()  # now, where a failure can still be told
         return code
     except (UsageError, Exit, Refused) as problem:
         return _fail(*_code_and_line(problem))
     except OSError as problem:
-        _forget_output()
+        streams.discard(1)
+        if problem.errno in uapi.CAPACITY:
+            return _fail(exits.NOT_YET, f"{_told(problem)}{hint(problem.errno)}")
         gone = isinstance(problem, BrokenPipeError)  # who read our output: nobody to tell
         return exits.FAILED if gone else _fail(exits.FAILED, _told(problem))
     except KeyboardInterrupt:
         return 130
+    finally:
+        streams.end_output()
 
 
 def _code_and_line(problem: Union[UsageError, Exit, Refused]) -> Tuple[int, str]:
@@ -60,54 +64,64 @@ def _told(problem: OSError) -> str:
     return f"{about}: {problem.strerror}" if about else str(problem.strerror or problem)
 
 
-def _open_standard_descriptors() -> None:
-    """Started with 0, 1 or 2 closed, the next socket would take that number and get our lines."""
-    for fd in range(3):
-        try:
-            os.fstat(fd)
-        except OSError:  # then it is the lowest that is free
-            os.set_inheritable(open_devnull(), True)
-
-
-def _forget_output() -> None:
-    """What could not be written would be tried again when the interpreter ends, and its exit code would be 120."""
-    with contextlib.suppress(OSError):
-        os.dup2(open_devnull(), 1)
-
-
-def _dispatch(options: Dict[str, Any], manual: str) -> int:
+def _chosen(options: Dict[str, Any], manual: str) -> Command:
     if options["--help"]:
-        print(program.named(manual.strip()))
-        return exits.DRAINED
+        return lambda: _print(program.named(manual.strip()))
     if options["--version"]:
-        print(f"tsproxy {_tsproxy.__version__}")
-        return exits.DRAINED
-    return _command(options, manual)
+        return lambda: _print(f"tsproxy {_tsproxy.__version__}")
+    return _imported(options, manual)
 
 
-def _command(options: Dict[str, Any], manual: str) -> int:
-    """The chosen command; each is imported only when it is asked for."""
+def _print(text: str) -> int:
+    print(text)
+    return exits.DRAINED
+
+
+def _imported(options: Dict[str, Any], manual: str) -> Command:
+    """The chosen command. Each is imported only when it is asked for, and here, while signals are blocked.
+
+    A KeyboardInterrupt while an extension module is imported may be fatal: orjson ends with SIGSEGV.
+    """
     if options["bundle"]:
         from _tsproxy.tools import bundle
 
-        return bundle.run(options["OUT"])
+        return lambda: bundle.run(options["OUT"])
     if options["demo"]:
         from _tsproxy.tools import demo
 
-        return demo.run()
+        return demo.run
     if options["top"]:
         from _tsproxy.tools import top
 
-        return top.run(next(iter(options["FILE"]), None))
+        return lambda: top.run(next(iter(options["FILE"]), None))
     if options["audit"]:
         from _tsproxy.tools import audit
 
-        return audit.run(options)
-    if options["generate"] and options["KIND"] is None:
+        return lambda: audit.run(options)
+    return _for_targets(options, manual)
+
+
+def _for_targets(options: Dict[str, Any], manual: str) -> Command:
+    """The commands that are told how to relay, and relaying itself."""
+    if options["check"]:
+        from _tsproxy.tools import check
+
+        return lambda: check.run(_settings(options), as_json=options["--json"])
+    if options["generate"]:
         from _tsproxy.tools import generate
 
-        return generate.without_options(options, manual)
-    return _for_targets(options, _settings(options))
+        if options["KIND"] is None:
+            return lambda: generate.without_options(options, manual)
+        return lambda: generate.run(options["KIND"], _settings(options))
+    return lambda: _relay(options)
+
+
+def _relay(options: Dict[str, Any]) -> int:
+    """Signals stay blocked until relaying has its handlers, so this may import later: what was given is looked at first."""
+    settings = _settings(options)
+    from _tsproxy.supervisor.serve import serve
+
+    return serve(settings)
 
 
 def _settings(options: Dict[str, Any]) -> config.Config:
@@ -128,22 +142,6 @@ def _inherited_names() -> List[str]:
         raise Exit(exits.USAGE, str(problem)) from None
 
 
-def _for_targets(options: Dict[str, Any], settings: config.Config) -> int:
-    """The commands that are told how to relay, and relaying itself."""
-    if options["check"]:
-        from _tsproxy.tools import check
-
-        return check.run(settings, as_json=options["--json"])
-    if options["generate"]:
-        from _tsproxy.tools import generate
-
-        return generate.run(options["KIND"], settings)
-    from _tsproxy.supervisor.serve import serve
-
-    return serve(settings)
-
-
 def _fail(code: int, message: str) -> int:
-    if sys.stderr is not None:  # print() would take standard output for a standard error that was closed
-        print(f"{program.name()}: {printable(message, kept=chr(10))}", file=sys.stderr)
+    streams.say(message)
     return code

@@ -14,7 +14,7 @@ from _tsproxy.capture.records import NoCapture, Notes
 from _tsproxy.cli import config, exits
 from _tsproxy.cli.config import UsageError
 from _tsproxy.cli.exits import Exit
-from _tsproxy.linux.printable import printable
+from _tsproxy.tools import streams
 from _tsproxy.tools.audit import claims, objects, picture, table, verdict
 from _tsproxy.tools.audit.flows import Flows
 from _tsproxy.tools.audit.lines import Lines
@@ -124,7 +124,7 @@ def _unreadable(path: str, why: str) -> str:
 def _show(found: Report, order: Order) -> None:
     if order.json:
         for problem in found.problems:
-            print(f"tsproxy: {printable(problem)}", file=sys.stderr)
+            streams.say(problem)
         lines: List[bytes] = [
             objects.line(objects.of_flow(flow, found.judgements[flow].verdict, found.clocks.get(flow))) for flow in found.judged
         ]

@@ -22,6 +22,7 @@ from _tsproxy.cli.config import BadValue
 from _tsproxy.cli.exits import Exit
 from _tsproxy.linux import uapi
 from _tsproxy.linux.printable import printable
+from _tsproxy.tools import streams
 
 _LOOK_MS = 100  # how soon an end is noticed
 _PROGRESS_S = 1.0
@@ -43,7 +44,7 @@ class Watch:
             raise
         self._end = None if seconds is None else time.monotonic() + seconds
         self._next = time.monotonic()
-        self._speaks = sys.stderr is not None and sys.stderr.isatty()
+        self._speaks = sys.stderr.isatty()
 
     def frames(self, notes: Notes) -> Frames:
         """Each that may hold TCP, up to the end; then the notes say how many were dropped."""
@@ -84,7 +85,7 @@ class Watch:
 
     def _say(self, text: str) -> None:
         if self._speaks:
-            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+            streams.write_error(f"\r\x1b[K{text}")
 
     def _take_signals(self) -> Dict[int, Any]:
         """SIGINT and SIGTERM end the watch, not the program, unless they are ignored (nohup means it)."""

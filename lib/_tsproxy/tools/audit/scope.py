@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from typing import FrozenSet, List, NamedTuple, Sequence, Set, Tuple
+import threading
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, Callable, FrozenSet, List, NamedTuple, Sequence, Set, Tuple
 
 from _tsproxy.cli import exits
 from _tsproxy.cli.config import IPNetwork, Target
 from _tsproxy.cli.exits import Exit
+from _tsproxy.linux import needs
 
 
 class Scope(NamedTuple):
@@ -42,7 +46,21 @@ def scope(
 def _addresses(target: Target) -> List[str]:
     """In the spelling that inet_ntop(3) gives."""
     try:
-        answers = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+        answers = _interruptible(partial(socket.getaddrinfo, target.host, target.port, type=socket.SOCK_STREAM))
     except (OSError, UnicodeError) as problem:
         raise Exit(exits.NOT_YET, f"--target={target}: {getattr(problem, 'strerror', None) or problem}") from None
     return [str(answer[4][0]).partition("%")[0] for answer in answers]
+
+
+def _interruptible(look_up: Callable[[], List[Any]]) -> List[Any]:
+    """Its result, in a thread: no signal ends getaddrinfo(3), but Ctrl-C ends the wait for it."""
+    answer: Future[List[Any]] = Future()
+
+    def answered() -> None:
+        try:
+            answer.set_result(look_up())
+        except (OSError, UnicodeError) as problem:
+            answer.set_exception(problem)
+
+    needs.start_thread(threading.Thread(target=answered, name="look-up", daemon=True), "to resolve the targets")
+    return answer.result()
