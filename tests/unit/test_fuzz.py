@@ -22,13 +22,13 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 import pytest
 from _tsproxy.cli import config, parser
 from _tsproxy.cli.config import Config, UsageError
+from _tsproxy.cli.words import words as words_of
 from _tsproxy.linux import addresses, systemd
 from _tsproxy.linux.addresses import PACKED_SIZE
 from _tsproxy.policy import syn
 from _tsproxy.proxy.inbox import Command, Message
 from _tsproxy.stats import connection_line, encoder, records
 from _tsproxy.stats.records import ConnectionRecord, Notice, Record
-from _tsproxy.tools.generate.words import words as words_of
 from command_line import BAD, GOOD, KNOWN, MANUAL, NAMED, fields_of, parsed, route_of, run
 from docopt import docopt
 from harness import examples

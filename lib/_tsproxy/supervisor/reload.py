@@ -102,7 +102,8 @@ class Reload:
         startup.require_limits(config, found, self._nofile)
         resolvers = [startup.resolver_of(route) for route in fresh]
         resolve_all(resolvers)
-        return Plan(found, startup.prove(config, fresh, resolvers, self._host) if fresh else ())
+        asked = config._replace(routes=found)  # what is advised is for all of them
+        return Plan(found, startup.prove(asked, fresh, resolvers, self._host) if fresh else ())
 
     # In the loop's thread
 
@@ -121,7 +122,7 @@ class Reload:
         if self._is_stopped:
             return
         self._runs = False
-        self._on_done(done._replace(problem=f"{done.problem}; {_GOES_ON}") if done.problem else done)
+        self._on_done(done._replace(problem=f"{done.problem.rstrip('.')}; {_GOES_ON}") if done.problem else done)
         if self._is_asked:
             self.request()
 

@@ -101,7 +101,7 @@ class Supervisor:
 
         prepared = self._prepared
         return Reload(
-            self._config,
+            prepared.asked,
             self._table,
             self._pool,
             prepared.host,

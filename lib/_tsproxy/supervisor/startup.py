@@ -81,8 +81,12 @@ class PreparedRoute(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What the supervisor starts with. `counters` and `records` are those whose descriptors are in `shared`."""
+    """What the supervisor starts with. `counters` and `records` are those whose descriptors are in `shared`.
 
+    `asked` is what was asked for; the Config of `shared` has the runtime that this came to.
+    """
+
+    asked: Config
     shared: WorkerShared
     counters: SharedCounters
     records: RecordPipe
@@ -113,7 +117,6 @@ def prepare(config: Config, environment: Mapping[str, str], notifier: systemd.No
     if account:
         runtime = _runtime(config)  # again: the user may have no right to read the Python that an interpreter starts from
         _require_interfaces(config)  # again: before Linux 5.7 the user has no right to
-    config = config._replace(runtime=runtime)
     evidence, records = Evidence.create(), RecordPipe.create()
     counters = SharedCounters.create(config.workers)
     routes = [
@@ -121,7 +124,7 @@ def prepare(config: Config, environment: Mapping[str, str], notifier: systemd.No
         for number, (of_route, found) in enumerate(zip(proved, listeners))
     ]
     shared = WorkerShared(
-        config=config,
+        config=config._replace(runtime=runtime),
         routes={number: of_route.args for number, of_route in enumerate(routes)},
         evidence_fd=evidence.fd,
         asked={family: wakeup.create() for family in FAMILY_NAMES},
@@ -129,7 +132,7 @@ def prepare(config: Config, environment: Mapping[str, str], notifier: systemd.No
         records_fd=records.writer,
         exited=wakeup.create(),
     )
-    return Prepared(shared, counters, records, routes, handed, host, evidence, nofile)
+    return Prepared(config, shared, counters, records, routes, handed, host, evidence, nofile)
 
 
 def with_counters(
@@ -190,26 +193,17 @@ def _require_policies(
     config: Config, routes: Sequence[Route], policies: Sequence[Policy], checks: Sequence[PolicyCheck]
 ) -> None:
     """Exit 78, or 75, for the first route whose policy does not hold; it names all that have the same problem."""
-    for route, policy, policy_check in zip(routes, policies, checks):
+    for policy, policy_check in zip(policies, checks):
         if policy_check.lever is None:
             alike = [one for one, found in zip(routes, checks) if (found.lever, found.problem) == (None, policy_check.problem)]
             with naming(config, *alike):
-                _refuse(config, route, policy, policy_check)
+                _refuse(config, policy, policy_check)
 
 
-def _refuse(config: Config, route: Route, policy: Policy, policy_check: PolicyCheck) -> None:
+def _refuse(config: Config, policy: Policy, policy_check: PolicyCheck) -> None:
     if policy_check.families and len(policy_check.of(Answer.ABSENT)) == len(policy_check.families):
         raise Exit(exits.NOT_YET, f"{policy_check.problem}; no target has another address")
-    raise Exit(exits.POLICY, advice.unattainable(policy_check, policy, asked(config, route)))
-
-
-def asked(config: Config, route: Route) -> List[str]:
-    """What names the targets in a command that is advised: those of the route or, with a file of routes, the file."""
-    if config.routes_file is None:
-        return [str(target) for target in route.targets]
-    import shlex
-
-    return [f"--routes={shlex.quote(config.routes_file)}"]
+    raise Exit(exits.POLICY, advice.unattainable(policy_check, policy, config))
 
 
 def require_dscp(route: Route, policy: Policy, policy_check: PolicyCheck) -> None:
