@@ -62,6 +62,21 @@ def can_be_made(namespace: Namespace, *options: str) -> List[str]:
     return [kind for kind in KINDS if done[kind].returncode == 0]
 
 
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        (["--timestamps=strip"], "--timestamps=strip"),
+        (["--timestamps=rewrite"], "--timestamps=rewrite with --static-timestamp=0, which is strip,"),
+        (["--spoof-timestamps", "--static-timestamp=0"], "--timestamps=rewrite with --static-timestamp=0, which is strip,"),
+    ],
+)
+def test_what_can_not_be_honoured_is_told_in_the_words_of_who_asked(spaces: Any, options: List[str], asked: str) -> None:
+    words = [*spaces(tcp_timestamps="1").enter, *CHECKOUT, "-t", "127.0.0.1:9", *options]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 78
+    assert done.stderr.startswith(f"tsproxy.py: {asked} can't be honoured here: ")
+
+
 @pytest.mark.parametrize("advised", [refused, checked])
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_the_rules_that_are_advised_are_those_for_the_same_options(spaces: Any, host: str, advised: Any) -> None:

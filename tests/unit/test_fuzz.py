@@ -345,6 +345,7 @@ CHANGES: Dict[str, Change] = {
 OPTION = r"--[a-z-]+"
 COMPLAINTS = [
     rf"{OPTION}: given .*; allowed: .+",
+    r"(OUT|FILE|KIND): given nothing; allowed: .+",
     rf"{OPTION}: not an option of .+; usage: tsproxy\.py .+",
     rf"{OPTION}=\S+ contradicts {OPTION}=\S+: .+; give one of the two",
     rf"{OPTION} contradicts {OPTION}=\S+: .+; give one of the two",

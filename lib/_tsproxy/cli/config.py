@@ -99,6 +99,7 @@ class Config(NamedTuple):
     routes_file: Optional[str] = None  # absolute: where the routes are read from, also by a reload
     defaults: Optional[Route] = None  # of the file's routes: what the command line says
     static_timestamp: int = 0
+    rewrites_to_zero: bool = False  # asked for rewrite with this TSval, which is strip
     workers: int = 1
     runtime: str = "auto"
     cpus: Tuple[int, ...] = ()
@@ -374,7 +375,8 @@ def _timestamps(options: Mapping[str, Any], found: Dict[str, Any]) -> None:
             "allowed: only with --timestamps=rewrite (or --spoof-timestamps)"
         )
     if rewrite:
-        found["timestamps"] = "rewrite" if found.get("static_timestamp") else "strip"
+        found["rewrites_to_zero"] = not found.get("static_timestamp")
+        found["timestamps"] = "strip" if found["rewrites_to_zero"] else "rewrite"
 
 
 def require_reachable(found: Mapping[str, Any], dashes: str = "--") -> None:

@@ -21,12 +21,20 @@ or by a packet filter; no socket option turns it off for one connection."""
 
 def unattainable(policy_check: PolicyCheck, policy: Policy, config: Config) -> str:
     """The message of exit code 78: what was found, why, and what an administrator has to run once."""
-    asked = f"--timestamps={policy.mode}" + (f" --static-timestamp={policy.tsval}" if policy.mode == "rewrite" else "")
-    problem = f"{asked} can't be honoured here: {policy_check.problem}."
+    problem = f"{_asked(policy, config)} can't be honoured here: {policy_check.problem}."
     why = [] if policy_check.sysctl is None else [f"Found: {policy_check.evidence}.", _WHY]
     return "\n".join(
         [problem, *why, "An administrator has to run one of these, once:", *_commands(policy_check, policy, config)]
     )
+
+
+def _asked(policy: Policy, config: Config) -> str:
+    """In the words of who asked."""
+    if policy.mode == "rewrite":
+        return f"--timestamps=rewrite --static-timestamp={policy.tsval}"
+    if policy.mode == "strip" and config.rewrites_to_zero:
+        return "--timestamps=rewrite with --static-timestamp=0, which is strip,"
+    return f"--timestamps={policy.mode}"
 
 
 def fixes(policy_check: PolicyCheck, policy: Policy, config: Config) -> List[str]:
