@@ -222,7 +222,7 @@ def test_the_file_that_the_service_reads_has_the_same_routes_without_listeners(
     names = [route.name for route in config.routes]
     base = config.defaults
     assert base
-    again = routes.parse(written.encode(), "written", base, names)
+    again = routes.parse(written.encode(), "written", base, names).routes
     assert [without_listener(route) for route in again] == [without_listener(route) for route in config.routes]
     assert [route.listen_options for route in again] == [()] * len(names)
     configparser.ConfigParser(interpolation=None, delimiters="=").read_string(written)
@@ -238,7 +238,7 @@ def test_the_file_that_a_container_reads_has_the_same_routes_on_all_its_addresse
     assert (printed.returncode, printed.stderr) == (0, "")
     base = config.defaults
     assert base
-    again = routes.parse(printed.stdout.encode(), "printed", base, ())
+    again = routes.parse(printed.stdout.encode(), "printed", base, ()).routes
     assert [without_listener(route) for route in again] == [without_listener(route) for route in config.routes]
     assert {route.bind for route in again} <= {"0.0.0.0", "::"}
 
@@ -620,7 +620,7 @@ def test_pods_and_service_have_the_port_of_each_route_and_the_routes(tmp_path: P
     ]
     config = asked(tmp_path / "r", OWN_PORTS)
     assert config.defaults
-    again = routes.parse(found["ConfigMap"]["data"]["routes.ini"].encode(), "map", config.defaults)
+    again = routes.parse(found["ConfigMap"]["data"]["routes.ini"].encode(), "map", config.defaults).routes
     assert [without_listener(route) for route in again] == [without_listener(route) for route in config.routes]
     assert {route.bind for route in again} == {"0.0.0.0", "::"}
     assert {"name": "routes", "mountPath": "/etc/tsproxy", "readOnly": True} in one["volumeMounts"]

@@ -24,7 +24,7 @@ Said = Dict[str, Dict[str, List[str]]]  # by section and key: the values
 
 
 def read(text: str, base: Route = BASE, inherited: Optional[Sequence[str]] = ()) -> Tuple[Route, ...]:
-    return routes.parse(text.encode(), FILE, base, inherited)
+    return routes.parse(text.encode(), FILE, base, inherited).routes
 
 
 def complaint(text: str, base: Route = BASE, inherited: Optional[Sequence[str]] = ()) -> str:
@@ -236,7 +236,7 @@ def test_a_socket_that_is_named_like_no_route_is_refused_at_a_start_and_left_alo
     with pytest.raises(UsageError) as caught:
         routes.config_of({"--routes": str(file)}, ["b"])
     assert str(caught.value) == f"LISTEN_FDNAMES: given 'b'; allowed: the name of a route of {file}"
-    assert [route.name for route in routes.load(str(file), Route(()), ["b"])] == ["a"]
+    assert [route.name for route in routes.load(str(file), Route(()), ["b"]).routes] == ["a"]
 
 
 @pytest.mark.parametrize("binds", [("::", "0.0.0.0"), ("::1", "127.0.0.1"), ("127.0.0.1", "127.0.0.2"), ("::", "127.0.0.1")])
@@ -264,7 +264,7 @@ def test_a_file_that_can_not_be_read_costs_one_line(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=f"^--routes: given '{path}'; .*{said}"):
             routes.load(str(path), BASE)
     (tmp_path / "venue").write_text(VENUE)
-    assert routes.load(str(tmp_path / "venue"), BASE) == MEANT
+    assert routes.load(str(tmp_path / "venue"), BASE).routes == MEANT
 
 
 def test_a_pipe_is_read_to_its_end_and_nobody_waits_for_a_writer_who_is_silent(
@@ -283,7 +283,7 @@ def test_a_pipe_is_read_to_its_end_and_nobody_waits_for_a_writer_who_is_silent(
     os.write(writer, VENUE[:50].encode())
     rest = threading.Timer(0.05, lambda: (os.write(writer, VENUE[50:].encode()), os.close(writer)))
     rest.start()
-    assert routes.load(str(pipe), BASE) == MEANT
+    assert routes.load(str(pipe), BASE).routes == MEANT
     rest.join()
     os.close(reader)
 
@@ -301,7 +301,7 @@ TEXTS = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=12), max_size=12)
 @example(b"\xef\xbb\xbf[")
 def test_any_bytes_are_routes_or_cost_one_printable_line(data: bytes) -> None:
     try:
-        assert routes.parse(data, FILE, BASE)
+        assert routes.parse(data, FILE, BASE).routes
     except UsageError as problem:
         assert str(problem).startswith(FILE)
         assert str(problem).isprintable()

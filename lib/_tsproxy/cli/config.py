@@ -92,11 +92,24 @@ class Route(NamedTuple):
     segments_warning: int = 0
 
 
+class Places(NamedTuple):
+    """Where in their file the routes say what: of each route the line of each key, and of its section as the key ""."""
+
+    file: str  # as it was given
+    lines: Mapping[str, Mapping[str, int]]
+
+    def of(self, route: str, key: str) -> str:
+        """The place for a message; that of the section where the key is nowhere in the file."""
+        lines = self.lines[route]
+        return f"{self.file}:{lines.get(key, lines[''])}: [{route}]"
+
+
 class Config(NamedTuple):
     """The options of the process, validated, and its routes."""
 
     routes: Tuple[Route, ...]
     routes_file: Optional[str] = None  # absolute: where the routes are read from, also by a reload
+    places: Optional[Places] = None  # in that file
     defaults: Optional[Route] = None  # of the file's routes: what the command line says
     static_timestamp: int = 0
     rewrites_to_zero: bool = False  # asked for rewrite with this TSval, which is strip

@@ -150,13 +150,16 @@ def with_counters(
 
 @contextlib.contextmanager
 def naming(config: Config, *routes: Route) -> Iterator[None]:
-    """Name the routes in the message of an Exit, where there is a file of them."""
+    """Name the routes in the message of an Exit, where there is a file of them; what is about a key has its line."""
     try:
         yield
     except Exit as problem:
         if not config.routes_file:
             raise
-        raise Exit(problem.code, f"{named(routes)} {problem}") from None
+        if not (config.places and problem.option):
+            raise Exit(problem.code, f"{named(routes)} {problem}") from None
+        said = str(problem).replace(f"--{problem.option}", problem.option)
+        raise Exit(problem.code, f"{config.places.of(routes[0].name, problem.option)} {said}") from None
 
 
 def named(routes: Sequence[Route]) -> str:
@@ -214,7 +217,7 @@ def require_dscp(route: Route, policy: Policy, policy_check: PolicyCheck) -> Non
     found = {syn.dscp for syn in syns.values()} - {sockets.TAG_DSCP, route.dscp}
     if found:
         allowed = f"{min(found)}, which packet filter rules set here (generate nftables --dscp={route.dscp} prints others)"
-        raise Exit(exits.USAGE, f"--dscp: given '{route.dscp}'; allowed: {allowed}")
+        raise Exit(exits.USAGE, f"--dscp: given '{route.dscp}'; allowed: {allowed}", "dscp")
 
 
 def _witnessed(policy: Policy) -> Dict[int, Syn]:
@@ -346,9 +349,10 @@ def _require_interface(route: Route) -> None:
             sockets.bind_to_interface(probe, route.interface)
     except sockets.InterfaceUnavailable:
         given = f"--interface: given {route.interface!r}"
-        raise Exit(exits.NOT_YET, f"{given}; allowed: an interface of this host (ip -brief link)") from None
+        raise Exit(exits.NOT_YET, f"{given}; allowed: an interface of this host (ip -brief link)", "interface") from None
     except PermissionError:
-        raise Exit(exits.USAGE, f"--interface={route.interface}: takes Linux 5.7 or later, or CAP_NET_RAW") from None
+        needs = f"--interface={route.interface}: takes Linux 5.7 or later, or CAP_NET_RAW"
+        raise Exit(exits.USAGE, needs, "interface") from None
 
 
 def _require_sources(route: Route) -> Tuple[Address, ...]:
@@ -360,7 +364,8 @@ def _require_sources(route: Route) -> Tuple[Address, ...]:
     sources = _sources(route)
     for source in sources:
         if not listening.is_local(source, route.interface or ""):
-            raise Exit(exits.NOT_YET, f"--source: given {source.ip!r}; allowed: an address of this host (ip -brief address)")
+            allowed = "an address of this host (ip -brief address)"
+            raise Exit(exits.NOT_YET, f"--source: given {source.ip!r}; allowed: {allowed}", "source")
     return sources
 
 
@@ -397,5 +402,5 @@ def resolver_of(route: Route) -> Resolver:
 def _require_answer(resolver: Resolver) -> Resolver:
     if not resolver.addresses:
         target, reason = resolver.failures[0]
-        raise Exit(exits.NOT_YET, f"--target: given '{target}'; can't be resolved: {reason}")
+        raise Exit(exits.NOT_YET, f"--target: given '{target}'; can't be resolved: {reason}", "target")
     return resolver
