@@ -115,9 +115,9 @@ def test_the_port_of_another_program_refuses_all_of_the_file(start_routed: Start
         port = other.getsockname()[1]
         said = proxy.bad({"quotes": section(echoing), "drop-copy": section(echoing, port=port)})
         assert (
-            f"routes.ini:7: [drop-copy] can't listen on 127.0.0.1:{port}: Address already in use (ss -ltnp shows by whom);"
+            f"routes.ini:7: [drop-copy] can't listen on 127.0.0.1:{port}: Address already in use (ss -ltnp shows by whom); "
             in said
-        )
+        ), "to share a port takes another start"
     proxy.ask("orders")
     assert [line["route"] for line in proxy.lines if line["event"] == "route"] == ["orders"]
     assert proxy.good({**sections(echoing, "orders", "quotes"), "drop-copy": section(echoing, port=port)}) == [2, 0, 0, 1]

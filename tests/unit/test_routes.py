@@ -141,6 +141,11 @@ SYNTAX = "allowed: key = value, [section], or a comment, in a line that begins w
 REWRITE = "strip or preserve (to rewrite is for all routes: --timestamps=rewrite on the command line)"
 TAKEN = "allowed: one that [a] (line 1) does not have: both would listen on"
 MISTAKES = [
+    (
+        A + "  [b]\nport = 2\n",
+        ":4: [a] given '[b]'; allowed: a section without blanks before it: an indented line goes on ",
+    ),
+    (A + "allow =\n\t[oe-primary] \n", ":5: [a] given '[oe-primary]'; allowed: a section without blanks "),
     ("", ": given no route; allowed: at least one section, e.g. [oe-primary]"),
     ("[DEFAULT]\nport = 1\n", ": given no route; "),
     ("port = 1\n", ":1: given 'port = 1'; allowed: a section before the first key, e.g. [oe-primary]"),
