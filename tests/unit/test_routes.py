@@ -146,6 +146,8 @@ MISTAKES = [
         ":4: [a] given '[b]'; allowed: a section without blanks before it: an indented line goes on ",
     ),
     (A + "allow =\n\t[oe-primary] \n", ":5: [a] given '[oe-primary]'; allowed: a section without blanks "),
+    (A + "source = ::1\n ff02::1\n", ":5: [a] source: given 'ff02::1'; allowed: an IPv4 or IPv6 address of this host"),
+    ("[a]\nport = 1\ntarget = 224.0.0.1:80\n", ":3: [a] target: given '224.0.0.1:80'; allowed: a unicast address"),
     ("", ": given no route; allowed: at least one section, e.g. [oe-primary]"),
     ("[DEFAULT]\nport = 1\n", ": given no route; "),
     ("port = 1\n", ":1: given 'port = 1'; allowed: a section before the first key, e.g. [oe-primary]"),
