@@ -78,7 +78,7 @@ def asked(path: Path, text: str, *options: str) -> Config:
     """The Config of such a file, and of these options."""
     path.write_text(text)
     words = parser.normalize(MANUAL, [f"--routes={path}", *options])
-    return routes.config_of(docopt(MANUAL, words, default_help=False))
+    return routes.config_of(docopt(MANUAL, words, default_help=False), None)
 
 
 def made(path: Path, kind: str, text: str, *options: str) -> str:
@@ -142,10 +142,14 @@ def test_where_each_route_preserves_there_is_no_set_up(kind: str, tmp_path: Path
 def test_what_a_route_can_not_have_in_a_namespace_of_its_own_is_refused_by_its_name(kind: str, tmp_path: Path) -> None:
     free = PLAIN.replace("9001", "0")
     assert refusal(tmp_path / "r", kind, free) == (
-        f"{tmp_path}/r: [a] port: given '0'; allowed with generate {kind}: a port from 1 to 65535"
+        f"{tmp_path}/r:2: [a] port: given '0'; allowed with generate {kind}: a port from 1 to 65535"
+    )
+    unsaid = PLAIN.replace("port = 9001\n", "")
+    assert refusal(tmp_path / "r", kind, unsaid) == (
+        f"{tmp_path}/r:1: [a] port: given nothing; allowed with generate {kind}: a port from 1 to 65535"
     )
     bound = f"[DEFAULT]\ninterface = eth1\n{PLAIN}"
-    assert f"{tmp_path}/r: [a], [b] interface: given 'eth1'; allowed with generate {kind}: none (" in refusal(
+    assert f"{tmp_path}/r:2: [a], [b] interface: given 'eth1'; allowed with generate {kind}: none (" in refusal(
         tmp_path / "r", kind, bound
     )
     assert "rewrite'; allowed with generate" in refusal(
@@ -277,10 +281,14 @@ def test_rules_set_one_dscp_for_all_routes_and_say_for_which_others(tmp_path: Pa
     assert "is set for all" not in made(tmp_path / "r", "nftables", named, "--dscp=46")
 
 
+def test_rules_need_no_port_of_a_route_whose_socket_is_handed_over(tmp_path: Path) -> None:
+    assert "table inet tsproxy" in made(tmp_path / "r", "nftables", "[a]\ntarget = 192.0.2.1:443\n")
+
+
 def test_routes_with_dscps_of_their_own_are_refused_under_rules(tmp_path: Path) -> None:
     differ = PLAIN.replace("[a]\n", "[a]\ndscp = 46\n").replace("[b]\n", "[b]\ndscp = 10\n")
     assert refusal(tmp_path / "r", "nftables", differ) == (
-        f"{tmp_path}/r: [a] dscp: given '46'; allowed with generate nftables: one for all, as its rules set it; not 10 (b)"
+        f"{tmp_path}/r:2: [a] dscp: given '46'; allowed with generate nftables: one for all, as its rules set it; not 10 (b)"
     )
     tagged = PLAIN.replace("[b]\n", "[b]\ndscp = 3\n")
     said = "[b] dscp: given '3'; allowed with generate nftables: any other (it is tsproxy's tag)"

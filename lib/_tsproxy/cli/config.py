@@ -99,9 +99,9 @@ class Places(NamedTuple):
     lines: Mapping[str, Mapping[str, int]]
 
     def of(self, route: str, key: str) -> str:
-        """The place for a message; that of the section where the key is nowhere in the file."""
+        """File and line for a message; those of the section where the key is nowhere in the file."""
         lines = self.lines[route]
-        return f"{self.file}:{lines.get(key, lines[''])}: [{route}]"
+        return f"{self.file}:{lines.get(key, lines[''])}"
 
 
 class Config(NamedTuple):

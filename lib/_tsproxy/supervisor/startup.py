@@ -159,7 +159,7 @@ def naming(config: Config, *routes: Route) -> Iterator[None]:
         if not (config.places and problem.option):
             raise Exit(problem.code, f"{named(routes)} {problem}") from None
         said = str(problem).replace(f"--{problem.option}", problem.option)
-        raise Exit(problem.code, f"{config.places.of(routes[0].name, problem.option)} {said}") from None
+        raise Exit(problem.code, f"{config.places.of(routes[0].name, problem.option)}: {named(routes)} {said}") from None
 
 
 def named(routes: Sequence[Route]) -> str:
