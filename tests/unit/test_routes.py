@@ -199,6 +199,11 @@ def test_a_mistake_costs_one_line_with_file_line_section_key_and_what_is_allowed
     assert complaint(text).startswith(f"{FILE}{said}")
 
 
+def test_addresses_in_brackets_may_stand_one_a_line() -> None:
+    (route,) = read(A + "source = [::1]\n  [2001:db8::1]\n  [10.0.0.1]\n", BASE)
+    assert route.sources == ("::1", "2001:db8::1", "10.0.0.1")
+
+
 def test_rewriting_is_for_all_routes_or_none() -> None:
     said = complaint(A + "timestamps = strip", BASE._replace(timestamps="rewrite"))
     assert said == f"{FILE}:4: [a] timestamps: given 'strip'; allowed: nothing: --timestamps=rewrite is for all routes"

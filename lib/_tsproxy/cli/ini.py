@@ -14,7 +14,7 @@ import re
 import select
 from typing import Dict, List, NamedTuple, Optional
 
-from _tsproxy.cli.config import UsageError
+from _tsproxy.cli.config import UsageError, is_address
 
 MOST_BYTES = 4 << 20
 _PATIENCE_S = 10  # with a pipe whose writer is silent
@@ -119,7 +119,7 @@ class _Reader:
             return
         header = _SECTION.fullmatch(text)
         if self._key is not None and indent > self._indent:
-            if header and ":" not in text:  # or it is an address, of which several may stand one a line
+            if header and not is_address(header[1]):  # of which several may stand one a line, in brackets or without
                 self._refuse_indented(number, text)
             self._key.values.append(Value(text, number))
             return
