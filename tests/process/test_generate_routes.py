@@ -170,6 +170,23 @@ def test_a_path_that_a_comment_can_not_hold_is_refused(kind: str, name: str, tmp
     assert said.endswith("; allowed with generate: a path of printable ASCII characters")
 
 
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [("systemd", "/etc/tsproxy/routes.ini"), ("netns", "/x/tsproxy-routes.ini"), ("docker", "/x/tsproxy-routes/routes.ini")],
+)
+def test_no_set_up_is_made_of_the_file_that_it_has_written(kind: str, path: str, tmp_path: Path) -> None:
+    """It would be overwritten by one that does not say where clients connect; sed would read what the shell has emptied."""
+    config = asked(tmp_path / "r", OWN_PORTS)
+    with pytest.raises(Exit) as end:
+        generate.run(kind, config._replace(routes_file=path))
+    assert end.value.code == exits.USAGE
+    assert str(end.value).startswith(f"--routes: given '{path}'; allowed with generate {kind}: a file elsewhere (")
+    printed = generate.KINDS[kind](config)
+    assert re.search(rf"^# /etc/tsproxy/routes.ini$|> ?{os.path.relpath(path, '/x')}$", printed, re.M), (
+        "or the names differ now"
+    )
+
+
 # The routes as a set-up has them
 
 _NAME = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,62}", fullmatch=True)
@@ -334,10 +351,13 @@ def test_the_listeners_of_routes_are_left_outside_as_the_script_says(tmp_path: P
         far = Exchange(echo)
     ports = free_port(), free_port()
     text = f"[DEFAULT]\n bind = 127.0.0.1\ntarget = {far.target}\n[oe.a]\nport={ports[0]}\n[oe-b]\n  port = {ports[1]}\n"
+    text += "allow = 127.0.0.1\nbind =\n    127.0.0.1\nmax-connections =\n    9\n"
     script = made(tmp_path / "routes of it.ini", "netns", text, "--metrics-interval=0", "--user=nobody")
     found = re.search(r"^ +(sed -E .*)\n +(systemd-socket-activate .*)$", script, re.M)
     assert found
     subprocess.run(["sh", "-c", found[1]], cwd=tmp_path, check=True)
+    written = (tmp_path / "tsproxy-routes.ini").read_text()
+    assert written.endswith("[oe-b]\nallow = 127.0.0.1\nmax-connections =\n    9\n"), written
     words = shlex.split(re.sub(r"ip netns exec tsproxy \S+", shlex.join(CHECKOUT), found[2]))
     words = [word for word in words if word != "--user=nobody"]  # who may have no right to read this directory
     at = words.index(CHECKOUT[0])
@@ -638,6 +658,8 @@ def test_pods_and_service_have_the_port_of_each_route_and_the_routes(tmp_path: P
 
 @given(st.lists(_NAME | st.from_regex(r"[a-c][._-]{0,3}[0-9]{0,20}", fullmatch=True), unique=True, min_size=1, max_size=8))
 @example(["oe-backup-primary", "oe-backup-primary-1", "oe-backup-pri-0", "oe-backup-pri-1", "oe.backup"])
+@example(["20260101-000000-oe", "123456789012345a", "123456789012345b", "1"])
+@example(["null", "on", "y", "1e3", "0x10"])
 @settings(deadline=None, max_examples=examples(50))
 def test_ports_have_names_that_kubernetes_takes_and_no_two_the_same(
     tmp_path_factory: pytest.TempPathFactory, names: List[str]

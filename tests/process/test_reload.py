@@ -285,6 +285,8 @@ def test_a_target_that_is_a_listener_of_any_route_is_refused(start_routed: Start
     proxy = start_routed(stays)
     said = proxy.bad({**stays, "quotes": {"target": f"127.0.0.2:{ports[0]}", "port": ports[1]}})
     assert f": [quotes] target: given '127.0.0.2:{ports[0]}'; allowed: any address but tsproxy's own" in said
+    own = proxy.bad({"orders": {**stays["orders"], "target": f"127.0.0.1:{ports[0]}"}})
+    assert ": [orders] target: given " in own
     ring = {"orders": {"target": f"127.0.0.1:{ports[1]}", "port": ports[0]}, "quotes": section(echoing, port=ports[1])}
     assert ": [orders] target: given " in proxy.bad(ring)
     proxy.ask("orders")

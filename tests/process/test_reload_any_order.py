@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple
 
+import pytest
 from harness import CHECKOUT, Exchange, echo, examples, free_port
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -176,7 +177,7 @@ class AnyOrder(RuleBasedStateMachine):
                 client.sock.close()
             self._talking.close()
             assert self.talkers.failures == []
-            assert self.proxy.settled(routes=1) == self.before
+            self.proxy.holds_no_more_than(self.before, routes=1)
             self.all_adds_up()
 
     def all_adds_up(self) -> None:
@@ -190,6 +191,7 @@ class AnyOrder(RuleBasedStateMachine):
         assert (last["internal_errors_total"], self.proxy.stderr()) == (0, "")
 
 
+@pytest.mark.timeout(600)  # all examples together
 def test_any_sequence_of_reloads_serves_what_the_last_good_file_names_and_cuts_nobody_off() -> None:
     run_state_machine_as_test(
         AnyOrder,

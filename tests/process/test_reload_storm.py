@@ -96,10 +96,13 @@ def test_fifty_reloads_under_a_storm_refuse_reset_and_cut_nobody_and_leave_nothi
         with stormed(proxy):
             reload_all(proxy, always, 5, port, echoing.target)
         proxy.good(always)
+        for name in _TALKING:  # each worker has what it keeps for a route from its first client on
+            for _ in range(2):
+                proxy.ask(name)
         before = proxy.settled(len(always))
         with stormed(proxy):
             assert reload_all(proxy, always, _RELOADS, port, echoing.target) == [1, 1, 1, 6]
         proxy.good(always)
-        assert proxy.settled(len(always)) == before
+        proxy.holds_no_more_than(before, len(always))
         conserved(proxy, always)
         assert proxy.stderr() == ""

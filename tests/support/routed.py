@@ -161,9 +161,22 @@ class RoutedProxy(Proxy):
             found.append(self.held())
             return len(found) > 1 and found[-1] == found[-2]
 
-        self.wait_by_route(lambda by_route: len(by_route) == routes + 1 and not by_route[None]["downstream_cx_active"])
+        self._has_only(routes)
         wait_until(is_steady, "nothing changes any more", pace=0.1)
         return found[-1]
+
+    def holds_no_more_than(self, before: List[Held], routes: int) -> None:
+        """Wait for that, with so many routes and nobody connected: a busy worker lets go of a removed route when it can."""
+        self._has_only(routes)
+
+        def is_down() -> bool:
+            return all(now <= was for of_now, of_before in zip(self.held(), before) for now, was in zip(of_now, of_before))
+
+        wait_until(is_down, f"what it holds is what it held before: {before}")
+        assert len(self.family()) == len(before)
+
+    def _has_only(self, routes: int) -> None:
+        self.wait_by_route(lambda by_route: len(by_route) == routes + 1 and not by_route[None]["downstream_cx_active"])
 
 
 StartRouted = Callable[..., RoutedProxy]

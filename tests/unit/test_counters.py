@@ -96,7 +96,7 @@ def test_the_longest_time_of_all_workers_is_kept_as_it_was_measured(shared_count
     assert shared_counters.longest_ns(first) == 3_333_333
     assert sum(count for _, count in shared_counters.histogram(first)) == 4
     name = {counters.RELAY: "relay_us", counters.CONNECT: "connect_us", counters.LOOP_LAG: "loop_lag_us"}[first]
-    found = metrics.latencies([shared_counters])
+    found = metrics.latencies(metrics.read(shared_counters))
     assert (found[f"{name}_max"], found[f"{name}_p999"]) == (3333.333, 3333.333)
 
 

@@ -383,6 +383,21 @@ def test_rates_are_what_came_since_the_line_before_over_the_time_between(desk: D
     assert next(board.lines())["rx_bytes_per_s"] == 1_000_000
 
 
+def test_the_process_has_the_sum_of_its_routes_lines_while_workers_count_on(desk: Desk) -> None:
+    board, row = Board(desk.process, True), desk.shared_counters.worker(0)
+    board.add(0, "orders", desk.shared_counters)
+    lines = []
+    for line in board.lines():
+        lines.append(line)
+        for word in (*Counter, counters.RELAY, counters.CONNECT):
+            row[word] += 1
+    orders, process = lines
+    summed = [name for name in orders if name.endswith(("_total", "_count", "_sent", "_received")) or "_us_le_" in name]
+    assert {"relay_us_le_1", "connect_us_count", "upstream_segments_sent"} <= set(summed)
+    assert [process[name] for name in summed] == [orders[name] for name in summed]
+    assert next(board.lines())["relay_us_count"] == 2
+
+
 MOST_BYTES = 2**63 - 1  # 100 Gbit/s for 23 years; of segments, too, which are fewer
 MOST_EVENTS = 10**17 - 1  # 256 workers for twelve years, if an event (a message, a session, a timer) takes 1 us: it takes more
 MOST_NS = 2**63 - 1  # 292 years

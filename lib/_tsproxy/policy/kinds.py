@@ -17,11 +17,14 @@ from _tsproxy.linux.systemd import MOST_FDS
 
 REWRITING = "nftables"  # the only kind that can: the others turn the option off where it is made
 NOBODY = 65534
+ROUTES = "/etc/tsproxy/routes.ini"  # where the service, or the program in a container, reads them
+_WRITTEN = {"systemd": ROUTES, "netns": "tsproxy-routes.ini", "docker": "tsproxy-routes/routes.ini"}
 
 
 def require(kind: str, config: Config) -> None:
     """Exit 2, with one line, for a kind that can't do it."""
     _require_plain_path(config)
+    _require_another_path(kind, config)
     _require_mode(kind, config)
     if kind != REWRITING:
         _require_port(kind, config)
@@ -44,6 +47,14 @@ def _require_plain_path(config: Config) -> None:
     path = config.routes_file
     if path is not None and not (path.isascii() and path.isprintable()):
         raise Exit(exits.USAGE, f"--routes: given {path!r}; allowed with generate: a path of printable ASCII characters")
+
+
+def _require_another_path(kind: str, config: Config) -> None:
+    """What is printed says how to write a file of routes for the inside: not over the one that says where clients connect."""
+    path, written = config.routes_file, _WRITTEN.get(kind)
+    if path is not None and written and (path == written or path.endswith(f"/{written}")):
+        allowed = f"with generate {kind}: a file elsewhere (it has one of that name written, for where tsproxy runs)"
+        raise Exit(exits.USAGE, f"--routes: given {path!r}; allowed {allowed}")
 
 
 def _require_mode(kind: str, config: Config) -> None:

@@ -38,7 +38,7 @@ from _tsproxy.stats.records import ConnectionRecord
 Peers = Tuple[TcpInfo, ...]  # of the upstream one, and of the client
 _Relayed = Tuple[bytes, Optional[int], int, Optional[int], Optional[int], int, int, int, int, int]
 _UNSEEN = TcpInfo(False, 0, 0, 0, outstanding=False, closed=True)
-_QUIET_VISITS = 10  # after so many without a look at TCP_INFO there is one: keepalive probes are segments, too
+_QUIET_VISITS = 9  # after so many without a look at TCP_INFO there is one, within ten seconds: keepalive probes are segments
 _NOT_READABLE, _NOT_WRITABLE = ~(READABLE | MORE), ~WRITABLE  # events of the direction's sink, and of its source
 _CUTTING = frozenset({Ending.POLICY, Ending.BUG})  # always reset: bytes must not be sent, or may be incomplete
 _GRAINS_NS = 256 * TICK_NS  # an idle timeout may fire 1/256 of its length late, or one tick
@@ -115,7 +115,7 @@ class Session:
         if not context.gate.may_relay(upstream, info):
             self.end(Ending.POLICY)
             return
-        context.registry.begin_sweeps(up.last_active_ns)
+        context.registry.sweep(self._message.connection_id, up.last_active_ns)
         up.readable()  # relay what the client has sent meanwhile at once, before the descriptors are watched
         self.on_flow()
 

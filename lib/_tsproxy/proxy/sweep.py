@@ -1,11 +1,14 @@
 """A sweep: visits all sessions of a worker periodically, in slices by a timer, so that no small order waits for all of them.
 
+Two visits of a session are a step apart or more, whoever comes and goes meanwhile: each waits in a queue for its own next one.
+
 Knows the timers and the sessions. Knows nothing of what a visit does.
 """
 
 from __future__ import annotations
 
-from typing import Callable, Dict, Generic, List, Protocol, TypeVar
+from collections import deque
+from typing import Callable, Deque, Dict, Generic, Iterator, Protocol, Tuple, TypeVar
 
 from _tsproxy.loop.timers import Timers
 
@@ -27,32 +30,39 @@ class Sweep(Generic[T]):
     """One sweep takes `step_ns`. While there is no session no timer is armed."""
 
     def __init__(self, timers: Timers, sessions: Dict[int, T], step_ns: int, visit: Callable[[T, int], None]) -> None:
-        """`sessions` are the open ones, kept by their owner. `visit` gets one of them, and the time."""
+        """`sessions` are the open ones by connection id, kept by their owner. `visit` gets one of them, and the time."""
         self._timers, self._sessions, self._step_ns, self._visit = timers, sessions, step_ns, visit
-        self._gap_ns = 0
-        self._left: List[T] = []  # not visited yet in this sweep
-        self._runs = False
+        self._queue: Deque[Tuple[int, int]] = deque()  # when a visit is due, and connection id; also of some that have ended
 
-    def begin(self, now_ns: int) -> None:
-        """Start, if it does not run: there is a session."""
-        if not self._runs:
-            self._runs = True
+    def add(self, connection_id: int, now_ns: int) -> None:
+        """Visit this one, too: for the first time with the others, within a step."""
+        if len(self._queue) > 2 * len(self._sessions) + _SLICE:  # a step may be hours, and sessions short
+            self._queue = deque(each for each in self._queue if each[1] in self._sessions)
+        if not self._queue:
             self._timers.arm(self, now_ns + self._step_ns)
+        self._queue.append((0, connection_id))
 
     def on_deadline(self, now_ns: int) -> None:
-        """Visit one slice; after the last session begin again."""
-        if not self._left:
-            self._left = list(self._sessions.values())
-            self._gap_ns = self._step_ns // max(1, -(-len(self._left) // _SLICE))
-        self._runs = bool(self._left)
-        if self._runs:
-            self._timers.arm(self, now_ns + self._gap_ns)
-        for _ in range(min(_SLICE, len(self._left))):
-            session = self._left.pop()
+        """Visit one slice. The next one is due when the first of the queue is; or soon, if that has been for a while."""
+        found = list(self._slice(now_ns))
+        if self._queue:
+            due_ns, soon_ns = self._queue[0][0], self._step_ns // -(-len(self._queue) // _SLICE)
+            self._timers.arm(self, due_ns if due_ns > now_ns else now_ns + soon_ns)
+        for session in found:
             try:
                 self._visit(session, now_ns)
             except Exception as bug:
                 session.on_bug(bug)
+
+    def _slice(self, now_ns: int) -> Iterator[T]:
+        for _ in range(min(_SLICE, len(self._queue))):
+            if self._queue[0][0] > now_ns:
+                return
+            _, connection_id = self._queue.popleft()
+            session = self._sessions.get(connection_id)
+            if session is not None:
+                self._queue.append((now_ns + self._step_ns, connection_id))
+                yield session
 
     def on_bug(self, bug: Exception) -> None:
         """A bug of no session."""

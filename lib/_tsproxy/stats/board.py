@@ -12,6 +12,7 @@ from typing import Callable, Dict, Iterator, List, Optional, Tuple
 from _tsproxy.stats import encoder, metrics
 from _tsproxy.stats.counters import SharedCounters
 from _tsproxy.stats.encoder import Fields
+from _tsproxy.stats.metrics import Reading
 from _tsproxy.stats.segments import Segments
 
 
@@ -69,7 +70,7 @@ class Board:
         If there is none these are the fields of the route's last line.
         """
         of_name = self._counters[name]
-        last = self._line(name, metrics.sums(of_name.values())) if len(of_name) == 1 else None
+        last = self._line(name, self._reading(name)) if len(of_name) == 1 else None
         ended = of_name.pop(number)
         heirs = list(of_name.values()) or [self._process]
         heirs[-1].absorb(ended)
@@ -93,19 +94,16 @@ class Board:
 
     def lines(self) -> Iterator[Fields]:
         """The fields of each metrics line, the process's last."""
-        totals = {name: metrics.sums(of_name.values()) for name, of_name in self._counters.items()}
+        readings = {name: self._reading(name) for name in self._counters}
         for name in self._counters if self._many else ():
-            yield self._line(name, totals[name])
+            yield self._line(name, readings[name])
         route = None if self._many else next(iter(self._counters), None)
-        whole = metrics.added([metrics.totals(self._process), *totals.values()])  # not read again: it is the sum of the lines
-        yield {
-            "route": route,
-            **self._rates.fields(whole),
-            **self._segments.fields(),
-            **metrics.latencies(self._all_counters()),
-        }
+        whole = metrics.added([metrics.read(self._process), *readings.values()])  # not read again: it is the sum of the lines
+        yield {"route": route, **self._rates.fields(whole.totals), **self._segments.fields(), **metrics.latencies(whole)}
 
-    def _line(self, name: str, totals: Dict[str, int]) -> Fields:
-        of_name, totals = list(self._counters[name].values()), metrics.without_process(totals)
-        times, segments = self._rates_of[name].fields(totals), self._segments_of[name].fields()
-        return {"route": name, **times, **segments, **metrics.latencies(of_name, metrics.OF_ROUTE)}
+    def _reading(self, name: str) -> Reading:
+        return metrics.added([metrics.read(counters) for counters in self._counters[name].values()])
+
+    def _line(self, name: str, reading: Reading) -> Fields:
+        times = self._rates_of[name].fields(metrics.without_process(reading.totals))
+        return {"route": name, **times, **self._segments_of[name].fields(), **metrics.latencies(reading, metrics.OF_ROUTE)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, Iterable, Sequence
+from typing import Dict, Iterable, NamedTuple, Sequence, Tuple
 
 from _tsproxy.stats import counters, histogram
 from _tsproxy.stats.counters import Counter, SharedCounters
@@ -61,14 +61,31 @@ def totals(shared_counters: SharedCounters) -> Dict[str, int]:
     return fields
 
 
-def sums(several: Iterable[SharedCounters]) -> Dict[str, int]:
-    """The totals over several."""
-    return added([totals(shared_counters) for shared_counters in several])
+class Reading(NamedTuple):
+    """What some counters have counted, read once, so that a sum over routes is that of their lines."""
+
+    totals: Dict[str, int]
+    histograms: Dict[str, Tuple[histogram.Counts, int]]  # and the longest time in nanoseconds
 
 
-def added(several: Sequence[Dict[str, int]]) -> Dict[str, int]:
-    """The sum of some totals, by name."""
-    return {name: sum([fields[name] for fields in several]) for name in several[0]}
+def read(shared_counters: SharedCounters) -> Reading:
+    """All that is in them. Of a histogram the counts before the maximum: a worker writes that first."""
+    found = {
+        name: (shared_counters.histogram(start), shared_counters.longest_ns(start)) for name, (start, _) in HISTOGRAMS.items()
+    }
+    return Reading(totals(shared_counters), found)
+
+
+def added(several: Sequence[Reading]) -> Reading:
+    """The sum of some readings, by name."""
+    return Reading(
+        {name: sum([reading.totals[name] for reading in several]) for name in several[0].totals},
+        {name: _merged([reading.histograms[name] for reading in several]) for name in HISTOGRAMS},
+    )
+
+
+def _merged(several: Sequence[Tuple[histogram.Counts, int]]) -> Tuple[histogram.Counts, int]:
+    return histogram.merged([counts for counts, _ in several]), max(longest_ns for _, longest_ns in several)
 
 
 def without_process(fields: Dict[str, int]) -> Dict[str, int]:
@@ -82,11 +99,9 @@ def active(shared_counters: SharedCounters) -> int:
     return shared_counters.total(Counter.ACCEPTED) - ended
 
 
-def latencies(several: Sequence[SharedCounters], names: Iterable[str] = tuple(HISTOGRAMS)) -> Dict[str, object]:
-    """The fields of these histograms, over several counters."""
+def latencies(reading: Reading, names: Iterable[str] = tuple(HISTOGRAMS)) -> Dict[str, object]:
+    """The fields of these histograms."""
     fields: Dict[str, object] = {}
     for name in names:
-        start, limits_us = HISTOGRAMS[name]
-        counts = histogram.merged([one.histogram(start) for one in several])  # before the maximum: a worker writes that first
-        fields.update(histogram.summary(name, counts, max(one.longest_ns(start) for one in several), limits_us))
+        fields.update(histogram.summary(name, *reading.histograms[name], HISTOGRAMS[name][1]))
     return fields

@@ -92,8 +92,7 @@ class Supervisor:
             self._table.add(of_route)
         self._notifier = notifier
         self._watchdog = Watchdog(self._loop, notifier, self._pool, self._status)
-        on_failure = partial(self._pool.notify, Command.POLICY_FAILED)
-        self._drift = Drift(self._log_of_family, on_failure, lambda family: bool(self._concerned(family)))
+        self._drift = Drift(self._concerned, self._log_of_policy, partial(self._pool.notify, Command.POLICY_FAILED))
         self._reload = self._make_reload() if self._config.routes_file else None
 
     def _make_reload(self) -> Reload:
@@ -363,13 +362,15 @@ class Supervisor:
         """Log what is about a route's connections, targets, policy or limits."""
         self._reporter.log(event, level, route=route, message=message)
 
-    def _log_of_family(self, family: int, event: str, level: str, message: str) -> None:
-        """Log what is about a policy over an address family: for each route that it concerns."""
-        for served in self._concerned(family):
-            self._table.log(served, event, *self._as_of(served, event, level, message))
+    def _concerned(self, family: int) -> List[str]:
+        """The routes that a policy over an address family concerns."""
+        return [served.name for served in self._table if served.is_monitored and served.uses(family)]
 
-    def _concerned(self, family: int) -> List[ServedRoute]:
-        return [served for served in self._table if served.is_monitored and served.uses(family)]
+    def _log_of_policy(self, route: str, event: str, level: str, message: str) -> None:
+        """Log what is about a route's policy, if it is served still, and has one that is checked."""
+        served = self._table.served.get(route)
+        if served and served.is_monitored:
+            self._table.log(served, event, *self._as_of(served, event, level, message))
 
     def _as_of(self, served: ServedRoute, event: str, level: str, message: str) -> Tuple[str, str]:
         """Level and message: a drift is over for a route once nothing is refused there any more."""

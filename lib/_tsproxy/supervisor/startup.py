@@ -327,8 +327,11 @@ def _listeners(config: Config, proved: ProvedRoute, handed: Mapping[str, List[so
 
 
 def refuse_circles(config: Config, proved: Sequence[ProvedRoute], listeners: Sequence[Sequence[socket.socket]]) -> None:
-    """Exit 2 for a target that is the listener of any route. Each is looked at once: of 200 routes there are 40,000 pairs."""
-    own = listening.reachable(itertools.chain(*listeners)) if len(proved) > 1 else {}
+    """Exit 2 for a target that is the listener of any route. Each is looked at once: of 200 routes there are 40,000 pairs.
+
+    Also of the only one: a reload may keep its listener. The route of the command line was looked at as it began to listen.
+    """
+    own = listening.reachable(itertools.chain(*listeners)) if config.routes_file else {}
     for of_route in proved:
         with naming(config, of_route.route):
             listening.refuse_loops(own, of_route.ends)

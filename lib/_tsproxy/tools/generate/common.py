@@ -13,7 +13,6 @@ from _tsproxy.cli.words import words
 from _tsproxy.linux.limits import descriptors_for
 from _tsproxy.tools.generate import templates
 
-ROUTES = "/etc/tsproxy/routes.ini"  # where the service, or the program in a container, reads them
 NONE_INSIDE = "in there no connection has any, so neither have theirs.\n#         Run such a route elsewhere to have them."
 
 

@@ -15,8 +15,9 @@ from typing import Callable, Dict, Iterator, List, NamedTuple, Sequence, Set
 from _tsproxy.cli.config import Config, Route, usable_cpus
 from _tsproxy.cli.words import words
 from _tsproxy.policy import kinds
+from _tsproxy.policy.kinds import ROUTES
 from _tsproxy.tools.generate import routes_file, templates
-from _tsproxy.tools.generate.common import NONE_INSIDE, ROUTES, descriptors, filled, listening, preserved, stopping_s
+from _tsproxy.tools.generate.common import NONE_INSIDE, descriptors, filled, listening, preserved, stopping_s
 
 _IMAGE = "python:3.13-slim"
 _GONE_S = 5  # until no node sends new clients any more
@@ -183,8 +184,8 @@ def kubernetes(config: Config) -> str:
         UID=uid,
         GID=gid,
         ARGUMENTS=_yaml_list(inside.arguments),
-        PORTS="\n".join(f"- name: {name}\n  containerPort: {port}" for name, port in ports.items()),
-        SERVED="\n".join(f"- name: {name}\n  port: {port}\n  targetPort: {name}" for name, port in ports.items()),
+        PORTS="\n".join(f'- name: "{name}"\n  containerPort: {port}' for name, port in ports.items()),
+        SERVED="\n".join(f'- name: "{name}"\n  port: {port}\n  targetPort: "{name}"' for name, port in ports.items()),
         LISTENING=_any_of_hex(inside.ports),
         CPUS=1 if config.workers == len(usable_cpus()) else config.workers,
         PYTHON_MIB=_PYTHON_MIB,
@@ -214,7 +215,10 @@ def _file_of_pods(config: Config, file: str) -> Dict[str, str]:
 
 
 def _port_names(config: Config) -> Iterator[str]:
-    """For each route: 15 of a-z, 0-9 and single dashes inside, at least one letter, no two the same (RFC 6335, section 5.1)."""
+    """For each route: 15 of a-z, 0-9 and single dashes inside, at least one letter, no two the same (RFC 6335, section 5.1).
+
+    In quotes, for YAML takes some as no text: null, on, 1e3.
+    """
     if config.routes_file is None:
         yield "relay"
         return
@@ -227,9 +231,9 @@ def _port_names(config: Config) -> Iterator[str]:
 
 
 def _port_name(name: str, end: str) -> str:
-    plain = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
-    lettered = plain if re.search("[a-z]", plain) else f"r-{plain}"
-    return lettered[: _PORT_NAME - len(end)].rstrip("-") + end
+    plain, room = re.sub(r"[^a-z0-9]+", "-", name).strip("-"), _PORT_NAME - len(end)
+    lettered = plain if re.search("[a-z]", plain[:room]) else f"r-{plain}"
+    return lettered[:room].rstrip("-") + end
 
 
 def _any_of_hex(ports: Sequence[int]) -> str:

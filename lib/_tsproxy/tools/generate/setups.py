@@ -14,8 +14,9 @@ from _tsproxy.cli.refusal import named
 from _tsproxy.cli.words import words
 from _tsproxy.linux.sockets import TAG, TAG_DSCP
 from _tsproxy.policy import kinds
+from _tsproxy.policy.kinds import ROUTES
 from _tsproxy.tools.generate import routes_file, templates
-from _tsproxy.tools.generate.common import NONE_INSIDE, ROUTES, descriptors, filled, listening, preserved, stopping_s
+from _tsproxy.tools.generate.common import NONE_INSIDE, descriptors, filled, listening, preserved, stopping_s
 from _tsproxy.tools.generate.templates import in_parts
 
 _MARK = "0x74730001"  # of the connections, in conntrack; "ts" and a number, so that nobody else's is the same
@@ -37,6 +38,8 @@ _RELOAD = f"""\
 # systemctl reload has {ROUTES} read again, and does not wait for that. From systemd 253 on it waits where
 # Type=notify-reload stands in the place of Type=notify above, and there is no ExecReload=: then systemd sends SIGHUP itself.
 ExecReload=/bin/sh -c 'kill -HUP $MAINPID'"""
+# For sed: a value may stand in the line behind its key, where without it it would be one more of the key before.
+_WITHOUT_LISTENERS = "/^[[:space:]]*(port|bind)[[:space:]]*=[[:space:]]*$/N;/^[[:space:]]*(port|bind)[[:space:]]*=/d"
 _OWN_SOCKET = "Requires=tsproxy.socket\nAfter=tsproxy-netns.service tsproxy.socket"
 _ENABLED_SOCKETS = """\
 # Its sockets want to be started before it: their [Install]. Nothing here requires one, so that a route's may be stopped.
@@ -94,7 +97,7 @@ Run tsproxy in it, with its listener left out here where the clients are:
     inside = shlex.join(words(config._replace(routes_file="tsproxy-routes.ini")))
     return f"""\
 Run tsproxy in it, with its listeners left out here where the clients are, and so not in the file:
-    sed -E '/^[[:space:]]*(port|bind)[[:space:]]*=/d' {shlex.quote(str(config.routes_file))} >tsproxy-routes.ini
+    sed -E '{_WITHOUT_LISTENERS}' {shlex.quote(str(config.routes_file))} >tsproxy-routes.ini
     systemd-socket-activate {sockets} --fdname={names} {program_inside} {inside}"""
 
 

@@ -14,7 +14,7 @@ from _tsproxy.stats.histogram import LIMITS_US
 from _tsproxy.tools.top.lines import Closed, Latency, Metrics, Record, RouteStart, Said, Start, Unread, read
 
 _HISTORY = 512  # intervals; more than a terminal has columns
-_ROUTES = 128  # of a process
+_ROUTES = 1024  # of a process; of more, each line would push another route out
 _CLOSED = 200
 _MESSAGES = 200
 _PROCESSES = 16
@@ -141,14 +141,15 @@ class Watched:
 class Route(Watched):
     """One route of a file: the lines with its name, since its first one or since another policy was asked for."""
 
-    def __init__(self, name: str, is_another: bool = False) -> None:
-        """`is_another`: one of this name was there before, and its totals go on in the lines of this one."""
+    def __init__(self, name: str, earlier: Optional[Metrics] = None) -> None:
+        """`earlier`: the last totals of another one of this name, which this one's lines go on with unless it was removed."""
         super().__init__(history=1)
         self.name = name
         self.start: Optional[RouteStart] = None
         self.trouble: Optional[Trouble] = None
         self.missed = 0  # metrics lines of the process since the last one of the route
-        self._before: Optional[Mapping[str, int]] = None if is_another else {}  # what was counted before it
+        self._earlier = earlier
+        self._before: Optional[Mapping[str, int]] = None if earlier else {}  # what was counted before it
 
     @property
     def is_gone(self) -> bool:
@@ -169,6 +170,9 @@ class Route(Watched):
 
     def measure(self, metrics: Metrics) -> None:
         """The same, and what of it is trouble."""
+        known = self.metrics or self._earlier
+        if known is not None and metrics.start_time > known.start_time:  # removed, and added again: it counts from 0
+            self.metrics, self._base, self._before = None, None, {}
         is_first = self.metrics is None and self.start and self._before is not None
         before = self._base.counts if self._base else self._before if is_first else None
         if before is not None:
@@ -224,7 +228,7 @@ class Process(Watched):
         self.is_routed = True
         route = self._routes.get(start.route)
         if route is None or route.is_gone or route.start is None or route.start.mode != start.mode:
-            route = self._add(Route(start.route, is_another=route is not None and route.metrics is not None))
+            route = self._add(Route(start.route, route.metrics if route else None))
         route.begin(start)
 
     def _add(self, route: Route) -> Route:

@@ -16,7 +16,7 @@ _PIECE = 1 << 16
 _MOST_LINE = 1 << 16  # of a longer line the rest is dropped; tsproxy's have 4,096 bytes at most
 _LOOK_S = 0.25  # how soon growth, rotation and a new writer are noticed
 _MOST_PAST = 8 << 20  # of a file that is there already: this much of its end is read, ...
-_HEAD = 1 << 16  # ... and this much of its beginning, where the `start` line is
+_HEAD = 1 << 20  # ... and this much of its beginning, where the `start` line is, and those of all routes
 
 
 class Cutter:
