@@ -22,13 +22,13 @@ import yaml
 from _tsproxy.cli import config, exits, parser
 from _tsproxy.cli.config import Config
 from _tsproxy.cli.exits import Exit
+from _tsproxy.cli.words import words
 from _tsproxy.linux import sockets
 from _tsproxy.linux.limits import descriptors_for
 from _tsproxy.policy.inspector import Inspector
 from _tsproxy.policy.levers import Lever, Policy
 from _tsproxy.tools import generate
 from _tsproxy.tools.generate import templates
-from _tsproxy.tools.generate.words import words
 from command_line import route_of
 from docopt import docopt
 from harness import CHECKOUT, ROOT, Exchange, Proxy, echo, examples, leave_out, receive_exactly, wait_until

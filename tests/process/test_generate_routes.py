@@ -78,7 +78,7 @@ def asked(path: Path, text: str, *options: str) -> Config:
     """The Config of such a file, and of these options."""
     path.write_text(text)
     words = parser.normalize(MANUAL, [f"--routes={path}", *options])
-    return routes.config_of(docopt(MANUAL, words, default_help=False))
+    return routes.config_of(docopt(MANUAL, words, default_help=False), None)
 
 
 def made(path: Path, kind: str, text: str, *options: str) -> str:
@@ -142,10 +142,14 @@ def test_where_each_route_preserves_there_is_no_set_up(kind: str, tmp_path: Path
 def test_what_a_route_can_not_have_in_a_namespace_of_its_own_is_refused_by_its_name(kind: str, tmp_path: Path) -> None:
     free = PLAIN.replace("9001", "0")
     assert refusal(tmp_path / "r", kind, free) == (
-        f"{tmp_path}/r: [a] port: given '0'; allowed with generate {kind}: a port from 1 to 65535"
+        f"{tmp_path}/r:2: [a] port: given '0'; allowed with generate {kind}: a port from 1 to 65535"
+    )
+    unsaid = PLAIN.replace("port = 9001\n", "")
+    assert refusal(tmp_path / "r", kind, unsaid) == (
+        f"{tmp_path}/r:1: [a] port: given nothing; allowed with generate {kind}: a port from 1 to 65535"
     )
     bound = f"[DEFAULT]\ninterface = eth1\n{PLAIN}"
-    assert f"{tmp_path}/r: [a], [b] interface: given 'eth1'; allowed with generate {kind}: none (" in refusal(
+    assert f"{tmp_path}/r:2: [a], [b] interface: given 'eth1'; allowed with generate {kind}: none (" in refusal(
         tmp_path / "r", kind, bound
     )
     assert "rewrite'; allowed with generate" in refusal(
@@ -239,7 +243,7 @@ def test_the_file_that_the_service_reads_has_the_same_routes_without_listeners(
     names = [route.name for route in config.routes]
     base = config.defaults
     assert base
-    again = routes.parse(written.encode(), "written", base, names)
+    again = routes.parse(written.encode(), "written", base, names).routes
     assert [without_listener(route) for route in again] == [without_listener(route) for route in config.routes]
     assert [route.listen_options for route in again] == [()] * len(names)
     configparser.ConfigParser(interpolation=None, delimiters="=").read_string(written)
@@ -255,7 +259,7 @@ def test_the_file_that_a_container_reads_has_the_same_routes_on_all_its_addresse
     assert (printed.returncode, printed.stderr) == (0, "")
     base = config.defaults
     assert base
-    again = routes.parse(printed.stdout.encode(), "printed", base, ())
+    again = routes.parse(printed.stdout.encode(), "printed", base, ()).routes
     assert [without_listener(route) for route in again] == [without_listener(route) for route in config.routes]
     assert {route.bind for route in again} <= {"0.0.0.0", "::"}
 
@@ -294,10 +298,14 @@ def test_rules_set_one_dscp_for_all_routes_and_say_for_which_others(tmp_path: Pa
     assert "is set for all" not in made(tmp_path / "r", "nftables", named, "--dscp=46")
 
 
+def test_rules_need_no_port_of_a_route_whose_socket_is_handed_over(tmp_path: Path) -> None:
+    assert "table inet tsproxy" in made(tmp_path / "r", "nftables", "[a]\ntarget = 192.0.2.1:443\n")
+
+
 def test_routes_with_dscps_of_their_own_are_refused_under_rules(tmp_path: Path) -> None:
     differ = PLAIN.replace("[a]\n", "[a]\ndscp = 46\n").replace("[b]\n", "[b]\ndscp = 10\n")
     assert refusal(tmp_path / "r", "nftables", differ) == (
-        f"{tmp_path}/r: [a] dscp: given '46'; allowed with generate nftables: one for all, as its rules set it; not 10 (b)"
+        f"{tmp_path}/r:2: [a] dscp: given '46'; allowed with generate nftables: one for all, as its rules set it; not 10 (b)"
     )
     tagged = PLAIN.replace("[b]\n", "[b]\ndscp = 3\n")
     said = "[b] dscp: given '3'; allowed with generate nftables: any other (it is tsproxy's tag)"
@@ -640,7 +648,7 @@ def test_pods_and_service_have_the_port_of_each_route_and_the_routes(tmp_path: P
     ]
     config = asked(tmp_path / "r", OWN_PORTS)
     assert config.defaults
-    again = routes.parse(found["ConfigMap"]["data"]["routes.ini"].encode(), "map", config.defaults)
+    again = routes.parse(found["ConfigMap"]["data"]["routes.ini"].encode(), "map", config.defaults).routes
     assert [without_listener(route) for route in again] == [without_listener(route) for route in config.routes]
     assert {route.bind for route in again} == {"0.0.0.0", "::"}
     assert {"name": "routes", "mountPath": "/etc/tsproxy", "readOnly": True} in one["volumeMounts"]

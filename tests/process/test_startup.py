@@ -63,6 +63,27 @@ def test_a_target_that_is_tsproxy_itself_is_refused(bind: str) -> None:
     assert "tsproxy's own" in one_line(done)
 
 
+@pytest.mark.parametrize(
+    ("keys", "code", "said"),
+    [
+        ("target = 127.0.0.1:{port}\nport = {port}", 2, ":5: [b] target: given '127.0.0.1:{port}'; allowed: any address but"),
+        ("port = 0\ntarget = 127.0.0.1:9\nsource = 192.0.2.1", 75, ":7: [b] source: given '192.0.2.1'; allowed: an address "),
+        ("port = 0\ntarget = 127.0.0.1:9\ninterface = none0", 75, ":7: [b] interface: given 'none0'; allowed: an interface "),
+        ("port = 0\ntarget = no-such-host.invalid:443", 75, ":6: [b] target: given 'no-such-host.invalid:443'; can't be "),
+        ("port = 0\nbind = 192.0.2.1\ntarget = 127.0.0.1:9", 69, ":6: [b] can't listen on 192.0.2.1:0: "),
+    ],
+)
+def test_what_only_the_host_shows_to_be_wrong_in_a_file_of_routes_has_its_line_too(
+    tmp_path: Path, keys: str, code: int, said: str
+) -> None:
+    port, file = free_port(), tmp_path / "r.ini"
+    file.write_text("[a]\nport = 0\ntarget = 127.0.0.1:9\n[b]\n" + keys.format(port=port))
+    done = refuse(f"--routes={file}", "--timestamps=preserve")
+    assert done.returncode == code
+    assert one_line(done).startswith(f"tsproxy.py: {file}{said.format(port=port)}")
+    assert "--" not in done.stderr.replace("--reuse-port", "")
+
+
 @pytest.fixture
 def unprivileged(bundle: Path) -> Iterator[List[str]]:
     """The program as user 65534 runs it."""

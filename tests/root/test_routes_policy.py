@@ -94,7 +94,7 @@ def test_a_start_ends_with_78_and_names_the_routes_that_can_not_be_proved_and_no
     assert first.startswith("tsproxy.py: [oe-primary] [oe-backup] --timestamps=strip can't be honoured here: ")
     assert "drop-copy" not in done.stderr
     assert "sysctl -w net.ipv4.tcp_timestamps=0" in done.stderr
-    assert f"generate systemd --routes={file}\n" in done.stderr, "the set-up for all routes"
+    assert f"generate nftables --routes={file} | nft -f -\n" in done.stderr, "the set-up for all routes"
     assert done.stdout == ""
 
 

@@ -121,6 +121,8 @@ USAGES = re.findall(r"^  (tsproxy\.py .*)$", MANUAL, re.M)
 USAGE = {line.split()[1].partition("=")[0]: line for line in reversed(USAGES)}
 LIVE = next(line for line in USAGES if "audit --interface" in line)
 SHIPPING = next(line for line in USAGES if "rsyslog" in line)
+ANY_KIND = " or ".join(generate.KINDS)
+IN_THE_FILE = "given with --routes; allowed: only in the file, for each route"
 REFUSED = [
     ([T, "--max=5"], "unknown option '--max'; did you mean --max-connections or --max-connections-per-client?"),
     ([T, "--time", "strip"], "unknown option '--time'; did you mean --timestamps?"),
@@ -131,9 +133,11 @@ REFUSED = [
     ([T, "--zzz"], "unknown option '--zzz'; see --help"),
     ([T, "--=5"], "unknown option '--'; see --help"),
     ([T, "---port=5"], "unknown option '---port'; did you mean --port?"),
-    ([T, "-P", "1"], "unknown option '-P' in '-P'; see --help"),
+    ([T, "-P", "1"], "unknown option '-P'; did you mean -p or --port?"),
+    ([T, "-v"], "unknown option '-v'; did you mean -V or --version?"),
+    ([T, "-hT"], "unknown option '-T' in '-hT'; did you mean -t or --target?"),
     ([T, "-hx"], "unknown option '-x' in '-hx'; see --help"),
-    ([T, "-5"], "unknown option '-5' in '-5'; see --help"),
+    ([T, "-5"], "unknown option '-5'; see --help"),
     ([T, "-"], "unknown command '-'; see --help"),
     ([T, "--reuse-port=yes"], "--reuse-port: given 'yes'; allowed: no value (it is a switch)"),
     ([T, "--reuse-port="], "--reuse-port: given ''; allowed: no value (it is a switch)"),
@@ -145,6 +149,10 @@ REFUSED = [
     ([T, "--reuse-port", "--reuse-port"], "--reuse-port: given twice; allowed: once"),
     ([T, "relay"], "unknown command 'relay'; see --help"),
     ([T, "bundel"], "unknown command 'bundel'; did you mean bundle?"),
+    (["help"], "unknown command 'help'; did you mean --help?"),
+    (["version"], "unknown command 'version'; did you mean --version?"),
+    (["systemd", T], "unknown command 'systemd'; did you mean generate systemd?"),
+    (["rsyslog"], "unknown command 'rsyslog'; did you mean generate rsyslog?"),
     (["bund", "out"], "unknown command 'bund'; did you mean bundle?"),
     ([T, ""], "unknown command ''; see --help"),
     ([T, "\udcff\n"], "unknown command '\\udcff\\n'; see --help"),
@@ -162,6 +170,21 @@ REFUSED = [
     (["-p1", "generate", "syslog-ng"], f"--port: not an option of 'generate'; usage: {SHIPPING}"),
     (["generate", "netns"], "--target: given nothing; allowed: at least one, e.g. --target=exchange.example:443"),
     (["check"], "--target: given nothing; allowed: at least one, e.g. --target=exchange.example:443"),
+    (["bundle"], "OUT: given nothing; allowed: a path, where the one file is written"),
+    (["audit"], "FILE: given nothing; allowed: captures, - for standard input, or --interface=<name>"),
+    (["audit", "--json"], "FILE: given nothing; allowed: captures, - for standard input, or --interface=<name>"),
+    (["generate"], f"KIND: given nothing; allowed: {ANY_KIND}; or what ships the lines: see --help"),
+    (["generate", T], f"KIND: given nothing; allowed: {ANY_KIND}; or what ships the lines: see --help"),
+    (["generate", "--routes=x"], f"KIND: given nothing; allowed: {ANY_KIND}; or what ships the lines: see --help"),
+    (["--routes=x", T], f"--target: {IN_THE_FILE}"),
+    ([T, "--routes=x"], f"--target: {IN_THE_FILE}"),
+    (["check", "--routes=x", "--source=::1"], f"--source: {IN_THE_FILE}"),
+    (
+        ["generate", "netns", "--allow=::1", "--routes=x"],
+        f"--allow: {IN_THE_FILE}",
+    ),
+    (["--interface=lo", "--routes=x"], f"--interface: {IN_THE_FILE}"),
+    (["--routes=x", "--json"], f"--json: not an option of 'relaying'; usage: {USAGE['--routes']}"),
     ([T, "bundle", "out"], "--target: not an option of 'bundle'; usage: tsproxy.py bundle OUT"),
     ([T, "--", "--max=5"], "can't take '--max=5' after --; a path that begins with a dash may be given as './--max=5'"),
     (["bundle", "--", "-out"], "can't take '-out' after --; a path that begins with a dash may be given as './-out'"),
@@ -170,11 +193,8 @@ REFUSED = [
     (["--help", "--max=5"], "unknown option '--max'; did you mean --max-connections or --max-connections-per-client?"),
 ]
 LEFT_TO_DOCOPT = [
-    (["bundle"], "can't take 'bundle'; usage: tsproxy.py bundle OUT"),
     (["demo", "x"], "can't take 'demo x'; usage: tsproxy.py demo"),
-    (["generate", T], f"can't take 'generate'; usage: {USAGE['generate']}"),
     (["generate", "rsyslog", "vector"], f"can't take 'generate rsyslog vector'; usage: {SHIPPING}"),
-    (["audit"], f"can't take 'audit'; usage: {USAGE['audit']}"),
     (["audit", "x", "--seconds=1"], f"can't take 'audit x'; usage: {LIVE}"),
     (["check", "x", T], f"can't take 'check x'; usage: {USAGE['check']}"),
     (["bundle", "a", "b"], "can't take 'bundle a b'; usage: tsproxy.py bundle OUT"),

@@ -24,7 +24,7 @@ Said = Dict[str, Dict[str, List[str]]]  # by section and key: the values
 
 
 def read(text: str, base: Route = BASE, inherited: Optional[Sequence[str]] = ()) -> Tuple[Route, ...]:
-    return routes.parse(text.encode(), FILE, base, inherited)
+    return routes.parse(text.encode(), FILE, base, inherited).routes
 
 
 def complaint(text: str, base: Route = BASE, inherited: Optional[Sequence[str]] = ()) -> str:
@@ -141,6 +141,13 @@ SYNTAX = "allowed: key = value, [section], or a comment, in a line that begins w
 REWRITE = "strip or preserve (to rewrite is for all routes: --timestamps=rewrite on the command line)"
 TAKEN = "allowed: one that [a] (line 1) does not have: both would listen on"
 MISTAKES = [
+    (
+        A + "  [b]\nport = 2\n",
+        ":4: [a] given '[b]'; allowed: a section without blanks before it: an indented line goes on ",
+    ),
+    (A + "allow =\n\t[oe-primary] \n", ":5: [a] given '[oe-primary]'; allowed: a section without blanks "),
+    (A + "source = ::1\n ff02::1\n", ":5: [a] source: given 'ff02::1'; allowed: an IPv4 or IPv6 address of this host"),
+    ("[a]\nport = 1\ntarget = 224.0.0.1:80\n", ":3: [a] target: given '224.0.0.1:80'; allowed: a unicast address"),
     ("", ": given no route; allowed: at least one section, e.g. [oe-primary]"),
     ("[DEFAULT]\nport = 1\n", ": given no route; "),
     ("port = 1\n", ":1: given 'port = 1'; allowed: a section before the first key, e.g. [oe-primary]"),
@@ -192,6 +199,11 @@ def test_a_mistake_costs_one_line_with_file_line_section_key_and_what_is_allowed
     assert complaint(text).startswith(f"{FILE}{said}")
 
 
+def test_addresses_in_brackets_may_stand_one_a_line() -> None:
+    (route,) = read(A + "source = [::1]\n  [2001:db8::1]\n  [10.0.0.1]\n", BASE)
+    assert route.sources == ("::1", "2001:db8::1", "10.0.0.1")
+
+
 def test_rewriting_is_for_all_routes_or_none() -> None:
     said = complaint(A + "timestamps = strip", BASE._replace(timestamps="rewrite"))
     assert said == f"{FILE}:4: [a] timestamps: given 'strip'; allowed: nothing: --timestamps=rewrite is for all routes"
@@ -236,7 +248,7 @@ def test_a_socket_that_is_named_like_no_route_is_refused_at_a_start_and_left_alo
     with pytest.raises(UsageError) as caught:
         routes.config_of({"--routes": str(file)}, ["b"])
     assert str(caught.value) == f"LISTEN_FDNAMES: given 'b'; allowed: the name of a route of {file}"
-    assert [route.name for route in routes.load(str(file), Route(()), ["b"])] == ["a"]
+    assert [route.name for route in routes.load(str(file), Route(()), ["b"]).routes] == ["a"]
 
 
 @pytest.mark.parametrize("binds", [("::", "0.0.0.0"), ("::1", "127.0.0.1"), ("127.0.0.1", "127.0.0.2"), ("::", "127.0.0.1")])
@@ -264,7 +276,7 @@ def test_a_file_that_can_not_be_read_costs_one_line(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=f"^--routes: given '{path}'; .*{said}"):
             routes.load(str(path), BASE)
     (tmp_path / "venue").write_text(VENUE)
-    assert routes.load(str(tmp_path / "venue"), BASE) == MEANT
+    assert routes.load(str(tmp_path / "venue"), BASE).routes == MEANT
 
 
 def test_a_pipe_is_read_to_its_end_and_nobody_waits_for_a_writer_who_is_silent(
@@ -283,7 +295,7 @@ def test_a_pipe_is_read_to_its_end_and_nobody_waits_for_a_writer_who_is_silent(
     os.write(writer, VENUE[:50].encode())
     rest = threading.Timer(0.05, lambda: (os.write(writer, VENUE[50:].encode()), os.close(writer)))
     rest.start()
-    assert routes.load(str(pipe), BASE) == MEANT
+    assert routes.load(str(pipe), BASE).routes == MEANT
     rest.join()
     os.close(reader)
 
@@ -301,7 +313,7 @@ TEXTS = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=12), max_size=12)
 @example(b"\xef\xbb\xbf[")
 def test_any_bytes_are_routes_or_cost_one_printable_line(data: bytes) -> None:
     try:
-        assert routes.parse(data, FILE, BASE)
+        assert routes.parse(data, FILE, BASE).routes
     except UsageError as problem:
         assert str(problem).startswith(FILE)
         assert str(problem).isprintable()

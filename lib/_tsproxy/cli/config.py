@@ -92,13 +92,27 @@ class Route(NamedTuple):
     segments_warning: int = 0
 
 
+class Places(NamedTuple):
+    """Where in their file the routes say what: of each route the line of each key, and of its section as the key ""."""
+
+    file: str  # as it was given
+    lines: Mapping[str, Mapping[str, int]]
+
+    def of(self, route: str, key: str) -> str:
+        """File and line for a message; those of the section where the key is nowhere in the file."""
+        lines = self.lines[route]
+        return f"{self.file}:{lines.get(key, lines[''])}"
+
+
 class Config(NamedTuple):
     """The options of the process, validated, and its routes."""
 
     routes: Tuple[Route, ...]
     routes_file: Optional[str] = None  # absolute: where the routes are read from, also by a reload
+    places: Optional[Places] = None  # in that file
     defaults: Optional[Route] = None  # of the file's routes: what the command line says
     static_timestamp: int = 0
+    rewrites_to_zero: bool = False  # asked for rewrite with this TSval, which is strip
     workers: int = 1
     runtime: str = "auto"
     cpus: Tuple[int, ...] = ()
@@ -181,9 +195,9 @@ def size(low: int, high: int) -> Callable[[str, str], int]:
 
 
 def address(option: str, given: str) -> str:
-    """A bare IPv4 or IPv6 address without a zone. Brackets are removed, and an IPv4-mapped one becomes IPv4."""
+    """A bare unicast IPv4 or IPv6 address without a zone. Brackets are removed, and an IPv4-mapped one becomes IPv4."""
     bare = given[1:-1] if given.startswith("[") and given.endswith("]") else given
-    if not is_address(bare) or "%" in bare:
+    if not is_address(bare) or "%" in bare or not _is_unicast(_plain(bare)):
         raise BadValue(option, given, "an IPv4 or IPv6 address of this host")
     return _plain(bare)
 
@@ -192,6 +206,11 @@ def _plain(text: str) -> str:
     """The address in its usual spelling."""
     found = ipaddress.ip_address(text)
     return str(getattr(found, "ipv4_mapped", None) or found)
+
+
+def _is_unicast(text: str) -> bool:
+    """False for groups and the limited broadcast address (RFC 919): connect(2) of TCP takes none of them."""
+    return not ipaddress.ip_address(text).is_multicast and text != "255.255.255.255"
 
 
 def network(option: str, given: str) -> IPNetwork:
@@ -229,7 +248,10 @@ def target(option: str, given: str) -> Target:
     sound = is_address(bare) or host_name(bare) if bracketed is None else _is_ipv6(bracketed, scope)
     if not sound or not 1 <= int(port) <= 65535:
         raise BadValue(option, given, allowed)
-    return Target(bare if bracketed is None else _plain(bracketed), int(port), scope or "")
+    host = bare if bracketed is None else _plain(bracketed)
+    if is_address(host) and not _is_unicast(host):
+        raise BadValue(option, given, "a unicast address: TCP connects to no multicast or broadcast address")
+    return Target(host, int(port), scope or "")
 
 
 def _is_ipv6(text: str, scope: Optional[str]) -> bool:
@@ -374,7 +396,8 @@ def _timestamps(options: Mapping[str, Any], found: Dict[str, Any]) -> None:
             "allowed: only with --timestamps=rewrite (or --spoof-timestamps)"
         )
     if rewrite:
-        found["timestamps"] = "rewrite" if found.get("static_timestamp") else "strip"
+        found["rewrites_to_zero"] = not found.get("static_timestamp")
+        found["timestamps"] = "strip" if found["rewrites_to_zero"] else "rewrite"
 
 
 def require_reachable(found: Mapping[str, Any], dashes: str = "--") -> None:

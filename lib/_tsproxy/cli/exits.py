@@ -12,8 +12,9 @@ POLICY = 78  # EX_CONFIG
 
 
 class Exit(Exception):
-    """End with `code`, after `message` on standard error."""
+    """End with `code`, after `message` on standard error. `option`: of a route, without dashes, if it is about one."""
 
-    def __init__(self, code: int, message: str) -> None:
+    def __init__(self, code: int, message: str, option: str = "") -> None:
         super().__init__(message)
         self.code = code
+        self.option = option

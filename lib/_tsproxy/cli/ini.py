@@ -14,7 +14,7 @@ import re
 import select
 from typing import Dict, List, NamedTuple, Optional
 
-from _tsproxy.cli.config import UsageError
+from _tsproxy.cli.config import UsageError, is_address
 
 MOST_BYTES = 4 << 20
 _PATIENCE_S = 10  # with a pipe whose writer is silent
@@ -117,14 +117,20 @@ class _Reader:
         text, indent = line.strip(), len(line) - len(line.lstrip())
         if not text or text[0] in "#;":
             return
+        header = _SECTION.fullmatch(text)
         if self._key is not None and indent > self._indent:
+            if header and not is_address(header[1]):  # of which several may stand one a line, in brackets or without
+                self._refuse_indented(number, text)
             self._key.values.append(Value(text, number))
             return
-        header = _SECTION.fullmatch(text)
         if header:
             self._begin(header[1], number)
         else:
             self._key, self._indent = self._add(text, number), indent
+
+    def _refuse_indented(self, number: int, text: str) -> None:
+        allowed = "a section without blanks before it: an indented line goes on with the key above"
+        raise BadFile(self._file, number, self._section and self._section.name, f"given '{shown(text)}'; allowed: {allowed}")
 
     def _begin(self, name: str, number: int) -> None:
         first = self.sections.get(name)

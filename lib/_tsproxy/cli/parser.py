@@ -13,6 +13,14 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Se
 from _tsproxy.cli import program
 from _tsproxy.cli.config import UsageError
 
+KINDS = ("nftables", "netns", "systemd", "docker", "kubernetes")
+"""What KIND may be."""
+_OPERANDS = {
+    "OUT": "a path, where the one file is written",
+    "FILE": "captures, - for standard input, or --interface=<name>",
+    "KIND": f"{' or '.join(KINDS)}; or what ships the lines: see --help",
+}
+
 
 class ManualOption(NamedTuple):
     """One option of the manual."""
@@ -126,7 +134,8 @@ def _short(table: Dict[str, ManualOption], arg: str, args: List[str]) -> Iterato
     while remaining:
         name, remaining = f"-{remaining[0]}", remaining[1:]
         if name not in table:
-            raise UsageError(f"unknown option {name!r} in {arg!r}; see --help")
+            within = f" in {arg!r}" if len(arg) > len(name) else ""
+            raise UsageError(f"unknown option {name!r}{within}{_other_case(name, table)}")
         if table[name].argument:
             yield name, remaining or _value(table[name], args)
             return
@@ -137,6 +146,27 @@ def _value(option: ManualOption, args: List[str]) -> str:
     if not args or args[0] == "--":
         raise UsageError(f"{option.name}: given nothing; allowed: {option.name}={option.argument}")
     return args.pop(0)
+
+
+def _other_case(name: str, table: Dict[str, ManualOption]) -> str:
+    other = name.swapcase()
+    return f"; did you mean {other} or {table[other].name}?" if other in table else "; see --help"
+
+
+def _unknown_command(manual: str, name: str, table: Dict[str, ManualOption]) -> UsageError:
+    """What it may have been: an option that answers a question, a kind of set-up, or a command with a typing error."""
+    if name in ("help", "version"):
+        hint = f"; did you mean --{name}?"
+    elif name in (*KINDS, *_alone(manual)):
+        hint = f"; did you mean generate {name}?"
+    else:
+        hint = _did_you_mean(name, commands_of(manual))
+    return UsageError(f"unknown command {name!r}{hint}")
+
+
+def _alone(manual: str) -> List[str]:
+    """What `generate` makes without options."""
+    return [name for line in usages(manual) if " generate (" in line for name in re.findall(r"[(|]([a-z-]+)", line)]
 
 
 def _did_you_mean(name: str, candidates: Dict[str, ManualOption] | Tuple[str, ...]) -> str:
@@ -151,20 +181,28 @@ def _command(manual: str, table: Dict[str, ManualOption], args: List[str]) -> No
     """UsageError for errors on which docopt would print the whole usage text."""
     commands, operands = commands_of(manual), [arg for arg in args if not arg.startswith("--")]
     if operands and operands[0] not in commands:
-        raise UsageError(f"unknown command {operands[0]!r}{_did_you_mean(operands[0], commands)}")
+        raise _unknown_command(manual, operands[0], table)
     given = [arg.partition("=")[0] for arg in args if arg.partition("=")[0] in table]
     usage = _usage(manual, operands, given)
     for name in given:
         if name not in allowed(manual, table, usage):
-            raise UsageError(
-                f"{name}: not an option of {operands[0] if operands else 'relaying'!r}; usage: {program.named(usage)}"
-            )
+            raise UsageError(f"{name}: {_not_allowed(manual, operands, usage, name)}")
+    operand = re.match(r"tsproxy\.py [a-z]+ ([A-Z]+)\b", usage)
+    if operand and len(operands) == 1:
+        raise UsageError(f"{operand[1]}: given nothing; allowed: {_OPERANDS[operand[1]]}")
     if " --target" in usage and "--target" not in given:
         raise UsageError("--target: given nothing; allowed: at least one, e.g. --target=exchange.example:443")
 
 
+def _not_allowed(manual: str, operands: Sequence[str], usage: str, name: str) -> str:
+    if " --routes=" in usage and f"{name}=" in _usage(manual, operands):  # which is the line with --target
+        return "given with --routes; allowed: only in the file, for each route"
+    return f"not an option of {operands[0] if operands else 'relaying'!r}; usage: {program.named(usage)}"
+
+
 def _usage(manual: str, operands: Sequence[str], given: Sequence[str] = ()) -> str:
-    """The usage line of the command; of several the one that names its second operand or its first option."""
+    """The usage line of the command; of several the one that names its second operand, --routes, or its first option."""
+    given = sorted(given, key=lambda name: name != "--routes")
     lines = [
         line for line in usages(manual) if line.split()[1].startswith(operands[0] if operands else ("--target", "--routes"))
     ]

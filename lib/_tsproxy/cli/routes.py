@@ -12,7 +12,7 @@ import re
 from typing import Any, Callable, Collection, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 from _tsproxy.cli import config, ini
-from _tsproxy.cli.config import OPTIONS, REPEATED, ROUTE_FIELDS, SWITCH, BadOption, BadValue, Config, Route, UsageError
+from _tsproxy.cli.config import OPTIONS, REPEATED, ROUTE_FIELDS, SWITCH, BadOption, BadValue, Config, Places, Route, UsageError
 from _tsproxy.cli.ini import BadFile, Section, shown
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
@@ -68,11 +68,18 @@ def config_of(options: Mapping[str, Any], inherited: Optional[Collection[str]] =
             raise UsageError(f"{name}: given with --routes; allowed: only in the file, for each route")
     (base,) = settings.routes
     found = load(path, base, inherited)
-    _all_named(path, inherited or (), [route.name for route in found])
-    return settings._replace(routes=found, routes_file=os.path.abspath(path), defaults=base)
+    _all_named(path, inherited or (), [route.name for route in found.routes])
+    return settings._replace(routes=found.routes, places=found.places, routes_file=os.path.abspath(path), defaults=base)
 
 
-def load(path: str, base: Route, inherited: Optional[Collection[str]] = ()) -> Tuple[Route, ...]:
+class Loaded(NamedTuple):
+    """What a file says, and where."""
+
+    routes: Tuple[Route, ...]
+    places: Places
+
+
+def load(path: str, base: Route, inherited: Optional[Collection[str]] = ()) -> Loaded:
     """The routes of a file. UsageError with the one line to print.
 
     `base` has what holds where the file says nothing. `inherited` are the names of sockets that a service manager has handed
@@ -88,7 +95,7 @@ def load(path: str, base: Route, inherited: Optional[Collection[str]] = ()) -> T
     return parse(data, path, base, inherited)
 
 
-def parse(data: bytes, file: str, base: Route, inherited: Optional[Collection[str]] = ()) -> Tuple[Route, ...]:
+def parse(data: bytes, file: str, base: Route, inherited: Optional[Collection[str]] = ()) -> Loaded:
     """The same for a file that has been read. `file` is its name in messages."""
     sections = ini.read(data, file)
     shared = next((section for section in sections if section.name == ini.DEFAULT), Section(ini.DEFAULT, 0, {}))
@@ -97,7 +104,11 @@ def parse(data: bytes, file: str, base: Route, inherited: Optional[Collection[st
     if not found:
         raise UsageError(f"{file}: given no route; allowed: at least one section, e.g. [oe-primary]")
     _distinct(file, found)
-    return tuple(route for _, route in found)
+    return Loaded(tuple(route for _, route in found), Places(file, {one.name: _lines(one, shared) for one, _ in found}))
+
+
+def _lines(section: Section, shared: Section) -> Dict[str, int]:
+    return {"": section.line, **{name: key.line for name, key in {**shared.keys, **section.keys}.items()}}
 
 
 class _Read(NamedTuple):

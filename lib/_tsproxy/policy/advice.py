@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import List, Sequence
+import shlex
+from typing import List
 
 from _tsproxy.cli import program
+from _tsproxy.cli.config import Config
+from _tsproxy.cli.words import words
+from _tsproxy.policy import kinds
 from _tsproxy.policy.evidence import Answer
 from _tsproxy.policy.inspector import PolicyCheck
 from _tsproxy.policy.levers import Policy
@@ -15,32 +19,40 @@ Linux has no unprivileged switch for this: the option is decided for a whole net
 or by a packet filter; no socket option turns it off for one connection."""
 
 
-def unattainable(policy_check: PolicyCheck, policy: Policy, targets: Sequence[str]) -> str:
+def unattainable(policy_check: PolicyCheck, policy: Policy, config: Config) -> str:
     """The message of exit code 78: what was found, why, and what an administrator has to run once."""
-    asked = f"--timestamps={policy.mode}" + (f" --static-timestamp={policy.tsval}" if policy.mode == "rewrite" else "")
-    problem = f"{asked} can't be honoured here: {policy_check.problem}."
+    problem = f"{_asked(policy, config)} can't be honoured here: {policy_check.problem}."
     why = [] if policy_check.sysctl is None else [f"Found: {policy_check.evidence}.", _WHY]
     return "\n".join(
-        [problem, *why, "An administrator has to run one of these, once:", *_commands(policy_check, policy, targets)]
+        [problem, *why, "An administrator has to run one of these, once:", *_commands(policy_check, policy, config)]
     )
 
 
-def fixes(policy_check: PolicyCheck, policy: Policy, targets: Sequence[str]) -> List[str]:
-    """The commands alone, one line each, the best one first. `targets` are HOST:PORT, or the one option --routes=FILE."""
-    return [line.strip() for line in _commands(policy_check, policy, targets) if line.startswith("    ")]
+def _asked(policy: Policy, config: Config) -> str:
+    """In the words of who asked."""
+    if policy.mode == "rewrite":
+        return f"--timestamps=rewrite --static-timestamp={policy.tsval}"
+    if policy.mode == "strip" and config.rewrites_to_zero:
+        return "--timestamps=rewrite with --static-timestamp=0, which is strip,"
+    return f"--timestamps={policy.mode}"
 
 
-def _commands(policy_check: PolicyCheck, policy: Policy, targets: Sequence[str]) -> List[str]:
+def fixes(policy_check: PolicyCheck, policy: Policy, config: Config) -> List[str]:
+    """The commands alone, one line each, the best one first. Those of a file of routes are for all of them."""
+    return [line.strip() for line in _commands(policy_check, policy, config) if line.startswith("    ")]
+
+
+def _commands(policy_check: PolicyCheck, policy: Policy, config: Config) -> List[str]:
     if policy_check.sysctl is None and policy.mode != "preserve":
         return [
             "  where tsproxy runs (not with a chroot, RootDirectory= or ProcSubset=pid that hides it):",
             "    mount -t proc proc /proc",
         ]
     if MISBEHAVES in policy_check.problem:
-        return _newer_rules(policy, targets)
+        return _newer_rules(policy, config)
     if policy_check.families and not policy_check.of(Answer.FAILS) and not policy_check.of(Answer.HOLDS):
         return _make_checkable(policy_check)  # no lever helps where the check itself failed
-    return _rewrite(policy_check, policy, targets) if policy.mode == "rewrite" else _strip(targets)
+    return _rewrite(policy_check, config) if policy.mode == "rewrite" else _strip(config)
 
 
 def _make_checkable(policy_check: PolicyCheck) -> List[str]:
@@ -52,41 +64,48 @@ def _make_checkable(policy_check: PolicyCheck) -> List[str]:
     ]
 
 
-def _newer_rules(policy: Policy, targets: Sequence[str]) -> List[str]:
-    mode = f"--timestamps=rewrite --static-timestamp={policy.tsval} " if policy.mode == "rewrite" else ""
+def _newer_rules(policy: Policy, config: Config) -> List[str]:
+    sysctl = ["  for everything in this network namespace:", "    sysctl -w net.ipv4.tcp_timestamps=0"]
     return [
-        "  rules that hold for each packet, in the place of those here, which are older or not ours:",
-        f"    {program.name()} generate nftables {mode}{_targets(targets)} | nft -f -",
-        *([] if mode else ["  for everything in this network namespace:", "    sysctl -w net.ipv4.tcp_timestamps=0"]),
+        *_rules("rules that hold for each packet, in the place of those here, which are older or not ours:", config),
+        *([] if policy.mode == "rewrite" else sysctl),
     ]
 
 
-def _strip(targets: Sequence[str]) -> List[str]:
-    to = _targets(targets)
+def _strip(config: Config) -> List[str]:
+    kubernetes = "" if kinds.refusal("kubernetes", config) else "     # or kubernetes"
     return [
         "  for everything in this network namespace (the best lever: nothing to see on the wire, no cost):",
         "    sysctl -w net.ipv4.tcp_timestamps=0",
-        "  for a namespace of its own that holds the uplink, with the listener left where it is:",
-        f"    {program.name()} generate systemd {to}",
-        "  for tsproxy's own connections only:",
-        f"    {program.name()} generate nftables {to} | nft -f -",
-        "  in a container:",
-        f"    {program.name()} generate docker {to}     (or kubernetes)",
+        *_set_up("for a namespace of its own that holds the uplink, with the listener left where it is:", "systemd", config),
+        *_rules("for tsproxy's own connections only:", config),
+        *_set_up("in a container:", "docker", config, kubernetes),
         "If the option is stripped where this host can't see it, say --trust-host. To relay with timestamps and only count",
         "them, say --timestamps=preserve.",
     ]
 
 
-def _rewrite(policy_check: PolicyCheck, policy: Policy, targets: Sequence[str]) -> List[str]:
+def _rewrite(policy_check: PolicyCheck, config: Config) -> List[str]:
     on = ["    sysctl -w net.ipv4.tcp_timestamps=1"] if policy_check.sysctl == 0 else []
-    mode = f"--timestamps=rewrite --static-timestamp={policy.tsval}"
-    return [
-        "  nftables rules for tsproxy's own connections, both ways:",
-        *on,
-        f"    {program.name()} generate nftables {mode} {_targets(targets)} | nft -f -",
-        "To send no timestamps at all, say --timestamps=strip; with net.ipv4.tcp_timestamps=0 that needs no rules.",
-    ]
+    heading, *rules = _rules("nftables rules for tsproxy's own connections, both ways:", config)
+    last = "To send no timestamps at all, say --timestamps=strip; with net.ipv4.tcp_timestamps=0 that needs no rules."
+    return [heading, *on, *rules, last]
 
 
-def _targets(targets: Sequence[str]) -> str:
-    return " ".join(target if target.startswith("--") else f"-t {target}" for target in targets)
+def _rules(what_for: str, config: Config) -> List[str]:
+    """Also where there are none for this Config: they may be all that could help, so why not is said."""
+    problem = kinds.refusal("nftables", config)
+    return [f"  no rules: {problem}"] if problem else _set_up(what_for, "nftables", config, " | nft -f -")
+
+
+def _set_up(what_for: str, kind: str, config: Config, then: str = "") -> List[str]:
+    """What it is for, and the command; nothing for a kind that `generate` would refuse."""
+    if kinds.refusal(kind, config):
+        return []
+    return [f"  {what_for}", f"    {_command(kind, config)}{then}"]
+
+
+def _command(kind: str, config: Config) -> str:
+    """With all options that this Config was made of: rules set the DSCP, units the listeners."""
+    targets = [word for target in config.routes[0].targets for word in ("-t", str(target))] if not config.routes_file else []
+    return shlex.join([program.name(), "generate", kind, *targets, *words(config, without=("--target",))])

@@ -27,6 +27,11 @@ _HINTS = {
     errno.EPERM: _SANDBOX,
     errno.ENOSYS: _SANDBOX,
 }
+_HINTS_LATER = {
+    **_HINTS,
+    errno.EADDRINUSE: " (ss -ltnp shows by whom)",
+    errno.EACCES: " (ports below 1024 need root: that takes a restart)",
+}
 _ANY: Dict[int, str] = {socket.AF_INET: "0.0.0.0", socket.AF_INET6: "::"}
 _LOOPBACK: Dict[int, str] = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
 
@@ -38,12 +43,18 @@ class Ends(NamedTuple):
     sources: Sequence[Address]
 
 
-def listeners(route: Route, reuse_port: bool, ends: Ends, handed: Sequence[socket.socket] = ()) -> List[socket.socket]:
-    """The sockets that were handed over for the route, or a new one, each with TCP_SAVE_SYN. Exit 2 or 69 if there is none."""
+def listeners(
+    route: Route, reuse_port: bool, ends: Ends, handed: Sequence[socket.socket] = (), *, starts: bool = True
+) -> List[socket.socket]:
+    """The sockets that were handed over for the route, or a new one, each with TCP_SAVE_SYN. Exit 2 or 69 if there is none.
+
+    Not `starts`: it relays already, and no option of the process may be given any more.
+    """
     ours = (*route.listen_options, *(["--reuse-port"] if reuse_port else []))
     if handed and ours:
         raise Exit(exits.USAGE, f"{ours[0]}: given with LISTEN_FDS; allowed: only without inherited listeners")
-    found = [_prepared(listener, route, ends) for listener in handed] or [_own(route, reuse_port, ends)]
+    hints = _HINTS if starts else _HINTS_LATER
+    found = [_prepared(listener, route, ends) for listener in handed] or [_own(route, reuse_port, ends, hints)]
     for listener in found:
         sockets.save_syns(listener)
     return found
@@ -104,14 +115,15 @@ def reuse(listener: socket.socket, route: Route) -> None:
     tuning_of(route).apply(listener)
 
 
-def _own(route: Route, reuse_port: bool, ends: Ends) -> socket.socket:
+def _own(route: Route, reuse_port: bool, ends: Ends, hints: Mapping[int, str]) -> socket.socket:
     address = Address(family_of(route.bind), route.bind, route.port)
     _refuse_loop(address, True, ends)
     try:
         listener = sockets.listener(address, _BACKLOG, tuning_of(route), reuse_port)
     except OSError as error:
-        hint = _HINTS.get(error.errno or 0, "")
-        raise Exit(exits.CANNOT_BIND, f"can't listen on {address}: {error.strerror}{hint}") from None
+        hint = hints.get(error.errno or 0, "")
+        option = "bind" if error.errno == errno.EADDRNOTAVAIL else "port"
+        raise Exit(exits.CANNOT_BIND, f"can't listen on {address}: {error.strerror}{hint}", option) from None
     if reuse_port:
         reuseport.attach(listener)
     return listener
@@ -158,7 +170,7 @@ def _refuse_loop(listening: Address, takes_ipv4: bool, ends: Ends) -> None:
     for upstream in ends.upstreams:
         reached = _reached(upstream, ends.sources) if upstream.port == listening.port else ()
         if any(_takes(listening, takes_ipv4, end) for end in reached):
-            raise Exit(exits.USAGE, f"--target: given {str(upstream)!r}; allowed: any address but tsproxy's own")
+            raise Exit(exits.USAGE, f"--target: given {str(upstream)!r}; allowed: any address but tsproxy's own", "target")
 
 
 def _reached(upstream: Address, sources: Sequence[Address]) -> Iterator[Address]:

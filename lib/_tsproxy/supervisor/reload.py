@@ -34,7 +34,7 @@ _GOES_ON = "everything goes on as it was"
 class Plan(NamedTuple):
     """What is to be served: all routes of the file, and of those that are new or changed what was found out."""
 
-    routes: Sequence[Route]
+    asked: Config
     proved: Sequence[ProvedRoute]
 
 
@@ -98,11 +98,12 @@ class Reload:
     def _plan(self, now: Mapping[str, Route]) -> Plan:
         config = self._config
         found = routes_file.load(str(config.routes_file), config.defaults or configuration.Route(()), self._handed.keys())
-        fresh = [route for route in found if now.get(route.name) != route]
-        startup.require_limits(config, found, self._nofile)
+        asked = config._replace(routes=found.routes, places=found.places)
+        fresh = [route for route in asked.routes if now.get(route.name) != route]
+        startup.require_limits(asked, asked.routes, self._nofile)
         resolvers = [startup.resolver_of(route) for route in fresh]
         resolve_all(resolvers)
-        return Plan(found, startup.prove(config, fresh, resolvers, self._host) if fresh else ())
+        return Plan(asked, startup.prove(asked, fresh, resolvers, self._host) if fresh else ())
 
     # In the loop's thread
 
@@ -121,16 +122,16 @@ class Reload:
         if self._is_stopped:
             return
         self._runs = False
-        self._on_done(done._replace(problem=f"{done.problem}; {_GOES_ON}") if done.problem else done)
+        self._on_done(done._replace(problem=f"{done.problem.rstrip('.')}; {_GOES_ON}") if done.problem else done)
         if self._is_asked:
             self.request()
 
     def _swap(self, plan: Plan) -> Done:
         before = dict(self._table.served)
-        names, fresh = {route.name for route in plan.routes}, [of_route.route.name for of_route in plan.proved]
+        names, fresh = {route.name for route in plan.asked.routes}, [of_route.route.name for of_route in plan.proved]
         going = [served for name, served in before.items() if name not in names or name in fresh]
         staying = [served for name, served in before.items() if served not in going]
-        prepared = self._prepare(plan.proved, going, staying)
+        prepared = self._prepare(plan, going, staying)
         kept = [sock for of_route in prepared for sock in of_route.listeners]
         for served in going:
             self._table.remove(served, [*kept, *self._handed.get(served.name, ())])
@@ -143,15 +144,13 @@ class Reload:
         }
         return Done(counts=counts, served=come)
 
-    def _prepare(
-        self, proved: Sequence[ProvedRoute], going: Sequence[ServedRoute], staying: Sequence[ServedRoute]
-    ) -> List[PreparedRoute]:
+    def _prepare(self, plan: Plan, going: Sequence[ServedRoute], staying: Sequence[ServedRoute]) -> List[PreparedRoute]:
         """All that can fail. Exit, or OSError without descriptors or memory, with everything put back."""
         with contextlib.ExitStack() as undo:
-            found = ListenerSwap(self._config, going, self._handed, undo, self._on_lost).listeners(proved)
-            every = [*((served.prepared.proved, served.prepared.listeners) for served in staying), *zip(proved, found)]
-            startup.refuse_circles(self._config, *zip(*every))
-            prepared = self._with_counters(proved, found)
+            found = ListenerSwap(plan.asked, going, self._handed, undo, self._on_lost).listeners(plan.proved)
+            every = [*((served.prepared.proved, served.prepared.listeners) for served in staying), *zip(plan.proved, found)]
+            startup.refuse_circles(plan.asked, *zip(*every))
+            prepared = self._with_counters(plan.proved, found)
             for of_route in prepared:
                 self._pool.add_route(of_route.args, of_route.counters)
             undo.pop_all()
@@ -228,7 +227,7 @@ class ListenerSwap:
             self._free.pop(served.name).make_room()
             self._undo.callback(self._put_back, served)
         with startup.naming(self._config, of_route.route):
-            made = listening.listeners(of_route.route, self._config.reuse_port, of_route.ends)
+            made = listening.listeners(of_route.route, self._config.reuse_port, of_route.ends, starts=False)
         for sock in made:
             self._undo.callback(sock.close)
         return made

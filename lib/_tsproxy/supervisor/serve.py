@@ -99,7 +99,7 @@ class Supervisor:
 
         prepared = self._prepared
         return Reload(
-            self._config,
+            prepared.asked,
             self._table,
             self._pool,
             prepared.host,

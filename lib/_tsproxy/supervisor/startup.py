@@ -81,8 +81,12 @@ class PreparedRoute(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What the supervisor starts with. `counters` and `records` are those whose descriptors are in `shared`."""
+    """What the supervisor starts with. `counters` and `records` are those whose descriptors are in `shared`.
 
+    `asked` is what was asked for; the Config of `shared` has the runtime that this came to.
+    """
+
+    asked: Config
     shared: WorkerShared
     counters: SharedCounters
     records: RecordPipe
@@ -113,7 +117,6 @@ def prepare(config: Config, environment: Mapping[str, str], notifier: systemd.No
     if account:
         runtime = _runtime(config)  # again: the user may have no right to read the Python that an interpreter starts from
         _require_interfaces(config)  # again: before Linux 5.7 the user has no right to
-    config = config._replace(runtime=runtime)
     evidence, records = Evidence.create(), RecordPipe.create()
     counters = SharedCounters.create(config.workers)
     routes = [
@@ -121,7 +124,7 @@ def prepare(config: Config, environment: Mapping[str, str], notifier: systemd.No
         for number, (of_route, found) in enumerate(zip(proved, listeners))
     ]
     shared = WorkerShared(
-        config=config,
+        config=config._replace(runtime=runtime),
         routes={number: of_route.args for number, of_route in enumerate(routes)},
         evidence_fd=evidence.fd,
         asked={family: wakeup.create() for family in FAMILY_NAMES},
@@ -129,7 +132,7 @@ def prepare(config: Config, environment: Mapping[str, str], notifier: systemd.No
         records_fd=records.writer,
         exited=wakeup.create(),
     )
-    return Prepared(shared, counters, records, routes, handed, host, evidence, nofile)
+    return Prepared(config, shared, counters, records, routes, handed, host, evidence, nofile)
 
 
 def with_counters(
@@ -147,13 +150,16 @@ def with_counters(
 
 @contextlib.contextmanager
 def naming(config: Config, *routes: Route) -> Iterator[None]:
-    """Name the routes in the message of an Exit, where there is a file of them."""
+    """Name the routes in the message of an Exit, where there is a file of them; what is about a key has its line."""
     try:
         yield
     except Exit as problem:
         if not config.routes_file:
             raise
-        raise Exit(problem.code, f"{named(routes)} {problem}") from None
+        if not (config.places and problem.option):
+            raise Exit(problem.code, f"{named(routes)} {problem}") from None
+        said = str(problem).replace(f"--{problem.option}", problem.option)
+        raise Exit(problem.code, f"{config.places.of(routes[0].name, problem.option)}: {named(routes)} {said}") from None
 
 
 def named(routes: Sequence[Route]) -> str:
@@ -190,26 +196,17 @@ def _require_policies(
     config: Config, routes: Sequence[Route], policies: Sequence[Policy], checks: Sequence[PolicyCheck]
 ) -> None:
     """Exit 78, or 75, for the first route whose policy does not hold; it names all that have the same problem."""
-    for route, policy, policy_check in zip(routes, policies, checks):
+    for policy, policy_check in zip(policies, checks):
         if policy_check.lever is None:
             alike = [one for one, found in zip(routes, checks) if (found.lever, found.problem) == (None, policy_check.problem)]
             with naming(config, *alike):
-                _refuse(config, route, policy, policy_check)
+                _refuse(config, policy, policy_check)
 
 
-def _refuse(config: Config, route: Route, policy: Policy, policy_check: PolicyCheck) -> None:
+def _refuse(config: Config, policy: Policy, policy_check: PolicyCheck) -> None:
     if policy_check.families and len(policy_check.of(Answer.ABSENT)) == len(policy_check.families):
         raise Exit(exits.NOT_YET, f"{policy_check.problem}; no target has another address")
-    raise Exit(exits.POLICY, advice.unattainable(policy_check, policy, asked(config, route)))
-
-
-def asked(config: Config, route: Route) -> List[str]:
-    """What names the targets in a command that is advised: those of the route or, with a file of routes, the file."""
-    if config.routes_file is None:
-        return [str(target) for target in route.targets]
-    import shlex
-
-    return [f"--routes={shlex.quote(config.routes_file)}"]
+    raise Exit(exits.POLICY, advice.unattainable(policy_check, policy, config))
 
 
 def require_dscp(route: Route, policy: Policy, policy_check: PolicyCheck) -> None:
@@ -220,7 +217,7 @@ def require_dscp(route: Route, policy: Policy, policy_check: PolicyCheck) -> Non
     found = {syn.dscp for syn in syns.values()} - {sockets.TAG_DSCP, route.dscp}
     if found:
         allowed = f"{min(found)}, which packet filter rules set here (generate nftables --dscp={route.dscp} prints others)"
-        raise Exit(exits.USAGE, f"--dscp: given '{route.dscp}'; allowed: {allowed}")
+        raise Exit(exits.USAGE, f"--dscp: given '{route.dscp}'; allowed: {allowed}", "dscp")
 
 
 def _witnessed(policy: Policy) -> Dict[int, Syn]:
@@ -355,9 +352,10 @@ def _require_interface(route: Route) -> None:
             sockets.bind_to_interface(probe, route.interface)
     except sockets.InterfaceUnavailable:
         given = f"--interface: given {route.interface!r}"
-        raise Exit(exits.NOT_YET, f"{given}; allowed: an interface of this host (ip -brief link)") from None
+        raise Exit(exits.NOT_YET, f"{given}; allowed: an interface of this host (ip -brief link)", "interface") from None
     except PermissionError:
-        raise Exit(exits.USAGE, f"--interface={route.interface}: takes Linux 5.7 or later, or CAP_NET_RAW") from None
+        needs = f"--interface={route.interface}: takes Linux 5.7 or later, or CAP_NET_RAW"
+        raise Exit(exits.USAGE, needs, "interface") from None
 
 
 def _require_sources(route: Route) -> Tuple[Address, ...]:
@@ -369,7 +367,8 @@ def _require_sources(route: Route) -> Tuple[Address, ...]:
     sources = _sources(route)
     for source in sources:
         if not listening.is_local(source, route.interface or ""):
-            raise Exit(exits.NOT_YET, f"--source: given {source.ip!r}; allowed: an address of this host (ip -brief address)")
+            allowed = "an address of this host (ip -brief address)"
+            raise Exit(exits.NOT_YET, f"--source: given {source.ip!r}; allowed: {allowed}", "source")
     return sources
 
 
@@ -406,5 +405,5 @@ def resolver_of(route: Route) -> Resolver:
 def _require_answer(resolver: Resolver) -> Resolver:
     if not resolver.addresses:
         target, reason = resolver.failures[0]
-        raise Exit(exits.NOT_YET, f"--target: given '{target}'; can't be resolved: {reason}")
+        raise Exit(exits.NOT_YET, f"--target: given '{target}'; can't be resolved: {reason}", "target")
     return resolver

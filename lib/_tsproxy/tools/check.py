@@ -27,7 +27,7 @@ from _tsproxy.policy.syn import Syn
 from _tsproxy.policy.witness import NoWitness
 from _tsproxy.supervisor.host_policy import HostPolicy
 from _tsproxy.supervisor.resolver import Resolver, resolve_all
-from _tsproxy.supervisor.startup import asked, policy_of, require_dscp, resolve, resolver_of
+from _tsproxy.supervisor.startup import policy_of, require_dscp, resolve, resolver_of
 from _tsproxy.tools import check_report, check_routes_report
 from _tsproxy.tools.check_report import Report, Row
 from _tsproxy.tools.check_targets import Attempt, Errand, attempts
@@ -153,7 +153,7 @@ def _fixes(config: Config, errand: Errand, wrong: Sequence[str]) -> List[str]:
     if not wrong:
         return []
     found = errand.policy_check._replace(lever=None, problem=wrong[0])
-    return advice.fixes(found, errand.policy, asked(config, errand.route))
+    return advice.fixes(found, errand.policy, config)
 
 
 # The levers

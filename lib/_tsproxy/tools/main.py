@@ -130,9 +130,7 @@ def _settings(options: Dict[str, Any]) -> config.Config:
         return config.parse(options)
     from _tsproxy.cli import routes
 
-    if options["check"]:
-        return routes.config_of(options, None)
-    return routes.config_of(options, () if options["generate"] else _inherited_names())
+    return routes.config_of(options, None if options["check"] or options["generate"] else _inherited_names())
 
 
 def _inherited_names() -> List[str]:

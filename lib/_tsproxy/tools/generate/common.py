@@ -8,12 +8,11 @@ from typing import List
 
 from _tsproxy.cli import program
 from _tsproxy.cli.config import Config, Route
+from _tsproxy.cli.refusal import named
+from _tsproxy.cli.words import words
 from _tsproxy.linux.limits import descriptors_for
 from _tsproxy.tools.generate import templates
-from _tsproxy.tools.generate.refusal import named
-from _tsproxy.tools.generate.words import words
 
-ROUTES = "/etc/tsproxy/routes.ini"  # where the service, or the program in a container, reads them
 NONE_INSIDE = "in there no connection has any, so neither have theirs.\n#         Run such a route elsewhere to have them."
 
 

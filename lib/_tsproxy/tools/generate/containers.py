@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import json
 import math
-import pwd
 import re
 import shlex
-from typing import Callable, Dict, Iterator, List, NamedTuple, Sequence, Set, Tuple
+from typing import Callable, Dict, Iterator, List, NamedTuple, Sequence, Set
 
-from _tsproxy.cli import exits
 from _tsproxy.cli.config import Config, Route, usable_cpus
-from _tsproxy.cli.exits import Exit
+from _tsproxy.cli.words import words
+from _tsproxy.policy import kinds
+from _tsproxy.policy.kinds import ROUTES
 from _tsproxy.tools.generate import routes_file, templates
-from _tsproxy.tools.generate.common import NONE_INSIDE, ROUTES, descriptors, filled, listening, preserved, stopping_s
-from _tsproxy.tools.generate.refusal import refused
-from _tsproxy.tools.generate.words import words
+from _tsproxy.tools.generate.common import NONE_INSIDE, descriptors, filled, listening, preserved, stopping_s
 
 _IMAGE = "python:3.13-slim"
-_NOBODY = 65534
 _GONE_S = 5  # until no node sends new clients any more
 _MIB = 1 << 20
 _PYTHON_MIB = 128
@@ -30,7 +27,7 @@ _KERNEL_BYTES = 512 << 10  # socket buffers of a busy connection, which count as
 _PORT_NAME = 15  # characters of a container port's name (RFC 6335, section 5.1)
 
 _INNER_SOURCES = "# --source: these have to be addresses of the container, so take a NETWORK that gives it them."
-_INNER_NOBODY = f"OWNER={_NOBODY}:{_NOBODY} # nobody; generate --user=NAME takes a user of this host"
+_INNER_NOBODY = f"OWNER={kinds.NOBODY}:{kinds.NOBODY} # nobody; generate --user=NAME takes a user of this host"
 _DOCKERFILE = "$(dockerfile | sed 's/^/        /')"  # compose.yaml stands in a here-document of docker.sh
 _WRITE_ROUTES = """\
 #         mkdir -p tsproxy-routes && sh tsproxy-docker.sh routes > tsproxy-routes/routes.ini
@@ -176,9 +173,8 @@ def _docker_owner(config: Config) -> str:
 
 def kubernetes(config: Config) -> str:
     """A Deployment whose pods have the sysctl off, its disruption budget and a Service, for `kubectl apply -f -`."""
-    _require_pods_own(config)
     inside = _inside(config, lambda route: f"Clients connect to port {route.port} of the Service.")
-    uid, gid = _pod_owner(config)
+    uid, gid = kinds.pod_owner(config)
     ports = dict(zip(_port_names(config), inside.ports))
     return filled(
         "kubernetes.yaml",
@@ -198,20 +194,6 @@ def kubernetes(config: Config) -> str:
         STOP_S=stopping_s(config, _GONE_S + 10),
         **_file_of_pods(config, inside.file),
     )
-
-
-def _require_pods_own(config: Config) -> None:
-    """Exit 2 for what pods can't have: source addresses, or two listeners that differ in their address alone."""
-    named = [route for route in config.routes if route.sources]
-    if named:
-        names = [route.name for route in named]
-        raise refused(config, names, "source", named[0].sources[0], "with generate kubernetes: none (pods are given theirs)")
-    taken: Dict[int, str] = {}
-    for route in config.routes:
-        first = taken.setdefault(route.port, route.name)
-        if first != route.name:
-            allowed = "with generate kubernetes: a port for each route alone (the Service has one address)"
-            raise refused(config, [first, route.name], "port", route.port, allowed)
 
 
 def _connections_bytes(config: Config) -> int:
@@ -258,20 +240,6 @@ def _any_of_hex(ports: Sequence[int]) -> str:
     """As /proc/net/tcp has them, for a regular expression: of several routes one may be gone by a reload."""
     found = "|".join(f"{port:04X}" for port in ports)
     return f"({found})" if len(ports) > 1 else found
-
-
-def _pod_owner(config: Config) -> Tuple[int, int]:
-    """User and group as numbers, which is all that runAsNonRoot takes: those of --user here, else nobody's."""
-    if config.user is None:
-        return _NOBODY, _NOBODY
-    try:
-        account = pwd.getpwnam(config.user)
-    except KeyError:
-        account = None
-    if account is None or account.pw_uid == 0:
-        allowed = "a user of this host but root (its number goes into the pods)"
-        raise Exit(exits.USAGE, f"--user: given {config.user!r}; allowed with generate kubernetes: {allowed}")
-    return account.pw_uid, account.pw_gid
 
 
 def _yaml_list(inside: List[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Callable, Iterator, List, Sequence
 
 from _tsproxy.cli.config import Config, Route
 from _tsproxy.cli.routes import KEYS
-from _tsproxy.tools.generate.words import spelled
+from _tsproxy.cli.words import spelled
 
 LISTENING = ("port", "bind")
 _ORDER = ("target", *LISTENING)  # the others follow

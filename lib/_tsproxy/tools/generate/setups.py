@@ -6,16 +6,18 @@ Knows which template makes which set-up. Knows nothing of what may be asked for:
 from __future__ import annotations
 
 import shlex
-from typing import Dict, Iterator, List
+from typing import Dict, Iterator
 
 from _tsproxy.cli import program
 from _tsproxy.cli.config import Config, Route
+from _tsproxy.cli.refusal import named
+from _tsproxy.cli.words import words
 from _tsproxy.linux.sockets import TAG, TAG_DSCP
+from _tsproxy.policy import kinds
+from _tsproxy.policy.kinds import ROUTES
 from _tsproxy.tools.generate import routes_file, templates
-from _tsproxy.tools.generate.common import NONE_INSIDE, ROUTES, descriptors, filled, listening, preserved, stopping_s
-from _tsproxy.tools.generate.refusal import named, refused
+from _tsproxy.tools.generate.common import NONE_INSIDE, descriptors, filled, listening, preserved, stopping_s
 from _tsproxy.tools.generate.templates import in_parts
-from _tsproxy.tools.generate.words import words
 
 _MARK = "0x74730001"  # of the connections, in conntrack; "ts" and a number, so that nobody else's is the same
 _SOCKETS_OWN = ("--port", "--bind", "--reuse-port")  # what tsproxy.socket does in the service's place
@@ -50,36 +52,15 @@ def nftables(config: Config) -> str:
     user = config.user if stripping else None
     who, uid = (_WHO.format(user), f'meta skuid {{ 0, "{user}" }} ') if user else ("", "")
     tags = templates.fill("nftables-tags.nft", TAG=TAG, DSCP=TAG_DSCP, WHO=who, UID=uid)
-    dscp = _wanted_dscp(config)
+    dscp = next((route.dscp for route in kinds.by_rules(config) if route.dscp is not None), 0)  # the same for all
     name = "nftables-strip.nft" if stripping else "nftables-rewrite.nft"
     notes = "\n".join(_on_rules(config, dscp))
     return filled(name, "nftables", config, TAGS=tags, MARK=_MARK, TSVAL=config.static_timestamp, SET=dscp, NOTES=notes)
 
 
-def _wanted_dscp(config: Config) -> int:
-    """What the rules set in the place of the tag, by which they know a packet: so it can't be the tag itself."""
-    tagged = [route.name for route in config.routes if route.dscp == TAG_DSCP]
-    found: Dict[int, List[str]] = {}
-    for route in _by_rules(config):
-        if route.dscp is not None:
-            found.setdefault(route.dscp, []).append(route.name)
-    if tagged:
-        raise refused(config, tagged, "dscp", TAG_DSCP, "with generate nftables: any other (it is tsproxy's tag)")
-    if len(found) > 1:
-        (first, names), *others = found.items()
-        differ = "; ".join(f"{dscp} ({named(whose)})" for dscp, whose in others)
-        raise refused(config, names, "dscp", first, f"with generate nftables: one for all, as its rules set it; not {differ}")
-    return next(iter(found), 0)
-
-
-def _by_rules(config: Config) -> List[Route]:
-    """Those whose sockets have the tag."""
-    return [route for route in config.routes if route.timestamps != "preserve"]
-
-
 def _on_rules(config: Config, dscp: int) -> Iterator[str]:
     yield from preserved(config, "theirs have no tag, so these rules leave them alone.")
-    unnamed = [route.name for route in _by_rules(config) if route.dscp is None]
+    unnamed = [route.name for route in kinds.by_rules(config) if route.dscp is None]
     if dscp and unnamed:
         yield f"# Note:   dscp = {dscp} is set for all: also for {named(unnamed)}."
 

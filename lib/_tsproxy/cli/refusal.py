@@ -15,11 +15,14 @@ _MOST_NAMES = 5
 
 
 def refused(config: Config, names: Sequence[str], option: str, given: object, allowed: str) -> Exit:
-    """Exit 2 for the value of an option of these routes; `allowed` begins behind that word."""
-    problem = f"{option}: given {str(given)!r}; allowed {allowed}"
-    if config.routes_file is None:
+    """Exit 2 for the value of an option of these routes, "" for none; `allowed` begins behind that word.
+
+    In a file the line is that of the first of them.
+    """
+    problem = f"{option}: given {repr(str(given)) if given != '' else 'nothing'}; allowed {allowed}"
+    if config.places is None:
         return Exit(exits.USAGE, f"--{problem}")
-    return Exit(exits.USAGE, f"{config.routes_file}: {named([f'[{name}]' for name in names])} {problem}")
+    return Exit(exits.USAGE, f"{config.places.of(names[0], option)}: {named([f'[{name}]' for name in names])} {problem}")
 
 
 def named(names: Sequence[str]) -> str:

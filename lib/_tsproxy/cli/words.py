@@ -39,6 +39,7 @@ def _default(field: str, config: Config) -> Any:
 
 
 def _switches(config: Config, route: Route) -> Iterator[Tuple[str, bool]]:
+    yield "--timestamps=rewrite", config.rewrites_to_zero
     yield "--reuse-port", config.reuse_port
     yield "--trust-host", route.trust_host
 
