@@ -476,6 +476,18 @@ def test_a_request_that_comes_while_metrics_lines_are_made_has_others_made_after
         assert [line["downstream_cx_total"] for line in desk.lines()] == [0, 1]
 
 
+def closed_while_read(desk: Desk, reader: int) -> List[str]:
+    """The events of the lines up to `stop`."""
+    closing = threading.Thread(target=desk.close, kwargs={"reason": "SIGTERM"})
+    closing.start()
+    events = [""]
+    with open(reader, "rb", closefd=False) as stream:
+        while events[-1] != "stop":
+            events.append(json.loads(stream.readline())["event"])
+    closing.join()
+    return events
+
+
 def test_no_metrics_lines_are_made_while_those_before_wait_for_the_reader() -> None:
     """Else they would displace `connection` lines."""
     with pipe(4096) as (reader, writer), desk_with(writer) as desk:
@@ -483,13 +495,7 @@ def test_no_metrics_lines_are_made_while_those_before_wait_for_the_reader() -> N
             desk.reporter.log("said")
             desk.reporter.metrics_now()
             wait_until(lambda said=number: said < desk.reporter._line_writer.lines_put, "the line is put")
-        closing = threading.Thread(target=desk.close, kwargs={"reason": "SIGTERM"})
-        closing.start()
-        with open(reader, "rb", closefd=False) as stream:
-            events = [""]
-            while events[-1] != "stop":
-                events.append(json.loads(stream.readline())["event"])
-        closing.join()
+        events = closed_while_read(desk, reader)
         assert events.count("said") == 100
         assert events.count("metrics") <= 4
         assert events[-2] == "metrics"
@@ -500,13 +506,7 @@ def test_metrics_lines_of_many_routes_leave_room_for_the_last_lines() -> None:
     with pipe(4096) as (reader, writer), desk_with(writer, names=names, many=True, interval_s=0.001) as desk:
         wait_until(desk.dropped, "a line without room")
         desk.reporter.log("drain")
-        closing = threading.Thread(target=desk.close, kwargs={"reason": "SIGTERM"})
-        closing.start()
-        with open(reader, "rb", closefd=False) as stream:
-            events = [""]
-            while events[-1] != "stop":
-                events.append(json.loads(stream.readline())["event"])
-        closing.join()
+        events = closed_while_read(desk, reader)
         assert "drain" in events
 
 
