@@ -199,7 +199,9 @@ def test_a_size_is_its_figure_times_its_unit(figure: int, unit: str) -> None:
 
 LABEL = st.from_regex(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?", fullmatch=True)
 NAMES = st.lists(LABEL, max_size=3).map(lambda labels: ".".join([*labels, "example"]))
-HOSTS = NAMES | st.ip_addresses(v=4).map(str) | st.ip_addresses(v=6).map("[{}]".format)
+PLAIN = st.ip_addresses().map(lambda host: getattr(host, "ipv4_mapped", None) or host)
+UNICAST = PLAIN.filter(lambda host: not host.is_multicast and str(host) != "255.255.255.255")
+HOSTS = NAMES | UNICAST.map(lambda host: f"[{host}]" if host.version == 6 else str(host))
 
 
 @unhurried

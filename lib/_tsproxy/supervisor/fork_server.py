@@ -175,9 +175,10 @@ class ForkServer:
         if not self._own_exit_status:
             self._control.shutdown(socket.SHUT_WR)
             server = children.Child(self._pid)
-            if not server.has_exited(_EXIT_S):
-                server.send_signal(signal.SIGKILL)
-                server.has_exited(_EXIT_S)
+            with contextlib.suppress(OSError):  # a sandbox refuses wait4(2) or kill(2): it exits by itself, for it reads EOF
+                if not server.has_exited(_EXIT_S):
+                    server.send_signal(signal.SIGKILL)
+                    server.has_exited(_EXIT_S)
         self._control.close()
 
     def _receive(self) -> None:
