@@ -43,7 +43,7 @@ class Crowd:
         for number in itertools.islice(self._ids, count):
             self.sessions[number] = Session(self.now)
             self.all.append(self.sessions[number])
-            self.sweep.add(number, self.now)
+            self.sweep.begin(self.now)
 
     def go(self, count: int, newest: bool) -> None:
         for number in sorted(self.sessions, reverse=newest)[:count]:
@@ -100,8 +100,8 @@ def test_of_sessions_that_have_ended_little_is_left_also_before_their_turn(crowd
     for _ in range(1000):
         crowd.come(1)
         crowd.go(1, newest=True)
-        assert len(crowd.sweep._queue) <= 2 * SLICE
-    crowd.run_until(2 * STEP_NS)
+        crowd.run_until(crowd.now + STEP_NS // 100)
+        assert len(crowd.sweep._queue) == len(crowd.sweep._queued) <= 2 * SLICE
     assert crowd.all[0].visits
 
 

@@ -440,7 +440,7 @@ def test_a_bug_in_a_connections_other_deadlines_costs_that_connection(stand: Sta
             context.liveness = BrokenLiveness(1)
             context.registry = Registry(context.loop.timers, context.liveness.step_ns)
             context.registry.sessions[1] = session
-            context.registry.sweep(1, 0)
+            context.registry.begin_sweeps(0)
         context.loop.now = 10**9
         context.loop._expire(TICK_NS)
         assert (context.counters[Counter.BUGS], context.counters[Counter.ENDED]) == (1, 1)

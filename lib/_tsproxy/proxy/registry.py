@@ -49,8 +49,8 @@ class Registry:
         self._checking = Sweep(timers, self.sessions, check_peers_ns, lambda session, now_ns: session.check_peers(now_ns))
         self._checks = bool(check_peers_ns)
 
-    def sweep(self, connection_id: int, now_ns: int) -> None:
-        """Visit this session, which relays now, in each sweep."""
-        self._each_second.add(connection_id, now_ns)
+    def begin_sweeps(self, now_ns: int) -> None:
+        """Start the sweeps, if they do not run: there is a relaying session."""
+        self._each_second.begin(now_ns)
         if self._checks:
-            self._checking.add(connection_id, now_ns)
+            self._checking.begin(now_ns)

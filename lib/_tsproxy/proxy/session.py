@@ -115,7 +115,7 @@ class Session:
         if not context.gate.may_relay(upstream, info):
             self.end(Ending.POLICY)
             return
-        context.registry.sweep(self._message.connection_id, up.last_active_ns)
+        context.registry.begin_sweeps(up.last_active_ns)
         up.readable()  # relay what the client has sent meanwhile at once, before the descriptors are watched
         self.on_flow()
 
