@@ -82,11 +82,11 @@ def _require_port(kind: str, config: Config) -> None:
 
 def _require_no_interface(kind: str, config: Config) -> None:
     """In a namespace of its own tsproxy has other interfaces than this host's."""
-    named = [route for route in config.routes if route.interface is not None]
-    if named:
+    bound = [route for route in config.routes if route.interface is not None]
+    if bound:
         why = f"it is in a namespace of its own; generate {REWRITING} leaves it where the interface is"
-        names = [route.name for route in named]
-        raise refused(config, names, "interface", named[0].interface, f"with generate {kind}: none ({why})")
+        names = [route.name for route in bound]
+        raise refused(config, names, "interface", bound[0].interface, f"with generate {kind}: none ({why})")
 
 
 # What one kind can't do
@@ -120,10 +120,10 @@ def _require_few_sockets(config: Config) -> None:
 
 def _require_pods_own(config: Config) -> None:
     """What pods can't have: source addresses, two listeners that differ in their address alone, a user without a number."""
-    named = [route for route in config.routes if route.sources]
-    if named:
-        names = [route.name for route in named]
-        raise refused(config, names, "source", named[0].sources[0], "with generate kubernetes: none (pods are given theirs)")
+    sourced = [route for route in config.routes if route.sources]
+    if sourced:
+        names = [route.name for route in sourced]
+        raise refused(config, names, "source", sourced[0].sources[0], "with generate kubernetes: none (pods are given theirs)")
     taken: Dict[int, str] = {}
     for route in config.routes:
         first = taken.setdefault(route.port, route.name)
