@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
 import json
 import os
@@ -11,16 +12,17 @@ import socket
 import sys
 import threading
 import time
-from typing import Any, Callable, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
 
 import pytest
+from _tsproxy.linux import uapi
 from _tsproxy.linux.addresses import pack
 from _tsproxy.stats import counters, encoder, histogram, records
 from _tsproxy.stats.board import Board
 from _tsproxy.stats.counters import ACCEPTOR_ROW, REPORTER_ROW, Counter, SharedCounters
 from _tsproxy.stats.endings import ENDING_FIELDS, Ending
 from _tsproxy.stats.records import NOTICE_LEVELS, Notice, RecordPipe, RecordWriter
-from _tsproxy.stats.reporter import Reporter
+from _tsproxy.stats.reporter import Reporter, _Patience
 from harness import PATIENCE, Line, examples, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -476,15 +478,21 @@ def test_a_request_that_comes_while_metrics_lines_are_made_has_others_made_after
         assert [line["downstream_cx_total"] for line in desk.lines()] == [0, 1]
 
 
+@contextlib.contextmanager
+def closing(desk: Desk) -> Iterator[threading.Thread]:
+    thread = threading.Thread(target=desk.close, kwargs={"reason": "SIGTERM"})
+    thread.start()
+    yield thread
+    thread.join()
+
+
 def closed_while_read(desk: Desk, reader: int) -> List[str]:
     """The events of the lines up to `stop`."""
-    closing = threading.Thread(target=desk.close, kwargs={"reason": "SIGTERM"})
-    closing.start()
+    fcntl.fcntl(reader, uapi.F_SETPIPE_SZ, 1 << 20)  # else each line is a switch to the other thread, and back
     events = [""]
-    with open(reader, "rb", closefd=False) as stream:
+    with closing(desk), open(reader, "rb", closefd=False) as stream:
         while events[-1] != "stop":
             events.append(json.loads(stream.readline())["event"])
-    closing.join()
     return events
 
 
@@ -628,6 +636,35 @@ def test_a_full_disk_is_said_on_standard_error(capfd: pytest.CaptureFixture[str]
     said = ["No space left on device; trying again every 1 s; 4,096 lines are kept"]
     said.append("lines that it did not take within 1 s, and that are lost: 50")
     assert capfd.readouterr() == ("", "".join(f"tsproxy.py: standard output: {line}\n" for line in said))
+
+
+def test_a_slow_reader_gets_the_last_lines_while_it_takes_some(capfd: pytest.CaptureFixture[str]) -> None:
+    with pipe(4096) as (reader, writer), desk_with(writer) as desk:
+        for _ in range(15):
+            desk.reporter.log("said", text="x" * 3900)  # a pipe full each
+        with closing(desk) as thread:
+            events = [""]
+            while events[-1] != "stop":
+                events.append(json.loads(os.read(reader, 4096))["event"])
+                thread.join(0.1)  # 1.6 s in all
+    assert events == ["", *["said"] * 15, "stop"]
+    assert capfd.readouterr() == ("", "")
+
+
+@given(st.lists(st.tuples(st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.integers(0, 1)), min_size=20))
+def test_the_last_lines_wait_while_one_a_second_is_taken_and_not_for_ever(steps: List[Tuple[float, int]]) -> None:
+    now = taken = last = 0.0
+    patience = _Patience(lambda: now, 0)
+    for passed, lines in steps:
+        now, taken = now + passed, taken + lines
+        last = now if lines else last
+        if patience.is_over(int(taken)):
+            assert (now >= 3.0, now - last >= 1.0)[patience.limit_s == 1.0]
+            break
+        assert now < 3.0
+        assert now - last < 1.0
+    else:
+        assert now < 3.0
 
 
 def test_last_lines_that_nobody_reads_are_said_on_standard_error(capfd: pytest.CaptureFixture[str]) -> None:

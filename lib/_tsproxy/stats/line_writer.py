@@ -11,7 +11,7 @@ import errno
 import os
 import select
 from collections import deque
-from typing import Callable, Deque
+from typing import Callable, Deque, Tuple
 
 from _tsproxy.linux.uapi import PIPE_BUF
 
@@ -57,6 +57,11 @@ class LineWriter:
     def lines_taken(self) -> int:
         """How many of `lines_put` are not queued any more: written, handed to write(2), or dropped."""
         return self.lines_put - len(self._lines)
+
+    @property
+    def progress(self) -> Tuple[int, int]:
+        """Changes with each line that is put or taken."""
+        return self.lines_put, self.lines_taken
 
     @property
     def awaits_pollout(self) -> bool:

@@ -27,8 +27,9 @@ from _tsproxy.stats.records import NOTICE_LEVELS, ConnectionRecord, Record, Reco
 
 _POLL_INTERVAL_MS = 10.0
 _MAX_TIMEOUT_MS = 60_000.0
-_CLOSE_TIMEOUT_S = 1.0  # how long the last lines wait for POLLOUT
-_STUCK_S = 2.0  # a reporter that makes no line for so long at the end is in a write(2) that blocks
+_STALLED_S = 1.0  # the last lines wait no longer for a reader that takes none
+_SLOW_S = 3.0  # nor for one that takes some
+_STUCK_S = 2.0  # a reporter that makes no line, and has none taken, for so long at the end is in a write(2) that blocks
 _RESERVES = {"metrics": RESERVE // 2}  # so that a line of each of many routes does not displace `stop`
 _LATE_NAMES = 65536  # of ended routes that stay known
 
@@ -105,35 +106,36 @@ class Reporter:
     def close(self, **stop: Any) -> None:
         """Write what is queued and, with fields for it, a `stop` line; `uptime_s` is added. Nothing comes behind it.
 
-        Waits at most a second while standard output blocks; then the rest is dropped, counted, and said on standard error.
+        Waits while lines are read, 3 seconds at most, but 1 second while none is; then the rest is dropped, counted, and said
+        on standard error.
         """
-        self._stop_fields, lines = stop, -1
+        self._stop_fields, progress = stop, (-1, -1)
         self._wakeup.wake()
-        while self._thread.is_alive() and lines != self._line_writer.lines_put:
-            lines = self._line_writer.lines_put
+        while self._thread.is_alive() and progress != self._line_writer.progress:
+            progress = self._line_writer.progress
             self._thread.join(_STUCK_S)
         if self._thread.is_alive():
             _log_to_stderr(f"it took no line for {_STUCK_S:g} s; the last ones are lost")
 
     def run(self) -> None:
         """The thread: encode, write, wait, until close() was called and all lines are written."""
-        give_up_at = float("inf")
-        while time.monotonic() < give_up_at:
+        patience: Optional[_Patience] = None
+        while not (patience and patience.is_over(self._line_writer.lines_taken)):
             self._wakeup.collect()
             # Read it after collect(), which may clear the wake-up of close(), and before encoding what was queued until then.
             stop = self._stop_fields
             if stop is None:
                 self._encode_waiting()
-            elif give_up_at == float("inf"):
+            elif patience is None:
                 self._encode_last(stop)
-                give_up_at = time.monotonic() + _CLOSE_TIMEOUT_S
+                patience = _Patience(time.monotonic, self._line_writer.lines_taken)
             self._line_writer.write()
             if stop is not None and self._line_writer.is_empty:
                 return
             if stop is self._stop_fields:
                 self._wait()
         lost = self._line_writer.discard_queue()
-        _log_to_stderr(f"lines that it did not take within {_CLOSE_TIMEOUT_S:g} s, and that are lost: {lost:,}")
+        _log_to_stderr(f"lines that it did not take within {patience.limit_s:g} s, and that are lost: {lost:,}")
 
     def _wait(self) -> None:
         """poll(2) until there is something to encode, POLLOUT, or a metrics line or a sample of segments is due.
@@ -240,6 +242,26 @@ class Reporter:
 
     def _count_dropped(self, lines: int) -> None:
         self._shared_counters.rows[REPORTER_ROW][Counter.LINES_DROPPED] += lines
+
+
+class _Patience:
+    """How long the last lines wait for their reader: while it takes some, and not for ever. `clock` is in seconds."""
+
+    def __init__(self, clock: Callable[[], float], taken: int) -> None:
+        self._clock, self._taken = clock, taken
+        self._slow_at = clock() + _SLOW_S
+        self._stalled_at = clock() + _STALLED_S
+
+    def is_over(self, taken: int) -> bool:
+        """`taken`: how many lines were taken until now."""
+        if taken != self._taken:
+            self._taken, self._stalled_at = taken, self._clock() + _STALLED_S
+        return self._clock() >= min(self._slow_at, self._stalled_at)
+
+    @property
+    def limit_s(self) -> float:
+        """The one that comes first."""
+        return _SLOW_S if self._slow_at < self._stalled_at else _STALLED_S
 
 
 def _log_to_stderr(problem: str) -> None:
