@@ -27,6 +27,7 @@ from harness import (
     Proxy,
     echo,
     leave_out,
+    pause,
     receive_all,
     receive_exactly,
     reset,
@@ -87,7 +88,7 @@ def calls(tmp_path: Path, names: FrozenSet[str]) -> Iterator[str]:
 
 
 def live(proxy: Proxy, far: Exchange, space: Namespace, confine: Any = lambda: None) -> None:
-    """Relay in all ways, drift, a worker's death where it is a process, drain."""
+    """Relay in all ways, stop and go on, drift, a worker's death where it is a process, drain."""
     with space:
         proxy.line("start")
         confine()
@@ -104,6 +105,7 @@ def live(proxy: Proxy, far: Exchange, space: Namespace, confine: Any = lambda: N
             with pytest.raises(ConnectionResetError):
                 client.recv(1)  # --idle-timeout
         assert {status["Seccomp"] for status in statuses(proxy)} == {"2"}
+        stop_and_continue(proxy)
         drift(proxy, space)
         lose_a_worker(proxy)
         proxy.wait_metrics(lambda line: line["downstream_cx_active"] == 0)
@@ -133,6 +135,17 @@ def pour(client: Any) -> None:
     assert len(receive_all(client)) == 16 << 20
     sender.join()
     client.close()
+
+
+def stop_and_continue(proxy: Proxy) -> None:
+    """As job control, `docker pause` and debuggers do: Linux goes on with poll(2) by restart_syscall(2)."""
+    family = proxy.family()
+    for pid in family:
+        pause(pid)
+    for pid in family:
+        os.kill(pid, signal.SIGCONT)
+    proxy.metrics()
+    assert proxy.family() == family
 
 
 def drift(proxy: Proxy, space: Namespace) -> None:
