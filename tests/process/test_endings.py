@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -39,6 +40,27 @@ def test_idle_timeout_resets_both_sides_and_no_busy_session(start: Any, exchange
     assert proxy.metrics()["idle_timeout_total"] == 1
     busy.close()
     idle.close()
+
+
+def test_a_stop_that_is_longer_than_the_idle_timeout_ends_nobody_whose_bytes_came_meanwhile(
+    start: Any, echoing: Exchange
+) -> None:
+    """As `docker pause`, job control and debuggers stop it. epoll_wait(2) returns 64 events at a time."""
+    proxy = start(echoing, "--idle-timeout=1")
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(proxy.connect()) for _ in range(150)]
+        for client in clients:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+        family, stopped = proxy.family(), time.monotonic()
+        for pid in family:
+            pause(pid)
+        for client in clients:
+            client.sendall(b"y")
+        wait_until(lambda: time.monotonic() > stopped + 1.5)
+        for pid in family:
+            os.kill(pid, signal.SIGCONT)
+        assert [client.recv(1) for client in clients] == [b"y"] * 150
 
 
 def test_half_close_timeout_ends_a_silent_half_closed_session(start: Any, exchange: Exchange) -> None:

@@ -9,7 +9,7 @@ from typing import Callable, Iterator, List, Optional, Set, Tuple
 
 import pytest
 from _tsproxy.loop.event_loop import EventLoop
-from _tsproxy.loop.poller import READ
+from _tsproxy.loop.poller import MAX_EVENTS, READ
 from _tsproxy.loop.posted import BULK, ENDING, NEW, NOW
 from _tsproxy.loop.timers import NEVER_NS, TICK_NS, Timers
 from hypothesis import given, settings
@@ -323,6 +323,41 @@ def test_a_timer_that_an_earlier_one_disarms_does_not_fire(stand: Stand) -> None
     time.sleep(0.015)  # both are due in the same iteration
     stand.loop.run_for(15 * MS)
     assert [number for number, _ in fired] == [0]
+
+
+class Watcher(Alarm):
+    """It notes how many events were handled before it."""
+
+    def __init__(self, stand: Stand, seen: List[int]) -> None:
+        super().__init__(0, [])
+        self._stand, self._seen = stand, seen
+
+    def on_deadline(self, now_ns: int) -> None:
+        self._seen.append(len(self._stand.handled))
+
+
+@pytest.mark.parametrize("lane", [NOW, BULK])
+def test_after_a_stall_all_that_is_ready_is_handled_before_timers_fire(stand: Stand, lane: int) -> None:
+    """Else whose bytes wait in the kernel would be taken for silent, but for the first ones that epoll_wait(2) returns."""
+    seen: List[int] = []
+    for _ in range(3 * MAX_EVENTS):
+        stand.pair(lane).peer.send(b"x")
+    stand.loop.timers.arm(Watcher(stand, seen), stand.loop.now - 60_000 * MS)
+    stand.loop.run_for(5000 * MS, lambda: bool(seen))
+    assert seen == [3 * MAX_EVENTS]
+
+
+def test_after_a_stall_timers_fire_though_there_is_always_more(stand: Stand) -> None:
+    seen: List[int] = []
+
+    def again() -> None:
+        stand.pairs[stand.handled[-1]].peer.send(b"x")
+
+    for _ in range(2 * MAX_EVENTS):
+        stand.pair(NOW, again).peer.send(b"x")
+    stand.loop.timers.arm(Watcher(stand, seen), stand.loop.now - 150 * MS)
+    stand.loop.run_for(60_000 * MS, lambda: bool(seen))
+    assert seen[0] > 2 * MAX_EVENTS
 
 
 STEPS = st.lists(

@@ -14,9 +14,12 @@ from typing import Callable, Dict, List, Optional, Protocol
 
 from _tsproxy.loop.poller import HANGUP, MAX_EVENTS, READABLE, Poller
 from _tsproxy.loop.posted import BULK, ENDING, NOW, Posted
-from _tsproxy.loop.timers import NEVER_NS, Timers
+from _tsproxy.loop.timers import NEVER_NS, TICK_NS, Timers
 
 _PROBE_NS = 100_000_000
+_STALL_NS = (
+    100_000_000  # a timer that is so late shows that the thread stood still: SIGSTOP, a paused container, a host without CPU
+)
 _LONGEST_NS = 86_400_000_000_000  # epoll_wait(2) takes milliseconds as an int: 24.8 days would be too long
 
 
@@ -158,11 +161,30 @@ class EventLoop:
         """Fire the timers that are due. How late they are shows how long handlers took, or how long the thread had no CPU."""
         if self._on_lag:
             self._on_lag(monotonic_ns() - due)
+        if self.now - due >= _STALL_NS:
+            self._catch_up(self.now - due)
         for timer in self.timers.due(self.now):
             try:
                 timer.on_deadline(self.now)
             except Exception as bug:
                 timer.on_bug(bug)
+
+    def _catch_up(self, stall_ns: int) -> None:
+        """Handle what became ready during a stall, before timers fire: a peer whose bytes wait here is not idle.
+
+        Takes at most as long as the stall. If SIGCONT interrupts epoll.poll() once its time is over, that returns no event.
+        """
+        now = monotonic_ns()
+        deadline, is_over = now + stall_ns, False
+        while now < deadline and not is_over:
+            events = self.poller.wait(0, MAX_EVENTS)
+            for fd, mask in events:
+                if fd in self.handlers:
+                    self.posted.put(ENDING if mask & HANGUP else self.handlers[fd].lane or BULK, fd, mask, now)
+            self.posted.serve(self._handle, now, TICK_NS)
+            is_over = len(events) < MAX_EVENTS and not self.posted.masks
+            now = monotonic_ns()
+        self.now = now
 
     def close(self) -> None:
         """Close pending sockets, drop the handlers, close the epoll descriptor. Other watched descriptors stay open."""
