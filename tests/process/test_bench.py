@@ -95,7 +95,7 @@ def test_json_lines_tell_the_setup_first_and_then_figures_above_zero(name: str, 
         assert line["benchmark"] == ran.name
     for line in ran.figures:
         assert set(line) >= FIGURE
-        assert len(line["rounds"]) == 2
+        assert 1 <= len(line["rounds"]) <= 2  # a round in which the machine stood still, and nothing came back, has no figure
         assert min(line["rounds"]) <= line["value"] <= max(line["rounds"])
         may_be_zero = line["figure"] in MAY_BE_ZERO or line["case"].startswith("pieces")
         assert line["value"] > 0 or (may_be_zero and line["value"] == 0), line
