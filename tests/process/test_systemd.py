@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import signal
 import socket
@@ -17,6 +18,7 @@ from _tsproxy.loop.event_loop import EventLoop
 from _tsproxy.proxy import inbox
 from _tsproxy.proxy.inbox import Command
 from _tsproxy.stats.counters import Counter
+from _tsproxy.supervisor.reload import _refusal
 from _tsproxy.supervisor.watchdog import Watchdog
 from _tsproxy.supervisor.worker_pool import WorkerPool
 from _tsproxy.supervisor.worker_slot import WorkerSlot
@@ -25,6 +27,7 @@ from harness import CHECKOUT, Exchange, Proxy, children, echo, free_port, pause,
 from hypothesis import given
 from hypothesis import strategies as st
 from namespaces import Namespace, require_root
+from routed import RoutedProxy
 
 WORDS = ["-t", "127.0.0.1:9", "--timestamps=preserve", "--metrics-interval=0"]
 
@@ -259,6 +262,39 @@ def test_the_status_tells_a_drift_until_it_is_over(manager: Manager) -> None:
             pass
         assert manager.wait_for("STATUS") == "relaying 0 connections"
         assert proxy.stop() == 0
+
+
+def test_the_status_tells_a_refused_reload_until_one_succeeds(tmp_path: Path, echoing: Exchange, manager: Manager) -> None:
+    """To systemd both are over with READY=1."""
+    good = {"orders": {"target": echoing.target, "port": 0}}
+    env = {**os.environ, "NOTIFY_SOCKET": manager.path, "WATCHDOG_USEC": "300000"}
+    with contextlib.closing(RoutedProxy(CHECKOUT, tmp_path / "r.ini", good, env=env)) as proxy:
+        proxy.bad("[orders]\nport = x\n")
+        said = re.escape(f"{proxy.file}:2: [orders] port: given 'x'; allowed: ")
+        refused = rf"relaying 0 connections; reload refused at \w{{3}} \d\d [\d:]{{8}}: {said}.*"
+        assert manager.wait_for("RELOADING") == "1"
+        assert re.fullmatch(refused, manager.wait_for_state("READY")["STATUS"])
+        assert re.fullmatch(refused, manager.wait_for_state("WATCHDOG")["STATUS"]), "it stays"
+        proxy.bad(f"[orders]\nport = \x1b]2;{'x' * 300}\n")
+        status = manager.wait_for_state("READY")["STATUS"]
+        assert len(status) < 256
+        assert status.endswith("xxx...")
+        assert proxy.good(good) == [0, 0, 0, 1]
+        assert manager.wait_for_state("READY")["STATUS"] == "relaying 0 connections"
+        assert proxy.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("problem", "shown"),
+    [
+        ("/r\x1b]2;\u202e.ini:1: [a] given\nmore", r"/r\x1b]2;\u202e.ini:1: [a] given"),
+        ("Traceback (most recent call last):\n  at\nKeyError: 'a'\n", "KeyError: 'a'"),
+        ("x" * 9000, "x" * 160 + "..."),
+    ],
+    ids=["escapes", "a bug", "long"],
+)
+def test_the_status_of_a_refused_reload_is_one_short_line_that_no_terminal_obeys(problem: str, shown: str) -> None:
+    assert re.fullmatch(r"reload refused at [A-Z][a-z]{2} \d\d \d\d:\d\d:\d\d: " + re.escape(shown), _refusal(problem))
 
 
 def test_a_slow_name_is_resolved_before_the_managers_timeout(start: Any, manager: Manager) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import threading
+import time
 import traceback
 from functools import partial
 from socket import socket
@@ -20,6 +21,7 @@ from _tsproxy.cli import routes as routes_file
 from _tsproxy.cli.config import Config, Route, UsageError
 from _tsproxy.cli.exits import Exit
 from _tsproxy.linux import needs
+from _tsproxy.linux.printable import printable
 from _tsproxy.supervisor import listening, startup
 from _tsproxy.supervisor.host_policy import HostPolicy
 from _tsproxy.supervisor.resolver import resolve_all
@@ -29,6 +31,7 @@ from _tsproxy.supervisor.worker_pool import WorkerPool
 
 Place = Tuple[str, int, str]  # bind, port and, of port 0, the route's name
 _GOES_ON = "everything goes on as it was"
+_SHOWN = 160  # characters of a problem in STATUS, which `systemctl status` shows in one line
 
 
 class Plan(NamedTuple):
@@ -65,6 +68,7 @@ class Reload:
         self._config, self._table, self._pool, self._host = config, table, pool, host
         self._handed, self._nofile = handed, nofile
         self._call_soon, self._on_done = call_soon, on_done
+        self.refusal = ""  # when and why the last one was refused, in one printable line; "" if it was not
         self._numbers = len(config.routes)
         self._runs = self._is_asked = self._is_stopped = False
 
@@ -122,6 +126,7 @@ class Reload:
         if self._is_stopped:
             return
         self._runs = False
+        self.refusal = _refusal(done.problem) if done.problem else ""
         self._on_done(done._replace(problem=f"{done.problem.rstrip('.')}; {_GOES_ON}") if done.problem else done)
         if self._is_asked:
             self.request()
@@ -184,6 +189,14 @@ class Reload:
 
 def _told(problem: Exception) -> str:
     return str(problem.strerror or problem) if isinstance(problem, OSError) else str(problem)
+
+
+def _refusal(problem: str) -> str:
+    """Its first line, or the last one of a bug's traceback, which names it. In local time, as the journal has it."""
+    lines = problem.strip().splitlines()
+    text = printable(lines[-1] if lines[0].startswith("Traceback") else lines[0])
+    shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return f"reload refused at {time.strftime('%b %d %H:%M:%S')}: {shown}"
 
 
 class ListenerSwap:

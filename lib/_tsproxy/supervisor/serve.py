@@ -341,13 +341,14 @@ class Supervisor:
         return lambda *arguments: self._calls.call_soon(partial(method, *arguments))
 
     def _status(self) -> str:
-        """What it does now, for `systemctl status`."""
+        """What it does now, for `systemctl status`. To systemd a reload has no outcome, so a refused one stands here."""
         connections = f"{self._table.active} connections"
         if self._is_ending:
             return f"draining {connections}"
+        refusal = f"; {self._reload.refusal}" if self._reload and self._reload.refusal else ""
         if self._drift.refused:
-            return f"refusing {self._drift.refused}, with {connections}: {self._drift.evidence}"
-        return f"relaying {connections}"
+            return f"refusing {self._drift.refused}, with {connections}: {self._drift.evidence}{refusal}"
+        return f"relaying {connections}{refusal}"
 
     def _log(self, event: str, level: str, message: str) -> None:
         self._reporter.log(event, level, message=message)

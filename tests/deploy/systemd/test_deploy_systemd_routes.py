@@ -137,5 +137,6 @@ def test_where_systemd_has_notify_reload_a_reload_is_over_when_the_routes_are_se
         service.write_routes("nonsense")
         machine.run("systemctl", "reload", "tsproxy.service")
         assert service.lines("reload")[-1]["level"] == "error"
+        assert "; reload refused at " in service.show("StatusText")
         assert service.trades(A, B)
         assert (service.show("ActiveState"), service.show("MainPID")) == ("active", main)
