@@ -5,18 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Dict, cast
 
 import pytest
 from _tsproxy.linux import wakeup
+from _tsproxy.proxy.inbox import Channel, ChannelProducer
+from _tsproxy.stats.counters import Counter
 from _tsproxy.supervisor import fork_server
-from _tsproxy.supervisor.worker_args import WorkerShared
+from _tsproxy.supervisor.worker_args import WorkerArgs, WorkerShared
 from handover import hand_over, listeners
 from harness import Exchange, children, lives, pause, receive_exactly, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
+from routed import StartRouted
 
 
 @given(st.integers(1, 64), st.booleans())
@@ -81,6 +85,65 @@ def test_a_stopped_fork_server_neither_holds_up_the_drain_nor_outlives_the_main_
     assert proxy.stop() == 0
     wait_until(lambda: not any(map(lives, (fork_server_pid, *workers))), "all have exited")
     assert proxy.line("stop")["drained"] is True
+
+
+MANY = 300  # requests; the socket of the fork server takes some 270 that it has not read
+
+
+def test_routes_that_change_while_the_fork_server_is_stopped_are_served_and_known_to_the_next_worker(
+    start_routed: StartRouted, echoing: Exchange
+) -> None:
+    """Each change is two requests to it: one now, and one when what the route was before has ended."""
+
+    def sections(timeout_s: int) -> Dict[str, Any]:
+        keys = {"target": echoing.target, "port": 0, "max-connections": 4, "idle-timeout": timeout_s}
+        return {f"r{number}": keys for number in range(MANY)}
+
+    proxy = start_routed(sections(100), "--runtime=processes", "--workers=1")
+    before = proxy.settled(MANY)
+    (fork_server_pid,) = children(proxy.process.pid)
+    (worker,) = children(fork_server_pid)
+    pause(fork_server_pid)
+    for timeout_s in (200, 300):
+        assert proxy.good(sections(timeout_s)) == [0, 0, MANY, 0]
+        proxy.ask("r0")
+    wait_until(lambda: proxy.held()[0] == before[0], "the main process has let go of what the routes were")
+    os.kill(worker, signal.SIGKILL)
+    os.kill(fork_server_pid, signal.SIGCONT)
+    wait_until(lambda: children(fork_server_pid) not in ([], [worker]), "a replacement")
+    for name in sections(300):
+        proxy.ask(name)
+    wait_until(lambda: proxy.held()[:2] == before[:2], "the fork server has let go of it, too")
+    assert proxy.stop() == 0
+
+
+def test_no_worker_is_asked_for_before_the_fork_server_knows_all_routes() -> None:
+    """Nor does anyone wait for a fork server that is stopped, and reads no request."""
+    exited, null = wakeup.create(), os.open(os.devnull, os.O_RDONLY)
+    server = fork_server.ForkServer(cast(WorkerShared, SimpleNamespace(fds=set(exited), exited=exited)))
+    (pid,) = server.pids
+    pause(pid)
+    server._control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)
+    for number in range(MANY):
+        server.add_route(number, null)
+    producer = ChannelProducer(memoryview(bytearray(8 * len(Counter))).cast("Q"))
+    with pytest.raises(BlockingIOError, match=r"the fork server, which starts workers, reads no requests \(is it stopped\?\)"):
+        server.start(WorkerArgs(0, cast(Any, None), Channel(-1)), producer)
+    assert not server.has_workers
+    unsent = len(server._route_changes)
+    assert 0 < unsent < MANY
+    server.remove_route(MANY - 1)
+    assert len(server._route_changes) == unsent - 1, "one that it never knew of need not be taken away"
+    server.remove_route(0)
+    assert server._route_changes[0] == []
+    server.end()
+    assert not lives(pid)
+    producer.theirs.close()
+    producer.close()
+    server._events.close()
+    os.close(server._exit_pipes[0])
+    os.close(null)
+    exited.close()
 
 
 def memory_kib(pid: int) -> Dict[str, int]:

@@ -9,6 +9,9 @@ If the fork server itself is killed, its workers go on. Then only a pipe for eac
 that it has exited, and no replacement can be started. At the end the pipes count, too: a fork server that is stopped (SIGSTOP)
 reports nothing. What has not exited by itself then is killed: nothing outlives the main process.
 
+A fork server that is stopped reads no requests either, and its socket takes some 270 of them. Which routes have come and gone
+beyond that waits here, and is sent before a worker is asked for: none is forked without a route that it is to serve.
+
 Knows fork(2), wait4(2) and how requests and reports look. Knows nothing of when a worker is started, or what it does.
 """
 
@@ -57,6 +60,7 @@ class ForkServer:
         self._exit_statuses: Dict[int, str] = {}
         self._exit_pipes: Dict[int, int] = {}  # worker's number -> our end of its pipe
         self._answers: Dict[int, int] = {}  # worker's number -> errno of the last request for it, or 0
+        self._route_changes: Dict[int, List[int]] = {}  # not sent yet: number -> what came with it, or [] for one that went
         self._own_exit_status = self._unreported = self._failure = ""
         with needing("fork(2)", "to start workers as processes"):
             self._pid = children.fork_ignoring_signals()
@@ -85,31 +89,48 @@ class ForkServer:
         exit_pipe = self._new_exit_pipe(args.number)
         try:
             self._answers.pop(args.number, None)
-            self._request(_START, args.number, [inbox.theirs.fileno(), exit_pipe, *args.listeners])
+            fds = [inbox.theirs.fileno(), exit_pipe, *args.listeners]
+            if not (self._send_route_changes() and self._send(_START, args.number, fds)):
+                raise OSError(errno.EAGAIN, "the fork server, which starts workers, reads no requests (is it stopped?)")
         finally:
             os.close(exit_pipe)
         self._alive.add(args.number)
         self._await_answer(args.number)
 
     def add_route(self, number: int, counters_fd: int) -> None:
-        """Workers that it forks from now on have the route."""
-        self._request(_ADD_ROUTE, number, [counters_fd])
+        """Workers that it forks from now on have the route. The descriptor is to stay open until remove_route()."""
+        self._route_changes[number] = [counters_fd]
+        self._try_route_changes()
 
     def remove_route(self, number: int) -> None:
-        """They have it no more."""
-        self._request(_REMOVE_ROUTE, number, [])
+        """They have it no more. A number is not used again."""
+        if not self._route_changes.pop(number, []):
+            self._route_changes[number] = []
+        self._try_route_changes()
 
-    def _request(self, kind: int, number: int, fds: List[int]) -> None:
-        """What else the worker needs, the fork server has from its own fork(2)."""
-        self._control.setblocking(True)
-        try:
-            with needing("sendmsg(2)", "to reach the fork server"):
+    def _try_route_changes(self) -> None:
+        """What can't be sent now stays, and start() says why (ETOOMANYREFS, ENOBUFS)."""
+        with contextlib.suppress(Refused):
+            self._send_route_changes()
+
+    def _send_route_changes(self) -> bool:
+        """Send what waits, as far as there is room; whether that was all."""
+        for number, fds in list(self._route_changes.items()):
+            if not self._send(_ADD_ROUTE if fds else _REMOVE_ROUTE, number, fds):
+                return False
+            del self._route_changes[number]
+        return True
+
+    def _send(self, kind: int, number: int, fds: List[int]) -> bool:
+        """Never blocks; False if the socket is full. What else the worker needs, the fork server has from its own fork(2)."""
+        with needing("sendmsg(2)", "to reach the fork server"):
+            try:
                 socket.send_fds(self._control, [_REQUEST.pack(kind, number)], fds)
-        except Refused as problem:
-            if problem.errno not in (errno.EPIPE, errno.ECONNRESET):  # then the exit pipe is hung up at once
-                raise
-        finally:
-            self._control.setblocking(False)
+            except BlockingIOError:
+                return False
+            except (BrokenPipeError, ConnectionResetError):
+                pass  # it has exited, and so the exit pipe is hung up at once
+        return True
 
     def _await_answer(self, number: int) -> None:
         answer = select.poll()
