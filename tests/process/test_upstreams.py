@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import subprocess
 from pathlib import Path
-from typing import Any, List
+from typing import Any, Dict, List
 
 import pytest
 from _tsproxy.cli.config import MOST_UPSTREAMS, Target
@@ -36,15 +38,19 @@ def test_one_target_more_is_refused(start: Any) -> None:
     assert f"--target: given {MOST_UPSTREAMS + 1} times; allowed: up to {MOST_UPSTREAMS} times" in proxy.stderr()
 
 
-def many(tmp_path: Path, *command: str) -> List[str]:
-    """The command where the name many.test has too many addresses, the first of which is 127.2.0.1."""
+def knowing(tmp_path: Path, hosts: Dict[str, List[str]], *command: str) -> List[str]:
+    """The command where these names have these addresses."""
     require_root()
     (tmp_path / "nsswitch.conf").write_text("hosts: files\n")
     (tmp_path / "host.conf").write_text("multi on\n")
-    lines = [f"127.2.0.{number} many.test\n" for number in range(1, MOST_UPSTREAMS + BEYOND)]
-    (tmp_path / "hosts").write_text("".join(lines))
+    (tmp_path / "hosts").write_text("".join(f"{address} {name}\n" for name, some in hosts.items() for address in some))
     binds = " && ".join(f"mount --bind {tmp_path}/{name} /etc/{name}" for name in ("hosts", "nsswitch.conf", "host.conf"))
     return ["unshare", "--mount", "sh", "-c", f'{binds} && exec "$@"', "sh", *CHECKOUT, *command]
+
+
+def many(tmp_path: Path, *command: str) -> List[str]:
+    """The command where the name many.test has too many addresses, the first of which is 127.2.0.1."""
+    return knowing(tmp_path, {"many.test": [f"127.2.0.{number}" for number in range(1, MOST_UPSTREAMS + BEYOND)]}, *command)
 
 
 @pytest.mark.root
@@ -83,3 +89,43 @@ def test_the_longest_answer_gives_way() -> None:
     resolver._publish()
     assert resolver.addresses == [*of(1, MOST_UPSTREAMS - 5), *of(2, 3), *of(3, 2)]
     assert resolver.left_out == 100 + 3 + 2 - MOST_UPSTREAMS
+
+
+GROUPS = ["224.0.0.1", "255.255.255.255", "::ffff:239.1.1.1", "ff02::1"]
+_NO_GROUP = "TCP connects to no multicast or broadcast address"
+
+
+@pytest.mark.root
+def test_multicast_and_broadcast_addresses_of_a_name_are_left_out_with_a_warning(tmp_path: Path, echoing: Exchange) -> None:
+    """As for a literal one, but a name may have others."""
+    hosts = {"mixed.test": [*GROUPS, "127.0.0.1"]}
+    words = ("-t", f"mixed.test:{echoing.port}", "-p0", "--timestamps=preserve", "--metrics-interval=0")
+    with contextlib.closing(Proxy(knowing(tmp_path, hosts, *words))) as proxy:
+        assert proxy.line("start")["upstream_addresses"] == [f"127.0.0.1:{echoing.port}"]
+        said = proxy.line("warning")["message"]
+        with proxy.connect() as client:
+            client.sendall(b"x")
+            assert receive_exactly(client, 1) == b"x"
+        assert proxy.metrics()["upstream_cx_total"] == 1
+        assert proxy.stop() == 0
+    found = re.fullmatch(rf"mixed\.test:{echoing.port}: left out (.*): {_NO_GROUP}", said)
+    assert found
+    assert sorted(found[1].split(", ")) == ["224.0.0.1", "239.1.1.1", "255.255.255.255", "ff02::1"]
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("address", GROUPS)
+def test_a_name_without_a_unicast_address_ends_the_start_with_75(address: str, tmp_path: Path) -> None:
+    command = knowing(tmp_path, {"group.test": [address]}, "-t", "group.test:9", "--timestamps=preserve")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    said = f"no unicast address, but {address.replace('::ffff:', '')}: {_NO_GROUP}\n"
+    assert (done.returncode, done.stdout) == (75, "")
+    assert done.stderr == f"tsproxy.py: --target: given 'group.test:9'; can't be resolved: {said}"
+
+
+@pytest.mark.root
+def test_check_makes_no_connection_to_a_multicast_address_of_a_name(tmp_path: Path) -> None:
+    words = ("check", "-t", "mixed.test:9", "--timestamps=preserve", "--json")
+    done = subprocess.run(knowing(tmp_path, {"mixed.test": [*GROUPS, "127.0.0.1"]}, *words), capture_output=True, check=False)
+    found = json.loads(done.stdout)
+    assert (found["left_out"], [one["address"] for one in found["connections"]]) == (4, ["127.0.0.1:9"])

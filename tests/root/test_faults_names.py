@@ -31,13 +31,13 @@ def test_an_exchange_that_moves_is_followed_when_connecting_fails(named: Named, 
     assert ends(proxy) == {("connect_refused", "SC"): 1}
 
 
-@pytest.mark.parametrize("how", ["NXDOMAIN", "silent"])
+@pytest.mark.parametrize("how", ["NXDOMAIN", "silent", "multicast"])
 def test_a_resolver_that_fails_leaves_the_last_answer_in_use(named: Named, how: str) -> None:
     proxy = named.start()
     rejecting = f"tcp dport {named.old.port} reject with tcp reset"
     with named.stand.unharmed(proxy, growth_kib=FIRST_LOOKUP_KIB):
         named.names.code = getattr(Names, how, Names.OK)
-        named.names.address = None if how == "silent" else "127.0.0.2"
+        named.names.address = {"silent": None, "multicast": "224.0.0.1"}.get(how, "127.0.0.2")
         with named.stand.rule(rejecting):
             named.refused(proxy)
             warning = proxy.line("warning")["message"]

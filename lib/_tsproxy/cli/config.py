@@ -197,7 +197,7 @@ def size(low: int, high: int) -> Callable[[str, str], int]:
 def address(option: str, given: str) -> str:
     """A bare unicast IPv4 or IPv6 address without a zone. Brackets are removed, and an IPv4-mapped one becomes IPv4."""
     bare = given[1:-1] if given.startswith("[") and given.endswith("]") else given
-    if not is_address(bare) or "%" in bare or not _is_unicast(_plain(bare)):
+    if not is_address(bare) or "%" in bare or not is_unicast(_plain(bare)):
         raise BadValue(option, given, "an IPv4 or IPv6 address of this host")
     return _plain(bare)
 
@@ -208,7 +208,7 @@ def _plain(text: str) -> str:
     return str(getattr(found, "ipv4_mapped", None) or found)
 
 
-def _is_unicast(text: str) -> bool:
+def is_unicast(text: str) -> bool:
     """False for groups and the limited broadcast address (RFC 919): connect(2) of TCP takes none of them."""
     return not ipaddress.ip_address(text).is_multicast and text != "255.255.255.255"
 
@@ -249,7 +249,7 @@ def target(option: str, given: str) -> Target:
     if not sound or not 1 <= int(port) <= 65535:
         raise BadValue(option, given, allowed)
     host = bare if bracketed is None else _plain(bracketed)
-    if is_address(host) and not _is_unicast(host):
+    if is_address(host) and not is_unicast(host):
         raise BadValue(option, given, "a unicast address: TCP connects to no multicast or broadcast address")
     return Target(host, int(port), scope or "")
 

@@ -1,7 +1,7 @@
 """Resolves the targets to addresses: at the start, again when connects fail, and every half minute, in a thread.
 
 Knows names and getaddrinfo(3). Knows nothing of who uses the addresses. A name that can't be resolved any more keeps its last
-answer, with a warning.
+answer, with a warning. Addresses that TCP can't connect to, and those beyond what can be tried, are left out, with one, too.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import socket
 import threading
 from typing import Callable, Dict, List, Sequence, Tuple
 
-from _tsproxy.cli.config import MOST_UPSTREAMS, Target
+from _tsproxy.cli.config import MOST_UPSTREAMS, Target, is_unicast
 from _tsproxy.linux import children, namespaces, needs
 from _tsproxy.linux.addresses import Address, from_sockaddr, pack
 from _tsproxy.supervisor.signals import Signals
 
 _INTERVAL_S = 30.0
+_MOST_NAMED = 8  # addresses in a warning
+_NO_GROUP = "TCP connects to no multicast or broadcast address"
 Found = Tuple[Dict[Target, List[Address]], Dict[Target, str]]  # answers, and why there is none
 Log = Callable[[str, str, str], None]  # event, level, message
 
@@ -37,7 +39,8 @@ class Resolver:
         self.packed = b""
         self._is_due = threading.Event()
         self._is_stopped = False
-        self.left_out = 0  # addresses of the targets that are beyond what can be tried
+        self.left_out = 0  # addresses of the targets that are not tried; see `warnings`
+        self._excess = 0  # how many of these are beyond what can be tried
 
     def resolve(self) -> None:
         """Resolve all targets now. Blocks as long as getaddrinfo(3) does."""
@@ -67,26 +70,33 @@ class Resolver:
         return self._answers, self._failures
 
     def _usable(self, found: List[Address]) -> List[Address]:
+        """Those of a family of --source. OSError if TCP can connect to none of them."""
         usable = [address for address in found if not self._families or address.family in self._families]
         if not usable:
             raise OSError(0, "no address of a family that --source can reach")
+        if not any(map(_is_unicast, usable)):
+            raise OSError(0, f"no unicast address, but {_named(usable)}: {_NO_GROUP}")
         return usable
 
     def _publish(self) -> None:
-        found = [list(dict.fromkeys(self._answers.get(target, ()))) for target in self.targets]
-        distinct = len({address for answer in found for address in answer})
-        kept = _distinct(found)
+        answers = [list(dict.fromkeys(self._answers.get(target, ()))) for target in self.targets]
+        found = [list(filter(_is_unicast, answer)) for answer in answers]
+        kept = every = _distinct(found)
         while len(kept) > MOST_UPSTREAMS:
             max(found, key=len).pop()  # of the longest answer: no target pushes another one out
             kept = _distinct(found)
-        self.addresses, self.left_out = kept, distinct - len(kept)
+        self.addresses, self._excess, self.left_out = kept, len(every) - len(kept), len(_distinct(answers)) - len(kept)
         self.packed = b"".join(pack(address.family, address.sockaddr) for address in self.addresses)
 
     @property
-    def excess(self) -> str:
-        """Which addresses are left out, for people; "" if none are."""
-        tried = f"the targets have {self.left_out + len(self.addresses)} addresses, and {MOST_UPSTREAMS} can be tried"
-        return f"{tried}: {self.left_out} are left out, the last ones of the longest answers" if self.left_out else ""
+    def warnings(self) -> List[str]:
+        """Which addresses are left out, for people."""
+        groups = {target: [one for one in answer if not _is_unicast(one)] for target, answer in self._answers.items()}
+        said = [f"{target}: left out {_named(some)}: {_NO_GROUP}" for target, some in groups.items() if some]
+        if self._excess:
+            tried = f"the targets have {self._excess + len(self.addresses)} addresses, and {MOST_UPSTREAMS} can be tried"
+            said.append(f"{tried}: {self._excess} are left out, the last ones of the longest answers")
+        return said
 
     @property
     def failures(self) -> List[Tuple[Target, str]]:
@@ -118,7 +128,7 @@ class Resolver:
 
     def _refresh(self, log: Log) -> None:
         """Resolve again, and log what has changed."""
-        before, failures, excess = self.addresses, dict(self._failures), self.excess
+        before, failures, warnings = self.addresses, dict(self._failures), self.warnings
         self.resolve()
         for target, reason in self.failures:
             if failures.get(target) != reason:
@@ -127,8 +137,9 @@ class Resolver:
             log("resolve", "info", f"{target} can be resolved again")
         if self.addresses != before:
             log("resolve", "info", f"upstream addresses are now {', '.join(map(str, self.addresses))}")
-        if self.excess and self.excess != excess:
-            log("warning", "warning", self.excess)
+        for warning in self.warnings:
+            if warning not in warnings:
+                log("warning", "warning", warning)
 
 
 def resolve_unless(resolvers: Sequence[Resolver], signals: Signals) -> bool:
@@ -200,6 +211,15 @@ def resolve_all(asked: Sequence[Resolver]) -> None:
             resolver.resolve()
     for thread in threads:
         thread.join()
+
+
+def _is_unicast(address: Address) -> bool:
+    return is_unicast(address.ip)
+
+
+def _named(some: Sequence[Address]) -> str:
+    first = ", ".join(address.ip for address in some[:_MOST_NAMED])
+    return first if len(some) <= _MOST_NAMED else f"{first} and {len(some) - _MOST_NAMED} more"
 
 
 def _distinct(answers: List[List[Address]]) -> List[Address]:

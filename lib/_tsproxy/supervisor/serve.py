@@ -172,9 +172,9 @@ class Supervisor:
             self._log("warning", "warning", short)
         for served in several:
             resolver = served.prepared.resolver
-            for warning in (listening.unbounded(served.prepared.route, served.prepared.listeners), resolver.excess):
-                if warning:
-                    self._table.log(served, "warning", "warning", warning)
+            unbounded = listening.unbounded(served.prepared.route, served.prepared.listeners)
+            for warning in [*([unbounded] if unbounded else []), *resolver.warnings]:
+                self._table.log(served, "warning", "warning", warning)
             for target, reason in resolver.failures:
                 about = f"can't resolve {target}: {reason}; the other targets are in use"
                 self._table.log(served, "warning", "warning", about)

@@ -50,7 +50,7 @@ class Report:
     witnesses: List[Row] = field(default_factory=list)
     connections: List[Connection] = field(default_factory=list)
     unresolved: List[str] = field(default_factory=list)
-    left_out: int = 0  # addresses of the targets, beyond those that are tried
+    left_out: int = 0  # addresses of the targets that are not tried: too many, or no unicast ones
     missing: List[str] = field(default_factory=list)
     fixes: List[str] = field(default_factory=list)
 
