@@ -175,7 +175,7 @@ def test_a_path_that_a_comment_can_not_hold_is_refused(kind: str, name: str, tmp
     [("systemd", "/etc/tsproxy/routes.ini"), ("netns", "/x/tsproxy-routes.ini"), ("docker", "/x/tsproxy-routes/routes.ini")],
 )
 def test_no_set_up_is_made_of_the_file_that_it_has_written(kind: str, path: str, tmp_path: Path) -> None:
-    """It would be overwritten by one that does not say where clients connect; sed would read what the shell has emptied."""
+    """It would be overwritten by one that does not say where clients connect; a shell empties it before it is read."""
     config = asked(tmp_path / "r", OWN_PORTS)
     with pytest.raises(Exit) as end:
         generate.run(kind, config._replace(routes_file=path))
@@ -342,6 +342,33 @@ def answers(address: Tuple[str, int]) -> bool:
         return receive_exactly(client, 5) == b"order"
 
 
+FORMS = {
+    "plain": "[a]\nport = 9001\nbind = 127.0.0.2\ntarget = x.example:1\n",
+    "no blanks": "[a]\nport=9001\nbind=127.0.0.2\ntarget=x.example:1\n",
+    "indented": "  [a]\n \tport = 9001\n \tbind\t=\t127.0.0.2\n \ttarget = x.example:1\n",
+    "blanks that are not ASCII": "[a]\n\u00a0port = 9001\n\u3000bind = 127.0.0.2\n\u00a0target = x.example:1\n",
+    "the value in the next line": "[a]\nport =\n 9001\nbind =\n\t127.0.0.2\ntarget =\n x.example:1\n y.example:1\n",
+    "comments between": "[a]\nport =\n# c\n 9001\nbind =\n  ; c\n 127.0.0.2\ntarget =\n x.example:1\n#port = 9\n y.example:1\n",
+    "a blank line between": "[a]\nport = 9001\ntarget = x.example:1\nallow = 192.0.2.1\nbind =\n\n 127.0.0.2\n",
+    "in DEFAULT": "[DEFAULT]\nbind = 127.0.0.2\nport = 9001\n[a]\ntarget = x.example:1\nidle-timeout = 9\n",
+}
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["LF", "CRLF", "CR"])
+@pytest.mark.parametrize("form", FORMS)
+def test_however_the_file_says_where_to_listen_the_one_for_the_namespace_does_not(form: str, end: str, tmp_path: Path) -> None:
+    config = asked(tmp_path / "r", "\ufeff" + FORMS[form].replace("\n", end))
+    script = generate.KINDS["netns"](config)
+    printed = subprocess.run(["sh", "-s", "routes"], input=script, capture_output=True, text=True, check=False)
+    assert (printed.returncode, printed.stderr) == (0, "")
+    assert config.defaults
+    assert [route.port for route in config.routes] == [9001]
+    again = routes.parse(printed.stdout.encode(), "printed", config.defaults, ["a"]).routes
+    assert [without_listener(route) for route in again] == [without_listener(route) for route in config.routes]
+    assert [route.listen_options for route in again] == [()]
+    assert "# Clients connect to 127.0.0.2:9001.\n" in printed.stdout
+
+
 @pytest.mark.root
 def test_the_listeners_of_routes_are_left_outside_as_the_script_says(tmp_path: Path, namespace: Namespace) -> None:
     """Each route's socket is handed over by its name, and the file has no listeners any more."""
@@ -350,14 +377,13 @@ def test_the_listeners_of_routes_are_left_outside_as_the_script_says(tmp_path: P
     with namespace:
         far = Exchange(echo)
     ports = free_port(), free_port()
-    text = f"[DEFAULT]\n bind = 127.0.0.1\ntarget = {far.target}\n[oe.a]\nport={ports[0]}\n[oe-b]\n  port = {ports[1]}\n"
+    text = f"[DEFAULT]\n bind = 127.0.0.1\ntarget = {far.target}\n[oe.a]\nport={ports[0]}\n"
+    text += f"[oe-b]\n  port =\n\n# ours\n    {ports[1]}\n"
     text += "allow = 127.0.0.1\nbind =\n    127.0.0.1\nmax-connections =\n    9\n"
     script = made(tmp_path / "routes of it.ini", "netns", text, "--metrics-interval=0", "--user=nobody")
-    found = re.search(r"^ +(sed -E .*)\n +(systemd-socket-activate .*)$", script, re.M)
+    found = re.search(r"^ +tsproxy\.py (generate netns .*)\n +(systemd-socket-activate .*)$", script, re.M)
     assert found
-    subprocess.run(["sh", "-c", found[1]], cwd=tmp_path, check=True)
-    written = (tmp_path / "tsproxy-routes.ini").read_text()
-    assert written.endswith("[oe-b]\nallow = 127.0.0.1\nmax-connections =\n    9\n"), written
+    subprocess.run(["sh", "-c", f"{shlex.join(CHECKOUT)} {found[1]}"], cwd=tmp_path, check=True)
     words = shlex.split(re.sub(r"ip netns exec tsproxy \S+", shlex.join(CHECKOUT), found[2]))
     words = [word for word in words if word != "--user=nobody"]  # who may have no right to read this directory
     at = words.index(CHECKOUT[0])

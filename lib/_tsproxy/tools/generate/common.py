@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from typing import List
+from typing import Dict, List
 
 from _tsproxy.cli import program
 from _tsproxy.cli.config import Config, Route
@@ -15,11 +15,26 @@ from _tsproxy.tools.generate import templates
 
 NONE_INSIDE = "in there no connection has any, so neither have theirs.\n#         Run such a route elsewhere to have them."
 
+_PRINT_ROUTES = """
+routes() {{
+    cat <<'END'
+{}END
+}}"""
+
 
 def filled(name: str, kind: str, config: Config, **values: object) -> str:
     """The template with what each heading says, too: what was asked for, and the command that prints this again."""
-    again = shlex.join([program.name(), "generate", kind, *words(config)])
-    return templates.fill(name, COMMAND=again, TARGETS=_asked_for(config), **values)
+    return templates.fill(name, COMMAND=command(kind, config), TARGETS=_asked_for(config), **values)
+
+
+def command(kind: str, config: Config) -> str:
+    """What prints that set-up."""
+    return shlex.join([program.name(), "generate", kind, *words(config)])
+
+
+def printing(file: str) -> Dict[str, str]:
+    """What a script has to print this file of routes for the word `routes`; nothing without one."""
+    return {"ROUTES": _PRINT_ROUTES.format(file) if file else "", "PRINT_ROUTES": "routes) routes ;;" if file else ""}
 
 
 def _asked_for(config: Config) -> str:

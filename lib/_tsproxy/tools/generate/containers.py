@@ -17,7 +17,7 @@ from _tsproxy.cli.words import words
 from _tsproxy.policy import kinds
 from _tsproxy.policy.kinds import ROUTES
 from _tsproxy.tools.generate import routes_file, templates
-from _tsproxy.tools.generate.common import NONE_INSIDE, descriptors, filled, listening, preserved, stopping_s
+from _tsproxy.tools.generate.common import NONE_INSIDE, descriptors, filled, listening, preserved, printing, stopping_s
 
 _IMAGE = "python:3.13-slim"
 _GONE_S = 5  # until no node sends new clients any more
@@ -38,11 +38,6 @@ _RELOAD_ROUTES = """\
 _REQUIRE_ROUTES = """\
 [ -f tsproxy-routes/routes.ini ] ||
     fail "no file 'tsproxy-routes/routes.ini' here; this script prints it when it is given the word routes\""""
-_PRINT_ROUTES = """
-routes() {{
-    cat <<'END'
-{}END
-}}"""
 _MOUNT = '--mount "type=bind,source=$PWD/tsproxy-routes,target=/etc/tsproxy,readonly"'  # an editor replaces the file
 _COMPOSE_VOLUME = """\
 volumes:
@@ -141,9 +136,8 @@ def docker(config: Config) -> str:
         PUBLISH=" \\\n        ".join(_flags(published, inside)),
         OPTIONS=shlex.join(inside.arguments),
         COMPOSE=_compose(published, inside, values),
-        ROUTES=_PRINT_ROUTES.format(inside.file) if with_file else "",
-        PRINT_ROUTES="routes) routes ;;" if with_file else "",
         ALLOWED="up, down, compose or routes" if with_file else "up, down or compose",
+        **printing(inside.file),
         **values,
     )
 

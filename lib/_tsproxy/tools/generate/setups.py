@@ -6,7 +6,7 @@ Knows which template makes which set-up. Knows nothing of what may be asked for:
 from __future__ import annotations
 
 import shlex
-from typing import Dict, Iterator
+from typing import Callable, Dict, Iterator
 
 from _tsproxy.cli import program
 from _tsproxy.cli.config import Config, Route
@@ -16,7 +16,16 @@ from _tsproxy.linux.sockets import TAG, TAG_DSCP
 from _tsproxy.policy import kinds
 from _tsproxy.policy.kinds import ROUTES
 from _tsproxy.tools.generate import routes_file, templates
-from _tsproxy.tools.generate.common import NONE_INSIDE, descriptors, filled, listening, preserved, stopping_s
+from _tsproxy.tools.generate.common import (
+    NONE_INSIDE,
+    command,
+    descriptors,
+    filled,
+    listening,
+    preserved,
+    printing,
+    stopping_s,
+)
 from _tsproxy.tools.generate.templates import in_parts
 
 _MARK = "0x74730001"  # of the connections, in conntrack; "ts" and a number, so that nobody else's is the same
@@ -38,8 +47,6 @@ _RELOAD = f"""\
 # systemctl reload has {ROUTES} read again, and does not wait for that. From systemd 253 on it waits where
 # Type=notify-reload stands in the place of Type=notify above, and there is no ExecReload=: then systemd sends SIGHUP itself.
 ExecReload=/bin/sh -c 'kill -HUP $MAINPID'"""
-# For sed: a value may stand in the line behind its key, where without it it would be one more of the key before.
-_WITHOUT_LISTENERS = "/^[[:space:]]*(port|bind)[[:space:]]*=[[:space:]]*$/N;/^[[:space:]]*(port|bind)[[:space:]]*=/d"
 _OWN_SOCKET = "Requires=tsproxy.socket\nAfter=tsproxy-netns.service tsproxy.socket"
 _ENABLED_SOCKETS = """\
 # Its sockets want to be started before it: their [Install]. Nothing here requires one, so that a route's may be stopped.
@@ -66,7 +73,11 @@ def _on_rules(config: Config, dscp: int) -> Iterator[str]:
 
 
 def netns(config: Config) -> str:
-    """A script: without an argument it makes a namespace with a way out, with `down` it takes everything away again."""
+    """A script: without an argument it makes a namespace with a way out, with `down` it takes everything away again.
+
+    With `routes` it prints the file of routes for tsproxy in there, if there is one.
+    """
+    inside = _routes_inside(config, lambda route: f"Clients connect to {listening(route)}.")
     ipv6 = any(":" in target.host for route in config.routes for target in route.targets)
     return filled(
         "netns.sh",
@@ -78,7 +89,14 @@ def netns(config: Config) -> str:
         OPTIONS=_inside_namespace(config),
         RUN=_run_inside(config._replace(user=config.user or "nobody")),
         NOTES="\n".join(preserved(config, NONE_INSIDE)),
+        ALLOWED="up, down or routes" if inside else "up or down",
+        **printing(inside),
     )
+
+
+def _routes_inside(config: Config, remark: Callable[[Route], str]) -> str:
+    """The file for the namespace: a socket of the route's name is its listener there, so it may say neither port nor bind."""
+    return "" if config.routes_file is None else routes_file.text(config, remark, without=routes_file.LISTENING)
 
 
 def _inside_namespace(config: Config) -> str:
@@ -97,7 +115,7 @@ Run tsproxy in it, with its listener left out here where the clients are:
     inside = shlex.join(words(config._replace(routes_file="tsproxy-routes.ini")))
     return f"""\
 Run tsproxy in it, with its listeners left out here where the clients are, and so not in the file:
-    sed -E '{_WITHOUT_LISTENERS}' {shlex.quote(str(config.routes_file))} >tsproxy-routes.ini
+    {command("netns", config)} | sh -s routes >tsproxy-routes.ini
     systemd-socket-activate {sockets} --fdname={names} {program_inside} {inside}"""
 
 
@@ -149,13 +167,13 @@ def _socket_unit(unit: str, config: Config, route: Route) -> str:
 
 
 def _routes_of_service(config: Config) -> Dict[str, str]:
-    """The file that the service reads: the socket of a route's name is its listener, so port and bind may not be there."""
+    """The file that the service reads."""
     if config.routes_file is None:
         return {}
     units = {route.name: unit for unit, route in _socket_units(config).items()}
-    remark = lambda route: f"Clients connect to {listening(route)}: {units[route.name]}"  # noqa: E731
+    inside = _routes_inside(config, lambda route: f"Clients connect to {listening(route)}: {units[route.name]}")
     made_of = f"# Made of {config.routes_file}; what its [DEFAULT] said is in each section.\n\n"
-    return {ROUTES: made_of + routes_file.text(config, remark, without=routes_file.LISTENING)}
+    return {ROUTES: made_of + inside}
 
 
 def _setting(text: str) -> str:

@@ -190,9 +190,11 @@ down() {
     if [ -d "/etc/netns/$NAME" ]; then rmdir "/etc/netns/$NAME"; fi
     rmdir /etc/netns 2>/dev/null || : # if nobody else has something in it
 }
+# __ROUTES__
 
 case ${1:-up} in
 up) up ;;
 down) down ;;
-*) fail "given '$1'; allowed: up or down" ;;
+# __PRINT_ROUTES__
+*) fail "given '$1'; allowed: __ALLOWED__" ;;
 esac
