@@ -55,6 +55,7 @@ def test_a_stalled_reader_costs_lines_and_nothing_else(start: Any, echoing: Exch
     with os.fdopen(reader, "rb") as stream:
         first = json.loads(stream.readline())
         relay_some((first["listen_address"], first["listen_port"]), total)
+        fcntl.fcntl(stream, uapi.F_SETPIPE_SZ, 1 << 20)  # else each five lines are a switch to the other process, and back
         proxy.process.send_signal(signal.SIGTERM)
         lines = [json.loads(line) for line in stream]
     assert proxy.process.wait(20) == 0
