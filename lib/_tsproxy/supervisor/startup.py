@@ -109,9 +109,10 @@ def prepare(config: Config, environment: Mapping[str, str], notifier: systemd.No
     proved = prove(config, config.routes, resolvers, host)
     nofile = _raise_limits(config)
     runtime = _runtime(config)
-    # From here on clients can connect: what may refuse to start comes before it.
+    # Not before the end of the start do they listen: what may refuse to start comes before that.
     handed = listening.inherited(environment)
-    listeners = [_listeners(config, of_route, handed) for of_route in proved]
+    sharer = account.pw_uid if account else None
+    listeners = [_listeners(config, of_route, handed, sharer) for of_route in proved]
     refuse_circles(config, proved, listeners)
     _renounce(account)
     if account:
@@ -318,12 +319,14 @@ def _require_file_size(config: Config, route: Route) -> None:
         raise Exit(exits.USAGE, f"{given}; allowed: at least {counters_bytes}, for the counters in shared memory")
 
 
-def _listeners(config: Config, proved: ProvedRoute, handed: Mapping[str, List[socket.socket]]) -> List[socket.socket]:
+def _listeners(
+    config: Config, proved: ProvedRoute, handed: Mapping[str, List[socket.socket]], sharer: Optional[int]
+) -> List[socket.socket]:
     """Those of one route. The route of the command line takes all that were handed over, whatever their names."""
     route = proved.route
     own = handed.get(route.name, []) if config.routes_file else [sock for socks in handed.values() for sock in socks]
     with naming(config, route):
-        return listening.listeners(route, config.reuse_port, proved.ends, own)
+        return listening.listeners(route, config.reuse_port, proved.ends, own, sharer=sharer)
 
 
 def refuse_circles(config: Config, proved: Sequence[ProvedRoute], listeners: Sequence[Sequence[socket.socket]]) -> None:
