@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import tempfile
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 import pytest
+from _tsproxy.supervisor import reload
 from harness import CHECKOUT, PATIENCE, Exchange, children, echo, free_port, pause, receive_exactly, wait_until
 from namespaces import Namespace
 from program import workers_of
@@ -189,6 +191,27 @@ def test_clients_beyond_the_descriptors_wait_in_the_backlog_and_a_reload_costs_n
         assert {line["reason"] for line in proxy.lines if line["event"] == "connection"} == {"closed"}
         assert proxy.stop() == 0
         assert proxy.stderr() == ""
+
+
+def test_more_routes_than_a_full_worker_has_descriptors_for_are_refused(tmp_path: Path, echoing: Exchange) -> None:
+    """Those that the worker keeps free beyond its connections are for fewer."""
+    words, options = ["prlimit", "--nofile=760:760", *CHECKOUT], ["--workers=1", "--runtime=processes"]
+    with contextlib.closing(RoutedProxy(words, tmp_path / "routes.ini", sections(echoing, "orders"), *options)) as proxy:
+        (room,) = map(int, re.findall(r"suffice for (\d+)", proxy.line("warning")["message"]))
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(proxy.connect_to("orders")) for _ in range(room)]
+            for client in clients:
+                answers(client)
+            said = proxy.bad({**sections(echoing, "orders"), **sections(echoing, *(f"more-{number}" for number in range(90)))})
+            assert f"given 91 routes; allowed: fewer beside {room} connections with this process's limit of 760" in said
+            for client in clients:
+                answers(client)
+        proxy.wait_lines()
+        assert proxy.metrics()["worker_restarts_total"] == 0
+
+
+def test_no_memory_for_a_reload_is_said_in_one_line() -> None:
+    assert reload._told(MemoryError()) == "Cannot allocate memory"
 
 
 # Listeners

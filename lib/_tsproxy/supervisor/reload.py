@@ -8,6 +8,8 @@ user without rights (--user) may have none to read Python's own files.
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import pickle
 import threading
 import time
@@ -95,7 +97,7 @@ class Reload:
         """In the thread."""
         try:
             then = partial(self._apply, self._plan(now))
-        except (UsageError, Exit, OSError) as problem:
+        except (UsageError, Exit, OSError, MemoryError) as problem:
             then = partial(self._finish, Done(_told(problem)))
         except Exception:
             then = partial(self._finish, Done(traceback.format_exc()))
@@ -118,7 +120,7 @@ class Reload:
             return
         try:
             done = self._swap(plan)
-        except (Exit, OSError) as problem:
+        except (Exit, OSError, MemoryError) as problem:
             done = Done(_told(problem))
         except Exception:  # a bug must not end the sessions of all routes
             done = Done(traceback.format_exc())
@@ -153,6 +155,8 @@ class Reload:
 
     def _prepare(self, plan: Plan, going: Sequence[ServedRoute], staying: Sequence[ServedRoute]) -> List[PreparedRoute]:
         """All that can fail. Exit, or OSError without descriptors or memory, with everything put back."""
+        if plan.proved:
+            startup.require_room(plan.asked, self._table.count + len(plan.proved), self._table.active, self._nofile)
         with contextlib.ExitStack() as undo:
             counters = undo.enter_context(contextlib.ExitStack())
             counted = [self._counted(of_route, counters) for of_route in plan.proved]
@@ -194,6 +198,8 @@ class Reload:
 
 
 def _told(problem: Exception) -> str:
+    if isinstance(problem, MemoryError):  # RLIMIT_AS, mostly: the text of it is empty
+        return os.strerror(errno.ENOMEM)
     return str(problem.strerror or problem) if isinstance(problem, OSError) else str(problem)
 
 

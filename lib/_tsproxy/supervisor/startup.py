@@ -292,6 +292,18 @@ def require_limits(config: Config, routes: Sequence[Route], nofile: int) -> None
         )
 
 
+def require_room(config: Config, routes: int, connections: int, nofile: int) -> None:
+    """Exit 2 if a worker could not be told of so many routes, beside all connections that there are.
+
+    A descriptor of each route goes to each worker process (SCM_RIGHTS): one without room for it would end, and its sessions.
+    """
+    needed = limits.descriptors_of_worker(connections, routes)
+    if nofile < needed:
+        allowed = f"fewer beside {connections} connections with this process's limit of {nofile} descriptors"
+        given = f"--routes: given {len(config.routes)} routes"
+        raise Exit(exits.USAGE, f"{given}; allowed: {allowed} (start with LimitNOFILE={needed})")
+
+
 def shortage(config: Config, routes: Sequence[Route], nofile: int) -> str:
     """The warning for routes that together allow more connections than there are descriptors for; "" if they don't."""
     needed = _descriptors_for(config, routes)
