@@ -7,13 +7,14 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any, Dict, List
 
 import pytest
 from _tsproxy.supervisor import reload
-from harness import CHECKOUT, PATIENCE, Exchange, children, echo, free_port, pause, receive_exactly, wait_until
+from harness import CHECKOUT, PATIENCE, Exchange, Proxy, children, echo, free_port, pause, receive_exactly, wait_until
 from namespaces import Namespace
 from program import workers_of
 from routed import RoutedProxy, StartRouted, Talkers, answers, routed_starter, text_of
@@ -212,6 +213,34 @@ def test_more_routes_than_a_full_worker_has_descriptors_for_are_refused(tmp_path
 
 def test_no_memory_for_a_reload_is_said_in_one_line() -> None:
     assert reload._told(MemoryError()) == "Cannot allocate memory"
+
+
+# The file's place
+
+
+def test_a_relative_path_behind_a_symbolic_link_is_the_same_file_at_a_reload(tmp_path: Path, echoing: Exchange) -> None:
+    """a/.. is where the link a leads to, and up. Somewhere else stands another file."""
+    (tmp_path / "releases" / "5").mkdir(parents=True)
+    (tmp_path / "current").symlink_to(tmp_path / "releases" / "5")
+    (tmp_path / "routes.ini").write_text("[wrong]\n")
+    command = ["env", f"--chdir={tmp_path}", *CHECKOUT, "--routes=current/../routes.ini", "--timestamps=preserve"]
+    file = tmp_path / "releases" / "routes.ini"
+    file.write_text(text_of(sections(echoing, "orders")))
+    with contextlib.closing(Proxy(command)) as proxy:
+        proxy.line("start")
+        file.write_text(text_of(sections(echoing, "orders", "quotes")))
+        proxy.process.send_signal(signal.SIGHUP)
+        assert proxy.line("reload").get("added") == 1, proxy.lines[-1]
+
+
+def test_a_relative_path_from_a_directory_that_is_gone_is_refused(tmp_path: Path, echoing: Exchange) -> None:
+    (tmp_path / "routes.ini").write_text(text_of(sections(echoing, "orders")))
+    (tmp_path / "gone").mkdir()
+    script = f'cd {tmp_path}/gone && rmdir {tmp_path}/gone && exec "$@"'
+    command = ["sh", "-c", script, "sh", *CHECKOUT, "--routes=../routes.ini"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = "tsproxy.py: --routes: given '../routes.ini'; allowed: an absolute path, where the working directory is gone\n"
+    assert (done.returncode, done.stderr) == (2, said)
 
 
 # Listeners
