@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
+import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any, Dict, List
 
 import pytest
-from harness import CHECKOUT, PATIENCE, Exchange, children, echo, free_port, pause, receive_exactly, wait_until
+from _tsproxy.supervisor import reload
+from harness import CHECKOUT, PATIENCE, Exchange, Proxy, children, echo, free_port, pause, receive_exactly, wait_until
 from namespaces import Namespace
 from program import workers_of
 from routed import RoutedProxy, StartRouted, Talkers, answers, routed_starter, text_of
@@ -189,6 +192,55 @@ def test_clients_beyond_the_descriptors_wait_in_the_backlog_and_a_reload_costs_n
         assert {line["reason"] for line in proxy.lines if line["event"] == "connection"} == {"closed"}
         assert proxy.stop() == 0
         assert proxy.stderr() == ""
+
+
+def test_more_routes_than_a_full_worker_has_descriptors_for_are_refused(tmp_path: Path, echoing: Exchange) -> None:
+    """Those that the worker keeps free beyond its connections are for fewer."""
+    words, options = ["prlimit", "--nofile=760:760", *CHECKOUT], ["--workers=1", "--runtime=processes"]
+    with contextlib.closing(RoutedProxy(words, tmp_path / "routes.ini", sections(echoing, "orders"), *options)) as proxy:
+        (room,) = map(int, re.findall(r"suffice for (\d+)", proxy.line("warning")["message"]))
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(proxy.connect_to("orders")) for _ in range(room)]
+            for client in clients:
+                answers(client)
+            said = proxy.bad({**sections(echoing, "orders"), **sections(echoing, *(f"more-{number}" for number in range(90)))})
+            assert f"given 91 routes; allowed: fewer beside {room} connections with this process's limit of 760" in said
+            for client in clients:
+                answers(client)
+        proxy.wait_lines()
+        assert proxy.metrics()["worker_restarts_total"] == 0
+
+
+def test_no_memory_for_a_reload_is_said_in_one_line() -> None:
+    assert reload._told(MemoryError()) == "Cannot allocate memory"
+
+
+# The file's place
+
+
+def test_a_relative_path_behind_a_symbolic_link_is_the_same_file_at_a_reload(tmp_path: Path, echoing: Exchange) -> None:
+    """a/.. is where the link a leads to, and up. Somewhere else stands another file."""
+    (tmp_path / "releases" / "5").mkdir(parents=True)
+    (tmp_path / "current").symlink_to(tmp_path / "releases" / "5")
+    (tmp_path / "routes.ini").write_text("[wrong]\n")
+    command = ["env", f"--chdir={tmp_path}", *CHECKOUT, "--routes=current/../routes.ini", "--timestamps=preserve"]
+    file = tmp_path / "releases" / "routes.ini"
+    file.write_text(text_of(sections(echoing, "orders")))
+    with contextlib.closing(Proxy(command)) as proxy:
+        proxy.line("start")
+        file.write_text(text_of(sections(echoing, "orders", "quotes")))
+        proxy.process.send_signal(signal.SIGHUP)
+        assert proxy.line("reload").get("added") == 1, proxy.lines[-1]
+
+
+def test_a_relative_path_from_a_directory_that_is_gone_is_refused(tmp_path: Path, echoing: Exchange) -> None:
+    (tmp_path / "routes.ini").write_text(text_of(sections(echoing, "orders")))
+    (tmp_path / "gone").mkdir()
+    script = f'cd {tmp_path}/gone && rmdir {tmp_path}/gone && exec "$@"'
+    command = ["sh", "-c", script, "sh", *CHECKOUT, "--routes=../routes.ini"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = "tsproxy.py: --routes: given '../routes.ini'; allowed: an absolute path, where the working directory is gone\n"
+    assert (done.returncode, done.stderr) == (2, said)
 
 
 # Listeners

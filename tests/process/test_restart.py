@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
+import resource
 import signal
 import socket
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any, Callable, Iterator, List, Sequence, Tuple
 
 import pytest
 from _tsproxy.linux import reuseport
+from _tsproxy.linux.reuseport import Tables
 from _tsproxy.supervisor.handoff import ReuseportHandoff
 from handover import HAND_OVER, listeners
-from harness import CHECKOUT, Exchange, Proxy, receive_exactly, wait_until
+from harness import CHECKOUT, Exchange, Proxy, echo, free_port, receive_exactly, wait_until
+from harness import target as opened
 from namespaces import Namespace
 from program import RUNTIME, RUNTIMES, Start, python_for, slow_but
+from routed import RoutedProxy, Sections
 from storms import Storm, far_end
 from wire import ADDRESSES, DOWNSTREAM, join
 
@@ -233,6 +240,122 @@ def test_the_only_listener_on_a_port_detaches_at_once(start: Start, echoing: Exc
             proxy.connect()
 
 
+# Files of routes: those that both instances have
+
+
+@pytest.fixture
+def run_routed(tmp_path: Path) -> Iterator[Callable[..., RoutedProxy]]:
+    """Start one of several instances, each with a file of its own, and wait until it is ready."""
+    with contextlib.ExitStack() as stack:
+        numbers = itertools.count()
+
+        def begin(words: Sequence[str], sections: Sections, *more: str, is_ready: bool = True) -> RoutedProxy:
+            file = tmp_path / f"routes-{next(numbers)}.ini"
+            proxy = RoutedProxy(words, file, sections, "--reuse-port", "--connection-log=off", *more)
+            stack.callback(proxy.close)
+            if is_ready:
+                proxy.line("start")
+            return proxy
+
+        yield begin
+
+
+def test_an_overlap_with_another_file_of_routes_loses_no_client_of_those_that_both_have(
+    command: List[str], run_routed: Any
+) -> None:
+    """One is changed, one has another name, one goes, one comes."""
+    with far_end() as target:
+        orders, quotes, gone = ({"target": target, "port": free_port()} for _ in range(3))
+        changed, new = {**orders, "idle-timeout": 9}, {"target": target, "port": 0}
+        files = [{"orders": orders, "quotes": quotes, "gone": gone}, {"orders": changed, "renamed": quotes, "new": new}]
+        old = run_routed(command, files[0])
+        with storm(("127.0.0.1", orders["port"])), storm(("127.0.0.1", quotes["port"])):
+            for turn in range(1, 3):
+                stormed(old)
+                new_one = run_routed(command, files[turn % 2])
+                leaves(old)
+                old = new_one
+        leaves(old)
+
+
+def test_a_start_that_fails_costs_the_instance_that_serves_no_client(run_routed: Any) -> None:
+    """Though the port of one of its routes is shared, and it fails late: for another route's port, and for its target."""
+    with far_end() as target, socket.create_server(("127.0.0.1", 0)) as other:
+        orders = {"target": target, "port": free_port()}
+        taken, circle = {"target": target, "port": other.getsockname()[1]}, {"target": f"127.0.0.1:{orders['port']}", "port": 0}
+        old = run_routed(CHECKOUT, {"orders": orders}, "--workers=1")
+        with storm(("127.0.0.1", orders["port"])):
+            stormed(old)
+            for code, second in 2 * [(69, taken), (2, circle)]:
+                new = run_routed(CHECKOUT, {"orders": orders, "second": second}, is_ready=False)
+                assert new.wait() == code
+        leaves(old)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("comes_again", [False, True])
+def test_a_route_that_a_reload_takes_from_one_of_two_instances_loses_no_client(
+    comes_again: bool, wan: Wan, run_routed: Any
+) -> None:
+    """Some of those whose handshake is under way are its own. If it comes again meanwhile, its listener is the same."""
+    with far_end(enter=wan.host.enter) as target, contextlib.ExitStack() as stack:
+        kept, shared = ({"target": target, "port": 0, "bind": wan.ip} for _ in range(2))
+        going = run_routed(wan.words, {"kept": kept, "shared": shared})
+        port = going.port("shared")
+        again = {"kept": kept, "again": {**shared, "port": port}}
+        staying = run_routed(wan.words, {"shared": again["again"]})
+        wan.clients.run("nft", "-f", "-", input=HOLD_BACK)
+        with wan.clients:  # by the hash of their ports, half of them belong to the first one
+            clients = [stack.enter_context(socket.create_connection((wan.ip, port), 20)) for _ in range(24)]
+        assert going.good({"kept": kept}) == [0, 1, 0, 1]
+        if comes_again:
+            assert going.good(again) == [1, 0, 0, 1]
+            assert listeners_of(going, port) == 1
+        wan.clients.run("nft", "delete", "table", "ip", "late")
+        for client in clients:
+            client.sendall(b"late")
+            assert receive_exactly(client, 4) == b"late"
+            client.close()
+        before = served(staying)
+        assert 0 < before < len(clients)
+        wait_until(lambda: listeners_of(going, port) == comes_again, "what is not needed is closed")
+        for _ in range(24):
+            with wan.clients, socket.create_connection((wan.ip, port), 20) as client:
+                client.sendall(b"last")
+                assert receive_exactly(client, 4) == b"last"
+        assert (served(staying) < before + 24) == comes_again
+        leaves(going)
+        leaves(staying)
+
+
+def listeners_of(proxy: Proxy, port: int) -> int:
+    """How many sockets of the process itself listen on a port of IPv4."""
+    pid = proxy.process.pid
+    rows = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
+    inodes = {f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")}
+    return sum(opened(fd) in inodes for fd in Path(f"/proc/{pid}/fd").iterdir())
+
+
+@pytest.mark.root
+def test_a_port_that_a_reload_has_bound_after_user_is_shared_by_the_next_start(run_routed: Any) -> None:
+    """The kernel shares a port among sockets of one user alone: that one is not root's, as those of the start are."""
+    with contextlib.ExitStack() as stack:
+        readable = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        readable.chmod(0o755)
+        far = stack.enter_context(contextlib.closing(Exchange(echo)))
+        first, second = ({"target": far.target, "port": free_port()} for _ in range(2))
+        words = [*CHECKOUT, "--user=nobody", "--reuse-port", "--workers=1"]
+        old = stack.enter_context(contextlib.closing(RoutedProxy(words, readable / "old.ini", {"first": first})))
+        assert old.good({"first": first, "second": second}) == [1, 0, 0, 1]
+        both = {"first": first, "second": second}
+        new = stack.enter_context(contextlib.closing(RoutedProxy(words, readable / "new.ini", both)))
+        new.line("start")
+        leaves(old)
+        for name in both:
+            new.ask(name)
+        leaves(new)
+
+
 def test_reuse_port_and_an_inherited_listener_contradict() -> None:
     with listeners(1) as socks:
         fd = socks[0].fileno()
@@ -301,10 +424,10 @@ def counted(stack: contextlib.ExitStack, group: List[socket.socket], count: int 
 
 def test_a_member_knows_how_many_there_are_and_whether_it_is_the_newest(group: Any) -> None:
     one, two, three = group(3)
-    assert [reuseport.group_of(sock) for sock in (one, two, three)] == [(3, False), (3, False), (3, True)]
+    assert [Tables().group_of(sock) for sock in (one, two, three)] == [(3, False), (3, False), (3, True)]
     one.close()
     two.close()
-    assert reuseport.group_of(three) == (1, True)
+    assert Tables().group_of(three) == (1, True)
 
 
 def test_clients_are_sent_to_the_named_place_and_anywhere_when_there_is_none(group: Any) -> None:
@@ -329,7 +452,7 @@ def left(stack: contextlib.ExitStack, leaving: ReuseportHandoff, peer: socket.so
             while True:
                 os.close(leaving.accept4()[0])
         if not leaving.has_left:
-            leaving.check()
+            leaving.check(Tables())
         return leaving.has_left
 
     wait_until(has_left, "it has left")
@@ -340,7 +463,7 @@ def test_no_client_comes_to_a_listener_that_has_detached(group: Any, which: int)
     members = group(3)
     going = members.pop(which)
     with contextlib.ExitStack() as stack:
-        left(stack, ReuseportHandoff(going, True), members[0])
+        left(stack, ReuseportHandoff(going, True, Tables()), members[0])
         for sock in members:
             for client in clients_of(sock):
                 client.close()
@@ -354,7 +477,7 @@ def test_a_member_finds_out_that_it_is_itself_at_the_place_that_it_named(group: 
     first.close()  # the last takes its place: the order is no longer that of joining
     going = members.pop(which)
     with contextlib.ExitStack() as stack:
-        left(stack, ReuseportHandoff(going, True), members[0])
+        left(stack, ReuseportHandoff(going, True, Tables()), members[0])
         for client in clients_of(members[0]):
             client.close()
         assert counted(stack, members) == [30]
@@ -363,9 +486,25 @@ def test_a_member_finds_out_that_it_is_itself_at_the_place_that_it_named(group: 
 
 def test_nobody_is_sent_away_by_a_listener_that_may_not_share(group: Any) -> None:
     two = group(2)
-    assert ReuseportHandoff(two[0], False).has_left
+    assert ReuseportHandoff(two[0], False, Tables()).has_left
     with contextlib.ExitStack() as stack:
         assert 0 not in counted(stack, two, 60)
+
+
+def test_a_look_at_handshakes_without_a_descriptor_is_repeated(group: Any) -> None:
+    two, tables = group(2), Tables()
+    leaving = ReuseportHandoff(two[0], True, tables)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    deadline = time.monotonic() + 0.05
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        while time.monotonic() < deadline:
+            leaving.check(Tables())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert not leaving.has_left
+    with contextlib.ExitStack() as stack:
+        left(stack, leaving, two[1])
 
 
 @pytest.mark.root
@@ -378,7 +517,12 @@ def test_both_ways_to_see_who_is_in_the_handshake_agree(family: int, host: str) 
                 stack.enter_context(socket.create_server((host, 0), family=socket.AddressFamily(family))) for _ in range(2)
             )
             ask, read = reuseport._ask_half_open, reuseport._read_half_open
-            assert ask(listener) == read(listener) == frozenset()
+            assert ask(family) == read(family) == {}
+            assert (looked := Tables()).half_open(other) == frozenset()
             clients = [stack.enter_context(socket.create_connection(listener.getsockname()[:2], 20)) for _ in range(3)]
-            stack.enter_context(socket.create_connection(other.getsockname()[:2], 20))
-            assert ask(listener) == read(listener) == {client.getsockname()[1] for client in clients}
+            also = stack.enter_context(socket.create_connection(other.getsockname()[:2], 20))
+            ports, all_clients = [sock.getsockname()[1] for sock in (listener, other)], [clients, [also]]
+            peers = [{client.getsockname()[1] for client in some} for some in all_clients]
+            assert ask(family) == read(family) == dict(zip(ports, peers))
+            assert Tables().half_open(listener) == peers[0]
+            assert looked.half_open(listener) == frozenset()  # one look is for all listeners

@@ -69,7 +69,15 @@ def config_of(options: Mapping[str, Any], inherited: Optional[Collection[str]] =
     (base,) = settings.routes
     found = load(path, base, inherited)
     _all_named(path, inherited or (), [route.name for route in found.routes])
-    return settings._replace(routes=found.routes, places=found.places, routes_file=os.path.abspath(path), defaults=base)
+    return settings._replace(routes=found.routes, places=found.places, routes_file=_absolute(path), defaults=base)
+
+
+def _absolute(path: str) -> str:
+    """The same file from any working directory. Not os.path.abspath(): a/../b is no b where a is a symbolic link."""
+    try:
+        return os.path.join(os.getcwd(), path) if not os.path.isabs(path) else path
+    except FileNotFoundError:
+        raise UsageError(f"--routes: given {path!r}; allowed: an absolute path, where the working directory is gone") from None
 
 
 class Loaded(NamedTuple):

@@ -8,6 +8,7 @@ import resource
 PIPES_A_WORKER = 16  # for splice(2), two descriptors each
 _PER_WORKER = 8 + 2 * PIPES_A_WORKER
 _PER_ROUTE = 4  # a listener and the counters, before and after a reload; and the counters of each worker
+_OF_WORKER = 16  # its inbox, and what it shares with the main process
 _OTHER = 64  # listeners, logs, the resolver, Python's own
 
 
@@ -55,6 +56,11 @@ def _soft_of_proc(name: str, otherwise: float) -> float:
 def descriptors_for(connections: int, workers: int, routes: int = 1) -> int:
     """Descriptors needed: two sockets a connection, each worker's own and its pipes, each further route's, and some others."""
     return 2 * connections + _PER_WORKER * workers + (_PER_ROUTE + workers) * (routes - 1) + _OTHER
+
+
+def descriptors_of_worker(connections: int, routes: int) -> int:
+    """Descriptors needed by a worker process that has all connections: two sockets each, and the counters of each route."""
+    return 2 * connections + _PER_WORKER + routes + _OF_WORKER
 
 
 def connections_within(descriptors: int, workers: int, routes: int = 1) -> int:

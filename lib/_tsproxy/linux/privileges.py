@@ -10,7 +10,7 @@ import contextlib
 import os
 import pwd
 import struct
-from typing import Dict
+from typing import Dict, Iterator
 
 from _tsproxy.linux import libc
 
@@ -30,6 +30,16 @@ _CAPABILITY_SETS = ("CapInh", "CapPrm", "CapEff", "CapAmb")
 def account(name: str) -> pwd.struct_passwd:
     """The user's passwd entry. KeyError if there is none."""
     return pwd.getpwnam(name)
+
+
+@contextlib.contextmanager
+def acting_as(uid: int) -> Iterator[None]:
+    """Root with the effective and file-system user id of another: sockets made meanwhile are that user's (sock_alloc())."""
+    os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
 
 def drop(to: pwd.struct_passwd) -> None:

@@ -238,6 +238,17 @@ def accepts_ipv4(listener: socket.socket) -> bool:
 
 def listener(address: Address, backlog: int, tuning: Tuning, reuse_port: bool = False) -> socket.socket:
     """A bound, listening, non-blocking socket. OSError as bind(2) and listen(2) raise it."""
+    sock = bound(address, tuning, reuse_port)
+    try:
+        sock.listen(backlog)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def bound(address: Address, tuning: Tuning, reuse_port: bool = False) -> socket.socket:
+    """A bound, non-blocking socket that does not listen yet, so that no client can come to it. OSError as bind(2) raises it."""
     sock = socket.socket(address.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         # bind(2) must not fail with EADDRINUSE for TIME_WAIT sockets of an earlier process.
@@ -246,7 +257,6 @@ def listener(address: Address, backlog: int, tuning: Tuning, reuse_port: bool = 
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         tuning.apply(sock)
         sock.bind(address.sockaddr)
-        sock.listen(backlog)
     except BaseException:
         sock.close()
         raise

@@ -8,13 +8,14 @@ Knows the group of one listener. Knows nothing of the loop, or of what becomes o
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from typing import FrozenSet, Optional, Tuple
 
 from _tsproxy.linux import reuseport, sockets
 from _tsproxy.linux.addresses import SockAddr
-from _tsproxy.linux.reuseport import Group
+from _tsproxy.linux.reuseport import Group, Tables
 
 _SETTLE_S = 0.01  # a SYN that the kernel was handling while the others were steered away is in the tables by then
 _WATCH_S = 0.1  # how long no new client must come to show that the others are in fact steered away
@@ -24,10 +25,10 @@ _ALONE = Group(1, True)
 class ReuseportHandoff:
     """One listener that is to be closed. Until `has_left`: accept4() until EAGAIN, check(), and again."""
 
-    def __init__(self, listener: socket.socket, may_share: bool) -> None:
+    def __init__(self, listener: socket.socket, may_share: bool, tables: Tables) -> None:
         """`listener` stays the caller's to close. One that shares its port with no other has left at once."""
         self._listener, self._accept4 = listener, sockets.bind_accept4(listener)
-        group = _group_of(listener) if may_share else _ALONE
+        group = _group_of(listener, tables) if may_share else _ALONE
         self._members = group.members
         # The newest member is the one that is to go on; it is the last one, since members join at the end.
         self._place = 0 if group.is_newest else group.members - 1
@@ -52,20 +53,26 @@ class ReuseportHandoff:
             self._detach()
         return client, address
 
-    def check(self) -> None:
-        """Note who is under way; then, once the backlog of before is accepted, see whether they or new clients come."""
-        passed = time.monotonic() - self._since
+    def check(self, tables: Tables) -> None:
+        """Note who is under way; then, once the backlog of before is accepted, see whether they or new clients come.
+
+        Without a descriptor to look with (EMFILE) nothing is known: the next check looks again.
+        """
+        with contextlib.suppress(OSError):
+            self._check(tables, time.monotonic() - self._since)
+
+    def _check(self, tables: Tables, passed: float) -> None:
         if self._under_way is None:
             if passed > _SETTLE_S:
-                self._under_way = reuseport.half_open(self._listener)
+                self._under_way = tables.half_open(self._listener)
         elif not self._is_checking:
             self._is_checking, self._since = True, time.monotonic()
         elif passed > _WATCH_S:
-            self.has_left = not self._under_way or not self._under_way & reuseport.half_open(self._listener)
+            self.has_left = not self._under_way or not self._under_way & tables.half_open(self._listener)
 
 
-def _group_of(listener: socket.socket) -> Group:
+def _group_of(listener: socket.socket, tables: Tables) -> Group:
     try:
-        return reuseport.group_of(listener)
+        return tables.group_of(listener)
     except OSError:
         return _ALONE  # no /proc

@@ -5,6 +5,7 @@ Knows addresses, inherited descriptors and the options that limit clients. Knows
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
 import os
@@ -14,8 +15,10 @@ from typing import Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional
 from _tsproxy.cli import exits
 from _tsproxy.cli.config import Route
 from _tsproxy.cli.exits import Exit
-from _tsproxy.linux import reuseport, sockets, systemd
+from _tsproxy.linux import privileges, reuseport, sockets, systemd
 from _tsproxy.linux.addresses import Address, from_sockaddr
+from _tsproxy.linux.needs import needing
+from _tsproxy.linux.sockets import Tuning
 from _tsproxy.supervisor.worker_args import tuning_of
 
 _BACKLOG = 4096  # the kernel takes the smaller of this and net.core.somaxconn
@@ -44,20 +47,43 @@ class Ends(NamedTuple):
 
 
 def listeners(
-    route: Route, reuse_port: bool, ends: Ends, handed: Sequence[socket.socket] = (), *, starts: bool = True
+    route: Route,
+    reuse_port: bool,
+    ends: Ends,
+    handed: Sequence[socket.socket] = (),
+    *,
+    sharer: Optional[int] = None,
+    starts: bool = True,
 ) -> List[socket.socket]:
     """The sockets that were handed over for the route, or a new one, each with TCP_SAVE_SYN. Exit 2 or 69 if there is none.
 
-    Not `starts`: it relays already, and no option of the process may be given any more.
+    A new one is bound: listen() is for when nothing else can fail. `sharer`: the user, root becomes whom later, whose port it
+    may be. Not `starts`: it relays already, and no option of the process may be given any more.
     """
     ours = (*route.listen_options, *(["--reuse-port"] if reuse_port else []))
     if handed and ours:
         raise Exit(exits.USAGE, f"{ours[0]}: given with LISTEN_FDS; allowed: only without inherited listeners")
-    hints = _HINTS if starts else _HINTS_LATER
-    found = [_prepared(listener, route, ends) for listener in handed] or [_own(route, reuse_port, ends, hints)]
+    found = [_prepared(listener, route, ends) for listener in handed] or [_own(route, reuse_port, ends, sharer, starts)]
     for listener in found:
         sockets.save_syns(listener)
     return found
+
+
+def listen(found: Iterable[socket.socket], reuse_port: bool, *, starts: bool = True) -> None:
+    """Have new sockets listen; those that do are left alone. Exit 69 if another one has come to listen there since bind(2).
+
+    On a shared port (SO_REUSEPORT) the kernel sends clients there from now on, and close(2) would reset them, though another
+    instance serves that port.
+    """
+    for listener in found:
+        with needing("getsockopt(2) or getsockname(2)", "to listen"):
+            listens = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            address = from_sockaddr(listener.family, listener.getsockname())
+        if not listens:
+            with _naming(address, starts):
+                listen_again(listener)
+            if reuse_port:
+                reuseport.attach(listener)
 
 
 def inherited(environment: Mapping[str, str]) -> Dict[str, List[socket.socket]]:
@@ -115,18 +141,33 @@ def reuse(listener: socket.socket, route: Route) -> None:
     tuning_of(route).apply(listener)
 
 
-def _own(route: Route, reuse_port: bool, ends: Ends, hints: Mapping[int, str]) -> socket.socket:
+def _own(route: Route, reuse_port: bool, ends: Ends, sharer: Optional[int], starts: bool) -> socket.socket:
     address = Address(family_of(route.bind), route.bind, route.port)
     _refuse_loop(address, True, ends)
+    with _naming(address, starts):
+        return _bound(address, tuning_of(route), reuse_port, sharer)
+
+
+def _bound(address: Address, tuning: Tuning, reuse_port: bool, sharer: Optional[int]) -> socket.socket:
+    """Bound by this user; or by the sharer, whose port it is where a reload of another instance has bound it, after --user."""
     try:
-        listener = sockets.listener(address, _BACKLOG, tuning_of(route), reuse_port)
+        return sockets.bound(address, tuning, reuse_port)
     except OSError as error:
-        hint = hints.get(error.errno or 0, "")
+        if reuse_port and sharer is not None and error.errno == errno.EADDRINUSE:
+            with contextlib.suppress(OSError), privileges.acting_as(sharer):
+                return sockets.bound(address, tuning, reuse_port)
+        raise
+
+
+@contextlib.contextmanager
+def _naming(address: Address, starts: bool) -> Iterator[None]:
+    """Exit 69, with the address and what helps, for an OSError of bind(2) or listen(2)."""
+    try:
+        yield
+    except OSError as error:
+        hint = (_HINTS if starts else _HINTS_LATER).get(error.errno or 0, "")
         option = "bind" if error.errno == errno.EADDRNOTAVAIL else "port"
         raise Exit(exits.CANNOT_BIND, f"can't listen on {address}: {error.strerror}{hint}", option) from None
-    if reuse_port:
-        reuseport.attach(listener)
-    return listener
 
 
 def rest(listener: socket.socket) -> None:

@@ -8,6 +8,8 @@ user without rights (--user) may have none to read Python's own files.
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import pickle
 import threading
 import time
@@ -23,6 +25,7 @@ from _tsproxy.cli.exits import Exit
 from _tsproxy.linux import needs
 from _tsproxy.linux.printable import printable
 from _tsproxy.supervisor import listening, startup
+from _tsproxy.supervisor.drain import ListenerDrain
 from _tsproxy.supervisor.host_policy import HostPolicy
 from _tsproxy.supervisor.resolver import resolve_all
 from _tsproxy.supervisor.route_table import RouteTable, ServedRoute
@@ -60,13 +63,14 @@ class Reload:
         host: HostPolicy,
         handed: Mapping[str, List[socket]],
         nofile: int,
+        drain: ListenerDrain,
         *,
         call_soon: Callable[[Callable[[], None]], None],
         on_done: Callable[[Done], None],
     ) -> None:
         """`handed`: sockets of the service manager, by name. `call_soon` runs a function in the loop's thread."""
         self._config, self._table, self._pool, self._host = config, table, pool, host
-        self._handed, self._nofile = handed, nofile
+        self._handed, self._nofile, self._drain = handed, nofile, drain
         self._call_soon, self._on_done = call_soon, on_done
         self.refusal = ""  # when and why the last one was refused, in one printable line; "" if it was not
         self._numbers = len(config.routes)
@@ -93,7 +97,7 @@ class Reload:
         """In the thread."""
         try:
             then = partial(self._apply, self._plan(now))
-        except (UsageError, Exit, OSError) as problem:
+        except (UsageError, Exit, OSError, MemoryError) as problem:
             then = partial(self._finish, Done(_told(problem)))
         except Exception:
             then = partial(self._finish, Done(traceback.format_exc()))
@@ -116,7 +120,7 @@ class Reload:
             return
         try:
             done = self._swap(plan)
-        except (Exit, OSError) as problem:
+        except (Exit, OSError, MemoryError) as problem:
             done = Done(_told(problem))
         except Exception:  # a bug must not end the sessions of all routes
             done = Done(traceback.format_exc())
@@ -151,27 +155,33 @@ class Reload:
 
     def _prepare(self, plan: Plan, going: Sequence[ServedRoute], staying: Sequence[ServedRoute]) -> List[PreparedRoute]:
         """All that can fail. Exit, or OSError without descriptors or memory, with everything put back."""
+        if plan.proved:
+            startup.require_room(plan.asked, self._table.count + len(plan.proved), self._table.active, self._nofile)
         with contextlib.ExitStack() as undo:
-            found = ListenerSwap(plan.asked, going, self._handed, undo, self._on_lost).listeners(plan.proved)
+            counters = undo.enter_context(contextlib.ExitStack())
+            counted = [self._counted(of_route, counters) for of_route in plan.proved]
+            swap = ListenerSwap(plan.asked, going, self._handed, self._drain, undo, self._on_lost)
+            found = swap.listeners(plan.proved)
             every = [*((served.prepared.proved, served.prepared.listeners) for served in staying), *zip(plan.proved, found)]
             startup.refuse_circles(plan.asked, *zip(*every))
-            prepared = self._with_counters(plan.proved, found)
+            prepared = [of_route._replace(listeners=listeners) for of_route, listeners in zip(counted, found)]
+            for of_route in prepared:
+                with startup.naming(plan.asked, of_route.route):
+                    listening.listen(of_route.listeners, plan.asked.reuse_port, starts=False)
+            counters.pop_all()  # no descriptor is closed that workers may have been told of
             for of_route in prepared:
                 self._pool.add_route(of_route.args, of_route.counters)
             undo.pop_all()
+        for of_route in prepared:
+            for sock in of_route.listeners:
+                listening.reuse(sock, of_route.route)
         return prepared
 
-    def _with_counters(self, proved: Sequence[ProvedRoute], found: Sequence[List[socket]]) -> List[PreparedRoute]:
-        """No number is used again, and no descriptor closed that workers may have been told of."""
-        prepared: List[PreparedRoute] = []
-        with contextlib.ExitStack() as undo:
-            for of_route, listeners in zip(proved, found):
-                for sock in listeners:
-                    listening.reuse(sock, of_route.route)
-                number, self._numbers = self._numbers, self._numbers + 1
-                prepared.append(startup.with_counters(of_route, listeners, number, self._config.workers, pickle.dumps))
-                undo.callback(prepared[-1].counters.close)
-            undo.pop_all()
+    def _counted(self, proved: ProvedRoute, undo: contextlib.ExitStack) -> PreparedRoute:
+        """With counters, and no listener so far. No number is used again."""
+        number, self._numbers = self._numbers, self._numbers + 1
+        prepared = startup.with_counters(proved, [], number, self._config.workers, pickle.dumps)
+        undo.callback(prepared.counters.close)
         return prepared
 
     def _on_lost(self, served: ServedRoute, problem: OSError) -> None:
@@ -188,6 +198,8 @@ class Reload:
 
 
 def _told(problem: Exception) -> str:
+    if isinstance(problem, MemoryError):  # RLIMIT_AS, mostly: the text of it is empty
+        return os.strerror(errno.ENOMEM)
     return str(problem.strerror or problem) if isinstance(problem, OSError) else str(problem)
 
 
@@ -207,11 +219,12 @@ class ListenerSwap:
         config: Config,
         going: Sequence[ServedRoute],
         handed: Mapping[str, List[socket]],
+        drain: ListenerDrain,
         undo: contextlib.ExitStack,
         on_lost: Callable[[ServedRoute, OSError], None],
     ) -> None:
         """What has to be undone if anything fails later is pushed on `undo`. `on_lost`: a listener that can't be had again."""
-        self._config, self._handed, self._undo, self._on_lost = config, handed, undo, on_lost
+        self._config, self._handed, self._drain, self._undo, self._on_lost = config, handed, drain, undo, on_lost
         self._free = {served.name: served for served in going if served.name not in handed}
         self._at = {place: served for served in self._free.values() for place in _places(served)}
 
@@ -224,11 +237,13 @@ class ListenerSwap:
         return [found[of_route.route.name] for of_route in proved]
 
     def _kept(self, route: Route) -> List[socket]:
-        """Handed over; or one that listens there already, though it be another route's."""
+        """Handed over; or one that listens there already: of any route that goes, or that went a moment ago."""
         if route.name in self._handed:
             return self._handed[route.name]
         there = self._at.get(_place(route))
-        return self._free.pop(there.name).prepared.listeners if there and there.name in self._free else []
+        if there and there.name in self._free:
+            return self._free.pop(there.name).prepared.listeners
+        return self._drain.take_back(route.bind, route.port, self._undo)
 
     def _in_the_way(self, route: Route) -> List[ServedRoute]:
         """Those that go, and listen where this one could not meanwhile."""

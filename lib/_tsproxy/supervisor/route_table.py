@@ -21,6 +21,7 @@ from _tsproxy.stats.counters import ACCEPTOR_ROW, Counter, SharedCounters
 from _tsproxy.stats.reporter import Reporter
 from _tsproxy.supervisor import listening
 from _tsproxy.supervisor.callbacks import CallTimer
+from _tsproxy.supervisor.drain import PAUSE_S, ListenerDrain
 from _tsproxy.supervisor.startup import PreparedRoute
 from _tsproxy.supervisor.worker_pool import WorkerPool
 
@@ -42,14 +43,14 @@ class ServedRoute:
         self.ended: Optional[Callable[[], bool]] = None  # once no session is left: whether the workers have seen that
         self._failed_connects = 0
 
-    def stop_listening(self, kept: Sequence[socket] = ()) -> None:
-        """Close its listeners, but for those in `kept`. Who is in a backlog is accepted.
+    def stop_listening(self, kept: Sequence[socket], drain: ListenerDrain) -> None:
+        """Close its listeners, but for those in `kept`. Who is in a backlog is accepted; on a shared port `drain` sees to that.
 
         At once, not at the end of the iteration: another one may be to have their place, and the line that says so may be read.
         """
         for listener in self.listeners:
             listener.stop_accepting()
-            if listener.socket not in kept:
+            if listener.socket not in kept and not drain.add_shared(listener.socket, self.acceptor):
                 listener.accept_backlog()
                 listener.socket.close()
         for listener in self._resting:
@@ -107,6 +108,7 @@ class RouteTable:
         loop: EventLoop,
         pool: WorkerPool,
         reporter: Reporter,
+        drain: ListenerDrain,
         log: Log,
         threadsafe: Callable[[Call], Call],
         room_beside: Callable[[int], int],
@@ -117,15 +119,22 @@ class RouteTable:
         """
         self._room_beside, self._room, self._most_active = room_beside, 0, 0
         self._loop, self._pool, self._reporter, self._log, self._threadsafe = loop, pool, reporter, log, threadsafe
+        self._drain = drain
         self.served: Dict[str, ServedRoute] = {}  # by name
         self._leaving: List[ServedRoute] = []
         self._ids = itertools.count(1)
         self._is_accepting = False
         self._timer = CallTimer(loop, self._each_second)
+        self._drain_timer = CallTimer(loop, self._close_shared)
         self._ticks = False
 
     def __iter__(self) -> Iterator[ServedRoute]:
         return iter(self.served.values())
+
+    @property
+    def count(self) -> int:
+        """Of those that are served, and those that have sessions still."""
+        return len(self.served) + len(self._leaving)
 
     @property
     def active(self) -> int:
@@ -175,7 +184,7 @@ class RouteTable:
         return acceptor
 
     def _count_routes(self) -> None:
-        self._room = self._room_beside(len(self.served) + len(self._leaving))
+        self._room = self._room_beside(self.count)
 
     def _has_room(self) -> bool:
         """Counted as Acceptor does with its limit: what is active now, or more."""
@@ -229,12 +238,19 @@ class RouteTable:
     def remove(self, served: ServedRoute, kept: Sequence[socket]) -> None:
         """Accept for it no more; its sessions go on. Of its listeners those in `kept` stay open, for another route."""
         served.prepared.resolver.stop()
-        served.stop_listening(kept)
+        served.stop_listening(kept, self._drain)
+        if self._drain.needs(served.acceptor):
+            self._drain_timer.arm(PAUSE_S)
         if self.served.get(served.name) is served:
             del self.served[served.name]
         self._leaving.append(served)
         self._count_routes()
         self._tick()
+
+    def _close_shared(self) -> None:
+        """Those on a port that another instance has, too, take some looks to close without a loss."""
+        if self._drain.step():
+            self._drain_timer.arm(PAUSE_S)
 
     def _tick(self) -> None:
         """See to it that the second goes on: reloads in quick succession must not put it off."""
@@ -255,7 +271,7 @@ class RouteTable:
     def _see_off(self, served: ServedRoute) -> None:
         """A second after its last session has ended there is no trace of it on its way, and all may forget it."""
         served.acceptor.redispatch()
-        if metrics.active(served.counters):
+        if metrics.active(served.counters) or self._drain.needs(served.acceptor):
             return
         if served.ended is None:
             served.ended = self._pool.consumption()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Callable, List, Sequence, Tuple
 
 from _tsproxy.cli import exits
 from _tsproxy.cli.config import Config
+from _tsproxy.cli.exits import Exit
 from _tsproxy.linux import children, heap, inherited, limits, systemd, uapi
 from _tsproxy.linux.needs import needing
 from _tsproxy.linux.systemd import Notifier
@@ -29,7 +30,7 @@ from _tsproxy.stats.counters import Counter
 from _tsproxy.stats.reporter import Reporter
 from _tsproxy.supervisor import listening, start_line, startup
 from _tsproxy.supervisor.callbacks import CallTimer, OnReadable, ThreadsafeCalls
-from _tsproxy.supervisor.drain import ListenerDrain
+from _tsproxy.supervisor.drain import HANDSHAKE_S, ListenerDrain
 from _tsproxy.supervisor.drift import Drift
 from _tsproxy.supervisor.monitor import EvidenceUpdate
 from _tsproxy.supervisor.route_table import RouteTable, ServedRoute
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 _START_S = 5.0  # for the workers to run: an interpreter takes half a second
 _POLL_S = 0.001  # (and up to a tick of the timers) between two looks at shared memory, whose changes are no events
 _STOP_ACCEPTING_S = 1.0  # a worker that has not stopped by then is stuck
-_HANDSHAKE_S = 3.0  # a client of a shared port whose handshake takes longer is reset
 _KILL_S = 5.0
 _LAST_S = _KILL_S + 4.0  # that, the last lines, and a margin
 _MOST_LISTENERS = uapi.SCM_MAX_FD - 2  # of a worker: its inbox and exit pipe go in the same message
@@ -86,7 +86,8 @@ class Supervisor:
         )
         self._calls = ThreadsafeCalls()
         room_beside = partial(limits.connections_within, prepared.nofile, self._config.workers)
-        self._table = RouteTable(self._loop, self._pool, self._reporter, self._log_of, self._call, room_beside)
+        self._listener_drain = drain = ListenerDrain(self._loop, self._config.reuse_port)
+        self._table = RouteTable(self._loop, self._pool, self._reporter, drain, self._log_of, self._call, room_beside)
         for of_route in prepared.routes:
             self._table.add(of_route)
         self._notifier = notifier
@@ -105,6 +106,7 @@ class Supervisor:
             prepared.host,
             prepared.handed,
             prepared.nofile,
+            self._listener_drain,
             call_soon=self._calls.call_soon,
             on_done=self._on_reloaded,
         )
@@ -126,7 +128,7 @@ class Supervisor:
         return self._stop(killed=self._kill())
 
     def _start(self) -> None:
-        """Start threads and processes, and wait for the workers. OSError, with nothing left running, if one can't be had."""
+        """Start threads and processes, wait for the workers, and listen. Exit or OSError, with nothing left running, if not."""
         with needing("epoll_ctl(2) or epoll_wait(2)", "to wait for events"):
             self._calls.watch(self._loop)
             self._loop.poller.wait(0, 1)
@@ -136,12 +138,19 @@ class Supervisor:
             self._start_monitors()
             for served in self._table:
                 self._table.follow(served)
-        except OSError:
+            self._pool.ping()
+            self._poll(_START_S, lambda: self._pool.all_answered() or self._signals.has_termination)
+            self._listen()
+        except (Exit, OSError):
             self._kill()
             self._reporter.close()
             raise
-        self._pool.ping()
-        self._poll(_START_S, lambda: self._pool.all_answered() or self._signals.has_termination)
+
+    def _listen(self) -> None:
+        """Last: a start that fails must not cost another instance the clients that would have come here."""
+        for served in self._table:
+            with startup.naming(self._config, served.prepared.route):
+                listening.listen(served.prepared.listeners, self._config.reuse_port)
 
     def _start_monitors(self) -> None:
         """Where a policy is one that has to be checked, and none runs yet."""
@@ -212,11 +221,12 @@ class Supervisor:
 
     def _close_listeners(self, deadline: float) -> None:
         """Accept who is in the backlogs, first."""
-        drain, acceptors = ListenerDrain(self._loop, self._config.reuse_port), [self._last_acceptor(one) for one in self._table]
+        drain, acceptors = self._listener_drain, [self._last_acceptor(one) for one in self._table]
+        deadline = min(deadline, time.monotonic() + HANDSHAKE_S)
         for served, acceptor in zip(self._table, acceptors):
             for listener in served.prepared.listeners:
-                drain.add(listener, acceptor)
-        drain.close_all(partial(self._may_wait, min(deadline, time.monotonic() + _HANDSHAKE_S)))
+                drain.add(listener, acceptor, deadline)
+        drain.close_all(lambda: self._is_hurried)
         for acceptor in acceptors:
             acceptor.give_up()
 
@@ -252,9 +262,6 @@ class Supervisor:
     def _is_hurried(self) -> bool:
         """Whether a second signal has come."""
         return len(self._terminated_by) > 1
-
-    def _may_wait(self, deadline: float) -> bool:
-        return not self._is_hurried and time.monotonic() < deadline
 
     def _run_for(self, timeout_s: float, until: Callable[[], bool]) -> None:
         self._loop.run_for(round(max(0.0, timeout_s) * 1e9), until)

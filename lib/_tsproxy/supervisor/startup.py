@@ -109,9 +109,10 @@ def prepare(config: Config, environment: Mapping[str, str], notifier: systemd.No
     proved = prove(config, config.routes, resolvers, host)
     nofile = _raise_limits(config)
     runtime = _runtime(config)
-    # From here on clients can connect: what may refuse to start comes before it.
+    # Not before the end of the start do they listen: what may refuse to start comes before that.
     handed = listening.inherited(environment)
-    listeners = [_listeners(config, of_route, handed) for of_route in proved]
+    sharer = account.pw_uid if account else None
+    listeners = [_listeners(config, of_route, handed, sharer) for of_route in proved]
     refuse_circles(config, proved, listeners)
     _renounce(account)
     if account:
@@ -291,6 +292,18 @@ def require_limits(config: Config, routes: Sequence[Route], nofile: int) -> None
         )
 
 
+def require_room(config: Config, routes: int, connections: int, nofile: int) -> None:
+    """Exit 2 if a worker could not be told of so many routes, beside all connections that there are.
+
+    A descriptor of each route goes to each worker process (SCM_RIGHTS): one without room for it would end, and its sessions.
+    """
+    needed = limits.descriptors_of_worker(connections, routes)
+    if nofile < needed:
+        allowed = f"fewer beside {connections} connections with this process's limit of {nofile} descriptors"
+        given = f"--routes: given {len(config.routes)} routes"
+        raise Exit(exits.USAGE, f"{given}; allowed: {allowed} (start with LimitNOFILE={needed})")
+
+
 def shortage(config: Config, routes: Sequence[Route], nofile: int) -> str:
     """The warning for routes that together allow more connections than there are descriptors for; "" if they don't."""
     needed = _descriptors_for(config, routes)
@@ -318,12 +331,14 @@ def _require_file_size(config: Config, route: Route) -> None:
         raise Exit(exits.USAGE, f"{given}; allowed: at least {counters_bytes}, for the counters in shared memory")
 
 
-def _listeners(config: Config, proved: ProvedRoute, handed: Mapping[str, List[socket.socket]]) -> List[socket.socket]:
+def _listeners(
+    config: Config, proved: ProvedRoute, handed: Mapping[str, List[socket.socket]], sharer: Optional[int]
+) -> List[socket.socket]:
     """Those of one route. The route of the command line takes all that were handed over, whatever their names."""
     route = proved.route
     own = handed.get(route.name, []) if config.routes_file else [sock for socks in handed.values() for sock in socks]
     with naming(config, route):
-        return listening.listeners(route, config.reuse_port, proved.ends, own)
+        return listening.listeners(route, config.reuse_port, proved.ends, own, sharer=sharer)
 
 
 def refuse_circles(config: Config, proved: Sequence[ProvedRoute], listeners: Sequence[Sequence[socket.socket]]) -> None:
