@@ -118,6 +118,35 @@ def test_a_killed_worker_is_reported_counted_and_replaced_and_the_others_go_on(
     assert proxy.stop() == 0
 
 
+@pytest.mark.parametrize("killed", [1, 2])
+def test_workers_that_are_killed_during_the_drain_are_said_and_their_connections_are_no_drained_ones(
+    start: Any, echoing: Exchange, killed: int
+) -> None:
+    proxy = start(echoing, "--runtime=processes", "--workers=2")
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(proxy.connect()) for _ in range(4)]
+        for client in clients:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+        workers = workers_of(proxy)
+        proxy.process.send_signal(signal.SIGTERM)
+        proxy.line("drain")
+        for worker in workers[:killed]:
+            os.kill(worker, signal.SIGKILL)
+        wait_until(lambda: sum(_answers(client) for client in clients) == 4 - 2 * killed)
+    assert proxy.wait() == 0
+    errors = [line["message"] for line in proxy.lines if line["event"] == "error"]
+    assert sorted(errors) == [
+        f"worker {number} died (killed by SIGKILL); 2 connections closed; no replacement while draining"
+        for number in range(killed)
+    ]
+    assert [line for line in proxy.lines if line["event"] == "metrics"][-1][
+        "downstream_cx_lost_with_worker_total"
+    ] == 2 * killed
+    stop = proxy.line("stop")
+    assert (stop["drained"], stop["killed_connections"]) == (False, 2 * killed)
+
+
 def _answers(client: socket.socket) -> bool:
     try:
         client.sendall(b"y")

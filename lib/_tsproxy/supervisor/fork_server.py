@@ -36,6 +36,7 @@ from _tsproxy.supervisor.worker_args import WorkerArgs, WorkerShared, run_worker
 
 _LAST_S = 2.0
 _ANSWER_S = 1.0
+_REPORT_S = 0.5  # behind the end of an exit pipe
 _EXIT_S = 1.0  # for the fork server, once all workers have exited
 _REQUEST = struct.Struct("=BI")  # one of the next line, number of the worker or route
 _START, _ADD_ROUTE, _REMOVE_ROUTE = range(3)
@@ -183,6 +184,20 @@ class ForkServer:
     def _running(self) -> List[int]:
         """The numbers of workers that have not closed their exit pipe."""
         return [number for number in self._alive if not _is_hung_up(self._exit_pipes[number])]
+
+    def await_reports(self) -> None:
+        """Have it known of each worker that has closed its exit pipe how it exited: the report comes a moment after that.
+
+        Blocks for half a second at most, if the fork server is stopped.
+        """
+        reports = select.poll()
+        reports.register(self._control, select.POLLIN)
+        deadline = time.monotonic() + _REPORT_S
+        while len(self._running) < len(self._alive) and time.monotonic() < deadline:
+            reports.poll(max(0.0, deadline - time.monotonic()) * 1000)
+            self._receive()
+        for number in self._alive.difference(self._running):
+            self._note_exit(number, "how is not known, since the fork server does not report it")
 
     def end(self) -> None:
         """SIGKILL workers that are left, and have the fork server exit: by SIGKILL if it has not within a second.

@@ -73,6 +73,7 @@ class Supervisor:
         self._prepared, self._config, self._signals = prepared, prepared.shared.config, signals
         self._terminated_by: List[str] = []  # names of signals, in order
         self._worker_died = False  # and can't be replaced
+        self._lost = 0  # connections of workers that died during the drain
         self._loop = EventLoop()
         self._pool = self._make_pool()
         self._reporter = Reporter(
@@ -210,6 +211,7 @@ class Supervisor:
         self._reporter.log("drain", active_connections=active, drain_timeout_s=self._config.drain_timeout_s)
         self._pool.drain()
         self._run_for(deadline - time.monotonic(), lambda: not self._pool.is_alive or self._is_hurried)
+        self._pool.reap_all()
 
     def _stop_worker_accepting(self, deadline: float) -> None:
         """Have the worker stop: clients who are in the backlog then are accepted here."""
@@ -237,8 +239,11 @@ class Supervisor:
         return self._table.acceptor_of(served.prepared, itertools.count(served.counters.total(Counter.ACCEPTED) + 1))
 
     def _kill(self) -> int:
-        """End the connections that are left, and wait for the workers; how many those were. The watchdog does not count now."""
-        left = self._table.active
+        """End the connections that are left, and wait for the workers. The watchdog does not count now.
+
+        How many those were, with those of workers that died during the drain.
+        """
+        left = self._table.active + self._lost
         self._watchdog.extend(_LAST_S)
         self._pool.kill()
         self._run_for(_KILL_S, lambda: not self._pool.is_alive)
@@ -323,7 +328,11 @@ class Supervisor:
 
     def on_worker_exit(self, worker_exit: WorkerExit) -> None:
         """Its connections are closed; those of other workers go on."""
-        then = self._consequence(worker_exit.replacement) or "a replacement took its place"
+        if worker_exit.replacement is None:
+            self._lost += worker_exit.connections
+            then = "no replacement while draining"
+        else:
+            then = self._consequence(worker_exit.replacement) or "a replacement took its place"
         about = f"worker {worker_exit.number} died ({worker_exit.exit_status})"
         self._log("error", "error", f"{about}; {worker_exit.connections} connections closed; {then}")
 

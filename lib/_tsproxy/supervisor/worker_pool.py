@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import socket
-from typing import Callable, Iterator, List, Mapping, NamedTuple, Protocol, Sequence, Tuple
+from typing import Callable, Iterator, List, Mapping, NamedTuple, Optional, Protocol, Sequence, Tuple
 
 from _tsproxy.linux.needs import needing
 from _tsproxy.loop.event_loop import EventLoop
@@ -32,19 +32,19 @@ class Replacement(NamedTuple):
 
 
 class WorkerExit(NamedTuple):
-    """A worker that exited, though it was sent neither DRAIN nor KILL."""
+    """A worker that exited, though it was sent neither DRAIN nor KILL, or though it had connections left."""
 
     number: int
     exit_status: str
     connections: int  # that it had
-    replacement: Replacement
+    replacement: Optional[Replacement]  # None: it was to end
 
 
 class PoolObserver(Protocol):
     """What the pool reports, in the loop's thread."""
 
     def on_worker_exit(self, worker_exit: WorkerExit) -> None:
-        """Its replacement has been tried."""
+        """Its replacement has been tried, if it is to have one."""
         ...
 
     def on_restart(self, number: int, replacement: Replacement) -> None:
@@ -101,7 +101,7 @@ class WorkerPool:
         """Start them all, and watch for their exits. OSError if one can't be started."""
         with needing("epoll_ctl(2)", "to wait for events"):
             for fd in self._exit_fds:
-                self._loop.watch(fd, READ, OnReadable(self._reap))
+                self._loop.watch(fd, READ, OnReadable(self.reap))
         for slot in self._slots:
             slot.start()
 
@@ -124,18 +124,28 @@ class WorkerPool:
 
     # Reap
 
-    def _reap(self) -> None:
-        """A worker or the fork server has exited. Inbox and row of a worker are its replacement's."""
+    def reap(self) -> None:
+        """Report who has exited, the fork server or a worker. Inbox and row of a worker are its replacement's."""
         self._shared.exited.collect()
         exit_status = self._fork_server.own_exit() if self._fork_server else ""
         if exit_status:
             self._observer.on_fork_server_exit(exit_status)
         for slot in self._slots:
-            if not self._is_ending and not slot.is_vacant and not slot.runner.is_alive:
-                self._replace(slot)
+            if not slot.is_vacant and not slot.runner.is_alive:
+                self._reap_worker(slot, slot.runner.exit_status, sum(self._count_lost(slot.number)))
 
-    def _replace(self, slot: WorkerSlot) -> None:
-        exit_status, lost = slot.runner.exit_status, sum(self._count_lost(slot.number))
+    def reap_all(self) -> None:
+        """The same for all that have exited until now, also those whose exit is not reported yet. See ForkServer."""
+        if self._fork_server:
+            self._fork_server.await_reports()
+        self.reap()
+
+    def _reap_worker(self, slot: WorkerSlot, exit_status: str, lost: int) -> None:
+        if self._is_ending:
+            slot.is_abandoned = True
+            if lost:
+                self._observer.on_worker_exit(WorkerExit(slot.number, exit_status, lost, None))
+            return
         slot.note_exit()
         self._observer.on_worker_exit(WorkerExit(slot.number, exit_status, lost, self._fill(slot)))
         if self._upstreams:
@@ -205,7 +215,7 @@ class WorkerPool:
         self._send(Message(Command.STOP_ACCEPTING))
 
     def drain(self) -> None:
-        """Have each worker exit when its last connection has ended. From now on exits are expected."""
+        """Have each worker exit when its last connection has ended. From now on one that exits has no replacement."""
         self._is_ending = True
         self._send(Message(Command.DRAIN))
 
