@@ -89,6 +89,16 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(f"LOUD: the kernel dropped {lost} packets (softnet_stat): a reset is not sent again")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Iterator[None]:
+    """What each tsproxy of a test that fails has said: elsewhere that is all one can see of it."""
+    report = yield
+    if report.failed:
+        told = [(f"tsproxy {each.process.pid}", each.told()) for each in gc.get_objects() if isinstance(each, Proxy)]
+        report.sections += told
+    return report
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     namespaces.may_be_root = any(item.get_closest_marker(mark) for mark in ("root", "deploy"))

@@ -574,7 +574,7 @@ def test_a_killed_proxy_leaves_orphans_that_show_no_clock(make_stage: Callable[.
     client, half = served[0]
     half.send(FIN | ACK, good(half))
     assert client.recv(1) == b""
-    opening, silent = opened_from_both_sides(stage), stage.connect()  # last: nobody answers them, so others follow in 0.9 s
+    opening, silent = opened_from_both_sides(stage), stage.connect()  # last: nobody answers them, so others follow in 0.75 s
     for pid in stage.proxy.family():
         with contextlib.suppress(ProcessLookupError):  # it may have gone with its parent
             os.kill(pid, signal.SIGKILL)

@@ -85,7 +85,7 @@ class Peer:
     def meet(self, since: int, answer: Callable[[Flow], object], flags: int, size: int = 0) -> Flow:
         """Answer each SYN that comes; the first connection of which a segment of that kind comes then.
 
-        tsproxy waits 0.9 s for an answer, and sends the next SYN from another port: an answer that came later is void.
+        tsproxy waits 0.75 s for an answer, and sends the next SYN from another port: an answer that came later is void.
         """
         flows: List[Flow] = []
 

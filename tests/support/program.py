@@ -51,8 +51,8 @@ def python_for(runtime: str) -> str:
 def on_time() -> Tuple[str, ...]:
     """Words to start a program with that a busy machine shall not make late: SCHED_FIFO (sched(7)); none without that right.
 
-    For what holds as long as no worker stands still for 0.1 s (docs/timestamps.md): Linux sends a SYN again after 1 s, and
-    tsproxy takes that one back after 0.9 s.
+    For what holds as long as no worker stands still for 0.25 s (docs/timestamps.md): Linux sends a SYN again after 1 s, and
+    tsproxy takes that one back after 0.75 s.
     """
     words = ("chrt", "--fifo", "1")
     with contextlib.suppress(FileNotFoundError):

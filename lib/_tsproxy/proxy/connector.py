@@ -24,7 +24,8 @@ from _tsproxy.stats.counters import CONNECT, Counter, observe
 from _tsproxy.stats.endings import Ending
 from _tsproxy.stats.records import Notice
 
-_SYN_ONCE_NS = 900_000_000  # Linux sends a SYN again after 1 s (TCP_TIMEOUT_INIT, include/net/tcp.h; RFC 6298, section 2)
+# Linux sends a SYN again after 1 s (TCP_TIMEOUT_INIT, include/net/tcp.h; RFC 6298, section 2). A worker may stand still.
+_SYN_ONCE_NS = 750_000_000
 _ASK_AGAIN_NS = 250_000_000  # in case no EVIDENCE command came, since the inbox was full
 _ADVICE = {
     Ending.NO_DESCRIPTORS: "out of file descriptors or memory: raise LimitNOFILE (ulimit -n) or lower --max-connections",

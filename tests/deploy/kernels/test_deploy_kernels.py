@@ -1,7 +1,7 @@
 """The kernels that people have, emulated: what tsproxy asks of each is asked by the tests that ask it of this one.
 
 Emulation takes its time, so the selection is short, waits are long, and nothing is said of speed. What fails is run a second
-time: a processor that stands still for a tenth of a second makes the kernel send a SYN again, which is refused as it should be.
+time: where a processor stands still for a quarter of a second the kernel sends a SYN again, which is refused as it should be.
 """
 
 from __future__ import annotations
