@@ -65,9 +65,7 @@ def live(wire: Wire, proxy: Proxy, far: Exchange, sniffer: Sniffer) -> None:
     with dropping(wire, far.port, "& (syn|ack) == syn"):
         client = wire.connect(proxy)
         settled(sniffer, {"SYN", "SYN again"}, target)
-    server = far.accept()
-    client.sendall(b"order")
-    assert receive_exactly(server, 5) == b"order"
+    client, server = ordered(wire, proxy, far, client)
     server.sendall(b"filled")
     assert receive_exactly(client, 6) == b"filled"
     settled(sniffer, {"data", "ACK", "probe"}, target)  # idle now: the probe is the keepalive
@@ -78,6 +76,25 @@ def live(wire: Wire, proxy: Proxy, far: Exchange, sniffer: Sniffer) -> None:
     assert receive_exactly(server, 1) == b"x"
     reset(client)
     settled(sniffer, {"RST"}, target)
+
+
+def ordered(wire: Wire, proxy: Proxy, far: Exchange, client: socket.socket) -> Tuple[socket.socket, socket.socket]:
+    """A client whose order has come, and the exchange's end.
+
+    The connection of the first one is refused, as it should be, if the worker stood still for 0.25 s and the kernel sent its
+    SYN again. Then it is another client's.
+    """
+    server = far.accept()
+    client.sendall(b"order")
+    try:
+        assert receive_exactly(server, 5) == b"order"
+        return client, server
+    except ConnectionResetError:
+        refused = proxy.line("connection")
+        assert (refused["reason"], refused["upstream_retransmits"]) == ("policy", 1)
+        client.close()
+        server.close()
+        return ordered(wire, proxy, far, wire.connect(proxy))
 
 
 def starve(client: socket.socket, server: socket.socket, sniffer: Sniffer, target: Tuple[str, int]) -> None:

@@ -65,11 +65,13 @@ class PtySession:
                 self._stream.feed(piece)
 
     def wait_for(self, *texts: str) -> List[str]:
-        """The screen once all of these stand on it at the same time."""
+        """The screen once all of these stand on it at the same time, and a look later, too: it is not half drawn."""
+        seen: List[str] = []
 
         def shows() -> Optional[List[str]]:
-            rows = self.rows
-            return rows if all(text in "\n".join(rows) for text in texts) else None
+            nonlocal seen
+            before, seen = seen, self.rows
+            return seen if seen == before and all(text in "\n".join(seen) for text in texts) else None
 
         try:
             shown: List[str] = wait_until(shows, f"{texts} on the screen")
