@@ -17,9 +17,7 @@ from _tsproxy.loop.posted import BULK, ENDING, NOW, Posted
 from _tsproxy.loop.timers import NEVER_NS, TICK_NS, Timers
 
 _PROBE_NS = 100_000_000
-_STALL_NS = (
-    100_000_000  # a timer that is so late shows that the thread stood still: SIGSTOP, a paused container, a host without CPU
-)
+_STALL_NS = 100_000_000  # a timer that is so late shows that the thread stood still: SIGSTOP, a paused container, a busy host
 _LONGEST_NS = 86_400_000_000_000  # epoll_wait(2) takes milliseconds as an int: 24.8 days would be too long
 
 

@@ -25,7 +25,7 @@ import signal
 import socket
 import struct
 import time
-from typing import Dict, List, Optional, Set
+from typing import Callable, Dict, List, Optional, Set
 
 from _tsproxy.linux import children, inherited, uapi
 from _tsproxy.linux.devnull import open_devnull
@@ -134,11 +134,7 @@ class ForkServer:
         return True
 
     def _await_answer(self, number: int) -> None:
-        answer = select.poll()
-        answer.register(self._control, select.POLLIN)
-        deadline = time.monotonic() + _ANSWER_S
-        while self.can_start and number not in self._answers and time.monotonic() < deadline:
-            answer.poll(max(0.0, deadline - time.monotonic()) * 1000)
+        self._receive_until(lambda: number in self._answers or bool(self._own_exit_status), _ANSWER_S)
         if not self.can_start:
             raise Refused("fork(2)", errno.ECHILD, "for a worker", f"the fork server died ({self._own_exit_status})")
         if self._answers.get(number):
@@ -190,14 +186,8 @@ class ForkServer:
 
         Blocks for half a second at most, if the fork server is stopped.
         """
-        reports = select.poll()
-        reports.register(self._control, select.POLLIN)
-        deadline = time.monotonic() + _REPORT_S
-        while len(self._running) < len(self._alive) and time.monotonic() < deadline:
-            reports.poll(max(0.0, deadline - time.monotonic()) * 1000)
-            self._receive()
-        for number in self._alive.difference(self._running):
-            self._note_exit(number, "how is not known, since the fork server does not report it")
+        self._receive_until(lambda: self._alive <= set(self._running), _REPORT_S)
+        self._note_unreported("the fork server does not report it")
 
     def end(self) -> None:
         """SIGKILL workers that are left, and have the fork server exit: by SIGKILL if it has not within a second.
@@ -216,6 +206,16 @@ class ForkServer:
                     server.send_signal(signal.SIGKILL)
                     server.has_exited(_EXIT_S)
         self._control.close()
+
+    def _receive_until(self, is_done: Callable[[], bool], within_s: float) -> None:
+        """Handle reports until `is_done()`, or for so long."""
+        reports = select.poll()
+        reports.register(self._control, select.POLLIN)
+        deadline = time.monotonic() + within_s
+        self._receive()
+        while not is_done() and time.monotonic() < deadline:
+            reports.poll(max(0.0, deadline - time.monotonic()) * 1000)
+            self._receive()
 
     def _receive(self) -> None:
         """Handle all reports. recvmsg(2) does not block."""
@@ -254,15 +254,20 @@ class ForkServer:
 
         Whoever asked may be in the middle of something else, and the edges on the epoll descriptor are consumed: so ring.
         """
-        exited = self._alive.difference(self._running)
-        for number in exited:
-            self._note_exit(number, "how is not known, since the fork server is gone")
+        exited = self._note_unreported("the fork server is gone")
         is_new = not self._own_exit_status
         if is_new:
             exit_status = self._wait()
             self._own_exit_status = self._unreported = self._failure or exit_status
         if exited or is_new:
             self._exited.wake()
+
+    def _note_unreported(self, why: str) -> Set[int]:
+        """The numbers of workers that have closed their exit pipe, and of which no report will come."""
+        exited = self._alive.difference(self._running)
+        for number in exited:
+            self._note_exit(number, f"how is not known, since {why}")
+        return exited
 
     def _wait(self) -> str:
         try:
